@@ -1,0 +1,520 @@
+"""Oracles for grpo.py: naive loops, autograd, torch.optim.AdamW, cases by hand, a kill at every operation of a save."""
+import doctest
+import json
+import math
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import grpo
+
+torch.set_num_threads(1)
+
+
+def batch(rows=6, length=5, seed=0):
+    """Random log-probs near old ones (fp64), per-row advantages and a ragged mask."""
+    g = torch.Generator().manual_seed(seed)
+    old = -torch.rand(rows, length, generator=g, dtype=torch.float64) * 3
+    logp = old + 0.3 * torch.randn(rows, length, generator=g, dtype=torch.float64)
+    lengths = torch.randint(1, length + 1, (rows,), generator=g)
+    mask = torch.arange(length)[None] < lengths[:, None]
+    return logp.requires_grad_(), old, torch.randn(rows, generator=g, dtype=torch.float64), mask
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def test_docstring_examples():
+    result = doctest.testmod(grpo)
+    assert result.attempted >= 7 and result.failed == 0
+
+
+# advantages
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_advantages_equal_a_naive_loop(scale):
+    rewards = torch.rand(5, 7, dtype=torch.float64)
+    got = grpo.group_advantages(rewards, scale=scale, eps=1e-3)
+    for p, group in enumerate(rewards.tolist()):
+        mean = sum(group) / 7
+        std = math.sqrt(sum((r - mean) ** 2 for r in group) / 7)
+        expected = [(r - mean) / (std + 1e-3) if scale else r - mean for r in group]
+        assert got[p].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_equal_rewards_give_exactly_zero():
+    rounded = 0
+    for value in (0.1, 0.7, 0.3, 1e6 + 0.3):
+        for size in (3, 7, 11, 13):
+            rewards = torch.full((2, size), value)
+            rounded += bool((rewards - rewards.mean(1, keepdim=True)).any())
+            assert (grpo.group_advantages(rewards, eps=0.0) == 0).all()
+            assert (grpo.group_advantages(rewards, scale=False) == 0).all()
+    assert rounded > 0  # the case that a test of std, or none, gets wrong was among them
+
+
+def test_two_valued_rewards_give_binary_advantages():
+    binary = torch.tensor([[1.0, 0.0, 0.0, 1.0, 0.0]])
+    shaped = torch.tensor([[1.0, 0.3, 0.3, 1.0, 0.3]])
+    torch.testing.assert_close(grpo.group_advantages(binary), grpo.group_advantages(shaped), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rewards", [torch.rand(4, 1), torch.rand(4), torch.tensor([[0.0, math.nan]])])
+def test_bad_rewards_raise_one_line(rewards):
+    with pytest.raises(ValueError, match="rewards must be") as e:
+        grpo.group_advantages(rewards)
+    assert "\n" not in str(e.value)
+
+
+# log-probabilities
+
+@pytest.mark.parametrize("chunk", [1, 33, 2**24])
+def test_token_logprobs_equal_log_softmax_with_gradient(monkeypatch, chunk):
+    monkeypatch.setattr(grpo, "CHUNK_ELEMENTS", chunk)
+    logits = torch.randn(2, 5, 11, dtype=torch.float64).mul(4).requires_grad_()
+    tokens = torch.randint(11, (2, 5))
+    a, b = torch.randn(2, 5, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
+    logq = torch.log_softmax(logits / 1.6, -1)
+    logp, entropy = logq.gather(-1, tokens[..., None]).squeeze(-1), -(logq.exp() * logq).sum(-1)
+    grad, = torch.autograd.grad((a * logp + b * entropy).sum(), logits)
+    got_logp, got_entropy = grpo.token_logprobs(logits, tokens, 1.6)
+    got_grad, = torch.autograd.grad((a * got_logp + b * got_entropy).sum(), logits)
+    for got, expected in ((got_logp, logp), (got_entropy, entropy), (got_grad, grad)):
+        torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
+    assert torch.autograd.gradcheck(lambda z: grpo.token_logprobs(z, tokens, 1.6), logits)
+
+
+def test_token_logprobs_of_bf16_logits_do_fp32_maths():
+    logits = (torch.randn(3, 4, 1000) * 5).bfloat16().requires_grad_()
+    tokens = torch.randint(1000, (3, 4))
+    exact = logits.detach().double().requires_grad_()
+    logq = torch.log_softmax(exact / 0.7, -1)
+    expected, entropy = logq.gather(-1, tokens[..., None]).squeeze(-1), -(logq.exp() * logq).sum(-1)
+    (expected + entropy).sum().backward()
+    got, got_entropy = grpo.token_logprobs(logits, tokens, 0.7)
+    (got + got_entropy).sum().backward()
+    assert got.dtype == got_entropy.dtype == torch.float32 and logits.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)  # log-softmax in bf16 is off by 1e-2
+    torch.testing.assert_close(got_entropy.double(), entropy, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits.grad.double(), exact.grad, atol=1e-6, rtol=2**-8)  # one rounding to bf16
+
+
+def test_token_logprobs_save_no_fp32_copy_for_the_backward():
+    logits = torch.randn(8, 1000).bfloat16().requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        grpo.token_logprobs(logits, torch.zeros(8, dtype=torch.int64))
+    assert max(t.numel() for t in saved if t.dtype == torch.float32) == 8
+    assert [t.data_ptr() for t in saved if t.numel() == 8000] == [logits.data_ptr()]
+
+
+def test_token_logprobs_allow_forbidden_tokens():
+    logits = torch.tensor([[0.0, 0.0, -math.inf]], requires_grad=True)
+    logp, entropy = grpo.token_logprobs(logits, torch.tensor([0]))
+    (logp + entropy).sum().backward()
+    assert entropy.item() == pytest.approx(math.log(2)) and logits.grad.tolist() == [[0.5, -0.5, 0.0]]
+
+
+@pytest.mark.parametrize("shape, temperature", [((2, 4), 1.0), ((2, 3), 0.0), ((2, 3), math.nan)])
+def test_token_logprobs_reject(shape, temperature):
+    with pytest.raises(ValueError, match="must be"):
+        grpo.token_logprobs(torch.zeros(2, 3, 5), torch.zeros(shape, dtype=torch.int64), temperature)
+
+
+# the loss
+
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_at_ratio_one_the_gradient_is_reinforce(on_policy):
+    logp, _, adv, mask = batch()
+    loss, stats = grpo.policy_loss(logp, None if on_policy else logp.detach().clone(), adv, mask)
+    grad, = torch.autograd.grad(loss, logp)
+    reinforce, = torch.autograd.grad(-(logp * adv[:, None] * mask).sum() / mask.sum(), logp)
+    torch.testing.assert_close(grad, reinforce, atol=1e-12, rtol=1e-12)
+    assert stats["ratio_max"] == 1 and stats["old_kl"] == stats["clip_low"] == stats["clip_high"] == 0
+
+
+@pytest.mark.parametrize("ratio, adv, loss, slope, low, high", [
+    (1.5, +2.0, -2.56, 0.0, 0, 1),   # already raised enough: 1.28 * 2, no gradient
+    (1.2, +2.0, -2.40, -2.4, 0, 0),  # inside the wider upper clip
+    (0.5, +2.0, -1.00, -1.0, 0, 0),  # a good token made rarer: never clipped
+    (0.5, -2.0, +1.60, 0.0, 1, 0),   # already lowered enough: 0.8 * 2, no gradient
+    (1.5, -2.0, +3.00, +3.0, 0, 0),  # a bad token made likelier: never clipped
+])
+def test_clip_by_hand(ratio, adv, loss, slope, low, high):
+    logp = torch.tensor([[math.log(0.3 * ratio)]], dtype=torch.float64, requires_grad=True)
+    old = torch.tensor([[math.log(0.3)]], dtype=torch.float64)
+    got, stats = grpo.policy_loss(logp, old, torch.tensor([adv]), torch.ones(1, 1))
+    got.backward()
+    assert got.item() == pytest.approx(loss) and logp.grad.item() == pytest.approx(slope)  # d(rho A)/dlogp = rho A
+    assert (stats["clip_low"], stats["clip_high"]) == (low, high)
+    assert stats["ratio_max"].item() == pytest.approx(ratio)
+    assert stats["old_kl"].item() == pytest.approx(ratio - 1 - math.log(ratio))
+
+
+def test_k3_kl_by_hand():
+    logp = torch.tensor([[0.5, 0.25]], dtype=torch.float64).log().requires_grad_()
+    ref = torch.tensor([[0.25, 0.25]], dtype=torch.float64).log()
+    loss, stats = grpo.policy_loss(logp, None, torch.zeros(1), torch.ones(1, 2), ref_logp=ref, beta=0.1)
+    k3 = 0.5 - math.log(0.5) - 1  # second token: 0
+    assert stats["ref_kl"].item() == pytest.approx(k3 / 2) and loss.item() == pytest.approx(0.1 * k3 / 2)
+    loss.backward()
+    assert logp.grad.tolist()[0] == pytest.approx([0.1 * (1 - 0.5) / 2, 0.0])  # d k3 / dlogp = 1 - ref/pi
+    watched, stats = grpo.policy_loss(logp, None, torch.zeros(1), torch.ones(1, 2), ref_logp=ref)  # beta 0: only measured
+    assert watched.item() == 0 and stats["ref_kl"].item() == pytest.approx(k3 / 2)
+
+
+def test_extreme_log_ratios_stay_finite():
+    logp = torch.tensor([[-1.0, -900.0]], requires_grad=True)
+    loss, stats = grpo.policy_loss(logp, torch.tensor([[-900.0, -1.0]]), torch.tensor([-1.0]), torch.ones(1, 2),
+                                   ref_logp=torch.tensor([[-900.0, -1.0]]), beta=0.1)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(logp.grad).all() and all(torch.isfinite(v) for v in stats.values())
+
+
+@pytest.mark.parametrize("aggregate", ["token", "sequence", "constant"])
+def test_aggregates_equal_a_naive_loop(aggregate):
+    logp, old, adv, mask = batch()
+    per_row = []
+    for b in range(len(adv)):
+        terms = []
+        for t in range(mask.shape[1]):
+            if mask[b, t]:
+                rho = math.exp(logp[b, t].item() - old[b, t].item())
+                terms.append(-min(rho * adv[b].item(), min(max(rho, 0.8), 1.28) * adv[b].item()))
+        per_row.append(terms)
+    expected = {"token": sum(map(sum, per_row)) / sum(map(len, per_row)),
+                "sequence": sum(sum(r) / len(r) for r in per_row) / len(per_row),
+                "constant": sum(map(sum, per_row)) / (len(per_row) * 9)}[aggregate]
+    loss, _ = grpo.policy_loss(logp, old, adv, mask, aggregate=aggregate, constant_length=9)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    adv = adv[:, None].expand_as(logp)
+    per_token, _ = grpo.policy_loss(logp, old, adv, mask, aggregate=aggregate, constant_length=9)
+    assert per_token.item() == loss.item()
+
+
+def test_rows_of_one_trajectory_share_its_mean():
+    logp, old, adv, mask = batch()
+    trajectory = torch.tensor([2, 0, 2, 1, 0, 2])
+    adv = adv[trajectory]
+    surrogate = -torch.minimum((logp - old).exp() * adv[:, None], (logp - old).exp().clamp(0.8, 1.28) * adv[:, None])
+    expected = sum(surrogate[trajectory == i][mask[trajectory == i]].mean() for i in range(3)) / 3
+    weight = grpo.trajectory_weights(mask, trajectory)
+    loss, _ = grpo.policy_loss(logp, old, adv, mask, aggregate="sequence", row_weight=weight)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("aggregate", ["token", "sequence", "constant", "trajectory"])
+def test_micro_batching_changes_neither_gradient_nor_statistics(aggregate):
+    logp, old, adv, mask = batch(rows=7)
+    weight = grpo.trajectory_weights(mask, torch.tensor([0, 1, 0, 1, 2, 2, 0])) if aggregate == "trajectory" else None
+    options = dict(aggregate="sequence" if aggregate == "trajectory" else aggregate, constant_length=9)
+    whole, stats = grpo.policy_loss(logp, old, adv, mask, ref_logp=old - 0.2, beta=0.1, row_weight=weight, **options)
+    expected, = torch.autograd.grad(whole, logp)
+    normalizer = grpo.loss_normalizer(mask, row_weight=weight, **options)
+    parts = []
+    grad = torch.zeros_like(logp)
+    for s in (slice(0, 2), slice(2, 3), slice(3, 7)):
+        part, part_stats = grpo.policy_loss(
+            logp[s], old[s], adv[s], mask[s], ref_logp=old[s] - 0.2, beta=0.1, normalizer=normalizer,
+            row_weight=None if weight is None else weight[s], **options)
+        grad += torch.autograd.grad(part, logp)[0]
+        parts.append(part_stats)
+    torch.testing.assert_close(grad, expected, atol=1e-8, rtol=1e-6)
+    assert grpo.merge_stats(parts) == pytest.approx({k: v.item() for k, v in stats.items()}, rel=1e-5)
+
+
+def test_padding_may_hold_anything():
+    logp, old, adv, mask = batch()
+    clean, clean_stats = grpo.policy_loss(logp, old, adv, mask, ref_logp=old, beta=0.1)
+    expected, = torch.autograd.grad(clean, logp)
+    dirty = logp.detach().masked_fill(~mask, math.nan).requires_grad_()
+    bad_adv = adv[:, None].expand_as(logp).masked_fill(~mask, math.inf)
+    bad_old, bad_ref = old.masked_fill(~mask, -math.inf), old.masked_fill(~mask, math.nan)
+    loss, stats = grpo.policy_loss(dirty, bad_old, bad_adv, mask, ref_logp=bad_ref, beta=0.1)
+    loss.backward()
+    assert loss.item() == clean.item() and torch.equal(dirty.grad, expected) and stats == clean_stats
+    assert (expected[~mask] == 0).all() and (expected[mask] != 0).any()
+
+
+def test_empty_mask_gives_zero():
+    logp, old, adv, mask = batch()
+    loss, stats = grpo.policy_loss(logp, old, adv, mask & False)
+    assert loss.item() == 0 and all(v == 0 for v in stats.values())
+
+
+@pytest.mark.parametrize("change, match", [
+    (dict(aggregate="mean"), "aggregate must be"), (dict(beta=0.1), "needs ref_logp"),
+    (dict(aggregate="constant"), "constant_length"), (dict(mask=torch.ones(6)), "mask must have"),
+    (dict(ref_logp=torch.zeros(6, 4)), "ref_logp must have"), (dict(row_weight=torch.ones(6)), "row_weight must be"),
+    (dict(row_weight=torch.ones(6, 5), aggregate="sequence"), "row_weight must be"),
+    (dict(advantages=torch.zeros(5)), "advantages must be")])
+def test_loss_rejects_in_one_line(change, match):
+    logp, old, adv, mask = batch()
+    arguments = dict(logp=logp, old_logp=old, advantages=adv, mask=mask) | change
+    with pytest.raises(ValueError, match=match) as e:
+        grpo.policy_loss(**arguments)
+    assert "\n" not in str(e.value)
+
+
+# the update
+
+def test_fp32_optimizer_equals_torch_adamw():
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(5, 3), nn.Linear(5, 3)
+    theirs.load_state_dict(ours.state_dict())
+    a = grpo.make_optimizer(ours, lr=1e-2, weight_decay=0.1, betas=(0.8, 0.95))
+    b = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.1, betas=(0.8, 0.95))
+    for _ in range(20):
+        x = torch.randn(8, 5)
+        for model, opt in ((ours, a), (theirs, b)):
+            opt.zero_grad()
+            model(x).pow(2).sum().backward()
+            opt.step()
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(p, q, atol=1e-7, rtol=1e-6)
+
+
+def test_bf16_weights_move_only_with_fp32_masters():
+    start = (torch.rand(1000) * 0.08 + 0.02).bfloat16()  # typical weights: half a bf16 step is at least 3e-5
+    ours, pure, wide = nn.Parameter(start.clone()), nn.Parameter(start.clone()), nn.Parameter(start.float())
+    a, c = grpo.make_optimizer([ours], lr=5e-6), grpo.make_optimizer([wide], lr=5e-6)
+    b = torch.optim.AdamW([pure], lr=5e-6, weight_decay=0)
+    for _ in range(100):
+        for p, opt in ((ours, a), (pure, b), (wide, c)):
+            p.grad = torch.ones_like(p)
+            opt.step()
+    assert torch.equal(pure, start)
+    assert (ours != start).float().mean() > 0.9
+    assert torch.equal(a.state[ours]["master"], wide) and torch.equal(ours, wide.bfloat16())
+
+
+def test_clip_and_step_clips_to_the_norm():
+    model = nn.Linear(3, 2)
+    opt = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    grads = [torch.randn_like(p) for p in model.parameters()]
+    true_norm = math.sqrt(sum(g.square().sum().item() for g in grads))
+    for max_norm, scale in ((0.5, 0.5 / true_norm), (100.0, 1.0)):
+        for p, g, w in zip(model.parameters(), grads, before):
+            p.data.copy_(w)
+            p.grad = g.clone()
+        norm, stepped = grpo.clip_and_step(opt, model, max_norm)
+        assert stepped and norm == pytest.approx(true_norm)
+        for p, g, w in zip(model.parameters(), grads, before):
+            torch.testing.assert_close(w - p, g * scale, atol=1e-6, rtol=1e-4)
+            assert p.grad is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_gradient_skips_the_step(value):
+    model = nn.Linear(3, 2)
+    opt = grpo.make_optimizer(model, lr=1e-2)
+    model(torch.ones(1, 3)).sum().backward()
+    assert grpo.clip_and_step(opt, model, 1.0)[1]
+    weights = [p.detach().clone() for p in model.parameters()]
+    moments = {k: v.clone() for k, v in grpo.optimizer_tensors(opt).items()}
+    model(torch.ones(1, 3)).sum().backward()
+    model.weight.grad[0, 0] = value
+    norm, stepped = grpo.clip_and_step(opt, model, 1.0)
+    assert not stepped and not math.isfinite(norm) and model.weight.grad is None
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights))
+    assert all(torch.equal(v, moments[k]) for k, v in grpo.optimizer_tensors(opt).items())
+
+
+def test_make_optimizer_rejects():
+    with pytest.raises(ValueError, match="nothing to optimise"):
+        grpo.make_optimizer(nn.Linear(2, 2).requires_grad_(False), 1e-3)
+    with pytest.raises(ValueError, match="lr must be"):
+        grpo.make_optimizer(nn.Linear(2, 2), -1.0)
+
+
+# checkpoints
+
+class TinyRun:
+    """Three random generators, a bf16 and an fp32 layer, and steps that depend on all of them."""
+
+    def __init__(self):
+        torch.manual_seed(1), np.random.seed(1), random.seed(1)
+        self.model = nn.Sequential(nn.Linear(4, 4).bfloat16(), nn.Linear(4, 4))
+        self.opt = grpo.make_optimizer(self.model, lr=1e-2)
+
+    def step(self):
+        x = torch.randn(3, 4) * random.gauss(1, 0.1) + float(np.random.randn())
+        self.model[1](self.model[0](x.bfloat16()).float()).pow(2).sum().backward()
+        grpo.clip_and_step(self.opt, self.model, 1.0)
+
+    def save(self, path, step):
+        grpo.save_checkpoint(path, model_tensors=self.model.state_dict(), state={"step": step},
+                             trainer_tensors=grpo.optimizer_tensors(self.opt) | grpo.rng_state())
+
+
+def test_resume_is_bitwise(tmp_path):
+    straight = TinyRun()
+    for _ in range(5):
+        straight.step()
+    first = TinyRun()
+    for _ in range(2):
+        first.step()
+    first.save(tmp_path / "c", 2)
+    second = TinyRun()
+    second.step()  # disturb weights, moments and generators
+    model, trainer, state = grpo.load_checkpoint(tmp_path / "c")
+    second.model.load_state_dict(model)
+    grpo.load_optimizer_tensors(second.opt, trainer)
+    grpo.set_rng_state(trainer)
+    assert state == {"step": 2}
+    for _ in range(3):
+        second.step()
+    a, b = (run.model.state_dict() | grpo.optimizer_tensors(run.opt) for run in (straight, second))
+    assert a.keys() == b.keys() and len(a) == 4 + 2 * 4 + 2 * 3  # weights; step, m, v and, in bf16, master of each
+    assert all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_save_killed_at_any_operation_leaves_a_whole_checkpoint(tmp_path, monkeypatch, after):
+    """Raises before or after the k-th file operation, for every k, then loads; then saves again over the leftovers."""
+    calls, limit = 0, None
+
+    def counted(function):
+        def wrapper(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == limit and not after:
+                raise Killed
+            result = function(*args, **kwargs)
+            if calls == limit:
+                raise Killed
+            return result
+        return wrapper
+
+    for module, name in (*((os, n) for n in ("rename", "fsync", "unlink", "rmdir", "mkdir")), (grpo, "save_file")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    path, seen = tmp_path / "c", set()
+
+    def save(step):
+        grpo.save_checkpoint(path, model_tensors={"w": torch.full((4,), step)},
+                             trainer_tensors={"m": torch.full((4,), -step)}, state={"step": step})
+
+    save(0)
+    for k in range(1, 100):
+        calls, limit = 0, k
+        previous = grpo.load_checkpoint(path)[2]["step"]
+        try:
+            save(k)
+            break
+        except Killed:
+            model, trainer, state = grpo.load_checkpoint(path)
+            assert state["step"] in (previous, k)
+            assert (model["w"] == state["step"]).all() and (trainer["m"] == -state["step"]).all()
+            seen.add("new" if state["step"] == k else "old" if path.exists() else "missing")
+    assert k > 15 and seen == {"new", "old", "missing"}
+    assert grpo.load_checkpoint(path)[2]["step"] == k and [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer.safetensors", "state.json"])
+@pytest.mark.parametrize("fault", ["truncated", "header", "empty", "missing"])
+def test_damaged_checkpoint_is_one_clear_line(tmp_path, name, fault):
+    TinyRun().save(tmp_path / "c", 1)
+    file = tmp_path / "c" / name
+    if fault == "missing":
+        file.unlink()
+    else:
+        data = file.read_bytes()
+        file.write_bytes({"truncated": data[:-3], "header": b"\xff" * 8 + data[8:], "empty": b""}[fault])
+    with pytest.raises(ValueError, match=name) as e:
+        grpo.load_checkpoint(tmp_path / "c")
+    assert "\n" not in str(e.value)
+
+
+def test_save_refuses_what_it_should_not_replace(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").write_text("x")
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        TinyRun().save(tmp_path / "photos", 1)
+    with pytest.raises(ValueError, match="plain finite JSON"):
+        grpo.save_checkpoint(tmp_path / "c", model_tensors={}, trainer_tensors={}, state={"loss": math.nan})
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["one.jpg", "photos"]
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        grpo.load_checkpoint(tmp_path / "c")
+
+
+def test_tied_and_transposed_weights_are_saved(tmp_path):
+    w = torch.randn(3, 4)
+    grpo.save_checkpoint(tmp_path / "c", model_tensors={"embed": w, "head": w, "t": w.t()}, trainer_tensors={}, state={})
+    model = grpo.load_checkpoint(tmp_path / "c")[0]
+    assert torch.equal(model["embed"], w) and torch.equal(model["head"], w) and torch.equal(model["t"], w.t())
+
+
+def test_another_models_optimizer_state_is_refused():
+    run, other = TinyRun(), grpo.make_optimizer(nn.Linear(4, 5), lr=1e-2)
+    run.step()
+    with pytest.raises(ValueError, match="another model's"):
+        grpo.load_optimizer_tensors(other, grpo.optimizer_tensors(run.opt))
+    assert not other.state
+    with pytest.raises(ValueError, match="rng.numpy"):
+        grpo.set_rng_state({"rng.torch": torch.get_rng_state()})
+
+
+# the metrics log
+
+def test_metrics_log_resumes_where_the_checkpoint_was(tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    log = grpo.MetricsLog(path)
+    for step in range(1, 6):
+        log.append({"step": step, "loss": torch.tensor(0.5 * step), "kl": math.nan,
+                    "tasks": {"a": np.float32(0.25), "b": [math.inf, 1]}})
+    assert len(path.read_text().splitlines()) == 5  # flushed, not only closed
+    log.close()
+    with open(path, "a") as f:
+        f.write('{"step": 6, "lo')  # SIGKILL in mid-write
+    with pytest.raises(ValueError, match="already has 6 rows"):
+        grpo.MetricsLog(path)
+    log = grpo.MetricsLog(path, resume_step=3)
+    log.append({"step": 4, "loss": 9.0})
+    log.close()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+    assert [r["step"] for r in rows] == [1, 2, 3, 4] and rows[3]["loss"] == 9.0
+    assert rows[1] == {"step": 2, "loss": 1.0, "kl": None, "tasks": {"a": 0.25, "b": [None, 1]}}
+    assert [p.name for p in path.parent.iterdir()] == ["metrics.jsonl"]
+
+
+def test_metrics_log_keeps_a_whole_last_line_and_refuses_a_broken_middle(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}')
+    grpo.MetricsLog(path, resume_step=2).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        grpo.MetricsLog(path, resume_step=3)
+    assert path.read_text() == '{"step": 1}\n{"st\n{"step": 3}\n'
+    log = grpo.MetricsLog(tmp_path / "other.jsonl")
+    with pytest.raises(ValueError, match="integer 'step'"):
+        log.append({"loss": 1.0})
+    log.close()
+
+
+# the demonstration
+
+def test_demo_learns(capsys):
+    rows, _ = grpo.train(grpo.Settings(steps=50, samples=8))
+    reward = [r["reward"] for r in rows]
+    assert sum(reward[:5]) / 5 < 0.13 and sum(reward[-5:]) / 5 > 0.16  # chance is 1/11
+    assert all(r["stepped"] for r in rows) and rows[-1]["entropy"] < rows[0]["entropy"]
+    assert "reward 0." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--samples", "1"], ["--steps", "-1"], ["--lr", "nan"], ["--nonsense", "1"]])
+def test_bad_flags_are_one_line_and_code_2(flags, capsys):
+    assert grpo.main(flags) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("grpo.py: error: ") and err.count("\n") == 1

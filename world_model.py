@@ -1,0 +1,447 @@
+"""World model of SRPO-VLA (arXiv 2511.15605): video of a rollout -> one latent -> distance to successes -> progress.
+
+1. Sample a rollout's frames to the clip length, resize, crop, normalise: the published preprocessing without torchvision.
+2. A frozen V-JEPA 2 encodes the clip; the mean over all its tokens is the rollout's latent h.
+3. rewards.py clusters the successes' latents and pays a failure by its distance to the nearest centre. Here that
+   distance after every prefix of a video is a progress curve; `progress_metrics` scores curves as the paper's benchmark.
+4. The published encoder (ViT-g, 384 px, 64 frames) has a billion parameters. For the built-in simulator a tiny one of
+   the same architecture is trained from scratch by V-JEPA 2's own objective: predict the latents of masked tubelets,
+   targets from an EMA copy of the encoder.
+
+Left out: V-JEPA 2's image and action-conditioned stages and its augmentations (a fixed camera needs none).
+
+    python world_model.py                                                       # curves of successes and failures -> PNG
+    python world_model.py --videos rollouts.npz --model facebook/vjepa2-vitg-fpc64-384 --out curves.png
+    python world_model.py train --videos rollouts.npz --out weights/vjepa_tiny  # the tiny encoder, from scratch
+
+rollouts.npz: `videos` uint8 (N, T, H, W, 3); optional `success` bool (N,) (needed to draw), `task` int (N,), and
+`length` int (N,), the true number of frames of videos padded to T.
+"""
+import argparse
+import copy
+import math
+import re
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from scipy.spatial.distance import cdist, jensenshannon
+from scipy.stats import rankdata, spearmanr
+from transformers import PreTrainedConfig, VJEPA2Config, VJEPA2Model
+from transformers.utils import logging
+
+SHIPPED = Path(__file__).parent / "weights" / "vjepa_tiny"  # the tiny encoder of the built-in simulator
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet, RGB in [0, 1]
+TINY = dict(crop_size=64, patch_size=32, frames_per_clip=8, tubelet_size=2, hidden_size=96, num_hidden_layers=3,
+            num_attention_heads=2, mlp_ratio=4.0, initializer_range=0.06, pred_hidden_size=48,
+            pred_num_hidden_layers=2, pred_num_attention_heads=2, pred_num_mask_tokens=1)
+# Patch 32, not 16: V-JEPA 2 has rotary positions only, so a mean over tokens forgets WHERE a patch was unless attention
+# has learnt it. On simulator videos 500 steps moved `separation` from .71 to .67 with 16 px, from .72 to .75 with 32 px.
+BLOCKS, SHARE = 2, 0.3  # hidden rectangles and each one's share of the frame; V-JEPA 2: (8, .15) and (2, .7) on 16x16
+
+
+# Videos -> latents
+
+def sample_frames(total: int, clip: int) -> np.ndarray:
+    """Indices (clip,) of the frames the encoder sees: evenly spread first to last, or a short video repeated.
+
+    >>> sample_frames(21, 8).tolist(), sample_frames(3, 8).tolist()
+    ([0, 2, 5, 8, 11, 14, 17, 20], [0, 1, 2, 0, 1, 2, 0, 1])
+    """
+    if total < clip:
+        return np.arange(clip) % total
+    return np.linspace(0, total - 1, clip).astype(int)  # published code truncates, it does not round
+
+
+def preprocess(frames: torch.Tensor, crop: int, resize: str) -> torch.Tensor:
+    """uint8 (L, H, W, 3) -> float32 (L, 3, crop, crop), ImageNet-normalised; `resize` as in WorldModel."""
+    x = frames.permute(0, 3, 1, 2).contiguous().float()  # (L, 3, H, W), 0..255; contiguous first halves the time
+    if resize == "paper":
+        h, w = x.shape[-2:]
+        short = int(crop * 256 / 224)  # 438 for crop 384
+        size = (short, int(short * w / h)) if h <= w else (int(short * h / w), short)
+        x = F.interpolate(x, size=size, mode="bilinear", antialias=True).round()  # published: whole grey levels
+        top, left = round((size[0] - crop) / 2), round((size[1] - crop) / 2)
+        x = x[..., top:top + crop, left:left + crop]
+    mean, std = (255 * torch.tensor(c, device=x.device).view(3, 1, 1) for c in (MEAN, STD))
+    return x.sub_(mean).div_(std)
+
+
+class WorldModel:
+    """A frozen V-JEPA 2 encoder: `encode` maps rollouts to latents, `progress` one rollout to a curve.
+
+    resize "paper": shortest edge to int(crop * 256 / 224), centre crop (cuts 1/16 off each border).
+    resize "exact": frames must be crop x crop already and are used whole; the simulator's encoder is trained so.
+    dtype: computation is autocast to it; None means bfloat16 on CUDA, float32 elsewhere. Weights stay float32.
+    """
+
+    def __init__(self, model: VJEPA2Model, resize: str = "paper", dtype: torch.dtype | None = None,
+                 device: str | None = None, batch_size: int = 8):
+        if resize not in ("paper", "exact"):
+            raise ValueError(f'resize must be "paper" or "exact", got {resize!r}')
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.config, self.resize, self.batch_size = model.config, resize, batch_size
+
+    @classmethod
+    def from_pretrained(cls, path_or_id: str | Path, dtype: torch.dtype | None = None, device: str | None = None,
+                        batch_size: int = 8) -> "WorldModel":
+        """A folder or hub id of a V-JEPA 2 in transformers' layout, such as facebook/vjepa2-vitg-fpc64-384 (D = 1408).
+
+        Raises ValueError for a missing or damaged checkpoint, another architecture, or missing encoder weights.
+        """
+        if not Path(path_or_id).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path_or_id)):
+            raise ValueError(f"no world model at {str(path_or_id)!r}: neither a folder nor a hub id owner/name")
+        try:
+            config, _ = PreTrainedConfig.get_config_dict(path_or_id)
+            if config.get("model_type") != "vjepa2":
+                raise ValueError(f"{path_or_id}: model_type is {config.get('model_type')!r}, needed is 'vjepa2'")
+            model, info = VJEPA2Model.from_pretrained(path_or_id, dtype=torch.float32, use_safetensors=True,
+                                                      output_loading_info=True)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"cannot load a world model from {str(path_or_id)!r}: {reason}") from error
+        missing = sorted(name for name in info["missing_keys"] if name.startswith("encoder."))
+        if missing:
+            raise ValueError(f"{path_or_id}: the weights lack {len(missing)} encoder tensors, the first is {missing[0]}")
+        return cls(model, config.get("frame_resize", "paper"), dtype, device, batch_size)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes config.json (with `frame_resize`) and model.safetensors."""
+        self.config.frame_resize = self.resize
+        self.model.save_pretrained(path)
+
+    def pixels(self, videos: list, first: int = 0) -> torch.Tensor:
+        """Videos -> (N, clip, 3, crop, crop) float32 on the device; see `encode`. Errors count videos from `first`."""
+        clips = []
+        for i, video in enumerate(videos, first):
+            shape, kind = tuple(getattr(video, "shape", ())), str(getattr(video, "dtype", type(video).__name__))
+            if not kind.endswith("uint8") or len(shape) != 4 or shape[-1] != 3:
+                raise ValueError(f"videos[{i}] must be a uint8 array (T, H, W, 3), got {kind} {shape}")
+            if 0 in shape:
+                raise ValueError(f"videos[{i}] is empty: shape {shape}; a rollout has at least its first frame")
+            crop = self.config.crop_size
+            if self.resize == "exact" and shape[1:3] != (crop, crop):
+                raise ValueError(f"videos[{i}] has {shape[1]}x{shape[2]} frames, this world model takes exactly "
+                                 f"{crop}x{crop}: render at that size")
+            frames = torch.as_tensor(video[sample_frames(shape[0], self.config.frames_per_clip)]).to(self.device)
+            clips.append(preprocess(frames, crop, self.resize))
+        return torch.stack(clips)
+
+    @torch.no_grad()
+    def encode(self, videos: list) -> torch.Tensor:
+        """N videos, each uint8 (T, H, W, 3) with its own T -> latents (N, D), float32, on the CPU: ONE PER ROLLOUT.
+
+        Paper/code differ: the published code stores frames under (task, trial), so the rollouts of a group, which start
+        from one trial, share one video and one latent; all failures of a group then get the same reward, and the
+        normalised advantages equal those of 0/1 rewards.
+        Raises ValueError for an empty list, another dtype or shape, or a video without frames.
+        """
+        if len(videos) == 0:
+            raise ValueError("videos is empty: nothing to encode")
+        latents = []
+        for start in range(0, len(videos), self.batch_size):
+            pixels = self.pixels(videos[start:start + self.batch_size], start)  # (B, L, 3, crop, crop)
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                # VJEPA2Model's forward(skip_predictor=True) is this plus a gather by a (B, tokens, D) int64 index.
+                tokens = self.model.encoder(pixel_values_videos=pixels).last_hidden_state  # (B, tokens, D)
+            latents.append(tokens.float().mean(1).cpu())  # SRPO-VLA: h = mean over all tokens
+        return torch.cat(latents)  # (N, D)
+
+    def progress(self, video: np.ndarray, references: np.ndarray, every: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Progress along one rollout: (t, R), both (K,), for the prefixes video[:t], t = 1, 1 + every, .. and always T.
+
+        d_t = distance of the prefix's latent to the nearest of `references` (C, D); R_t = clip(1 - d_t / d_1, 0, 1):
+        0 where the rollout began, 1 at a reference. This scale is ours: how the paper maps d_t to R_t was not verified.
+        """
+        references = np.atleast_2d(np.asarray(references, dtype=np.float64))
+        if references.ndim != 2 or references.shape[1] != self.config.hidden_size or len(references) == 0:
+            raise ValueError(f"references must be (C, {self.config.hidden_size}) with C >= 1, got {references.shape}")
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        steps = np.unique(np.append(np.arange(1, len(video) + 1, every), len(video)))
+        distance = cdist(self.encode([video[:t] for t in steps]), references).min(1)  # (K,) SRPO-VLA: nearest centre
+        return steps, np.clip(1 - distance / max(distance[0], 1e-12), 0, 1)
+
+
+# Curves -> the five numbers of the paper's progress-reward benchmark
+
+def progress_metrics(curves: list, success: list) -> dict[str, float]:
+    """Scores N progress curves, each (T_i,) in [0, 1], with their `success` (N,), of ONE task; the paper averages over tasks.
+
+    spearman      mean over successes of Spearman's rho between R_t and t (a constant curve counts 0)
+    monotonicity  mean over successes of mean_t 1[R_{t+1} > R_t]
+    The others compare TERMINAL progress of successes (s) and failures (f):
+    mmd           sqrt of the biased MMD^2, Gaussian kernel, bandwidth = median distance between different rollouts
+    js            Jensen-Shannon divergence in bits of the two histograms, 10 bins on [0, 1]
+    smd           (mean_s - mean_f) / pooled standard deviation, inf if that is 0 and the means differ
+    Kernel, bins, and taking the first two over successes only are ours: the published numbers leave them open.
+
+    >>> m = progress_metrics([[0, .5, 1.], [0, .6, .8], [0, .1, 0], [0, .1, .2]], [1, 1, 0, 0])
+    >>> m["spearman"], m["monotonicity"], m["js"], round(m["smd"], 3)
+    (1.0, 1.0, 1.0, 5.657)
+    """
+    success = np.asarray(success, dtype=bool)
+    if len(curves) != len(success) or success.all() or not success.any():
+        raise ValueError(f"need one success flag per curve and both outcomes, got {len(curves)} curves and "
+                         f"{success.sum()} successes among {len(success)} flags")
+    if min(len(curve) for curve in curves) < 2:
+        raise ValueError("every curve needs at least 2 points")
+    curves = [np.asarray(curve, dtype=np.float64) for curve in curves]
+    good = [curve for curve, won in zip(curves, success) if won]
+    terminal = np.array([curve[-1] for curve in curves])
+    s, f = terminal[success], terminal[~success]
+    gaps = np.abs(terminal[:, None] - terminal)                                      # (N, N)
+    width = np.median(gaps[np.triu_indices(len(gaps), 1)]) or 1.0
+    k = np.exp(-gaps ** 2 / (2 * width ** 2))                                        # (N, N)
+    mmd2 = k[success][:, success].mean() + k[~success][:, ~success].mean() - 2 * k[success][:, ~success].mean()
+    counts = [np.histogram(x, bins=10, range=(0, 1))[0] for x in (s, f)]
+    spread = np.sqrt((((s - s.mean()) ** 2).sum() + ((f - f.mean()) ** 2).sum()) / max(len(terminal) - 2, 1))
+    gap = s.mean() - f.mean()
+    return {"spearman": float(np.mean([spearmanr(c, np.arange(len(c)))[0] if np.ptp(c) > 0 else 0.0 for c in good])),
+            "monotonicity": float(np.mean([(np.diff(c) > 0).mean() for c in good])),
+            "mmd": math.sqrt(max(mmd2, 0.0)),
+            "js": float(jensenshannon(*counts, base=2) ** 2),
+            "smd": float(gap / spread) if spread > 0 else math.copysign(math.inf, gap) if gap else 0.0}
+
+
+def separation(latents: np.ndarray, success: np.ndarray, task: np.ndarray) -> float:
+    """Probability that a success lies nearer to the mean of its task's (other) successes than a failure does: 0.5 is
+    blind, 1 perfect. Mean over the tasks with two successes and a failure, nan if there is none. latents (N, D)."""
+    latents, scores = np.asarray(latents, dtype=np.float64), []
+    for name in np.unique(task):
+        s, f = latents[(task == name) & success], latents[(task == name) & ~success]
+        if len(s) < 2 or len(f) == 0:
+            continue
+        others = (s.sum(0) - s) / (len(s) - 1)  # leave-one-out, or a success would pull its own mean
+        distance = np.concatenate([np.linalg.norm(s - others, axis=1), np.linalg.norm(f - s.mean(0), axis=1)])
+        nearer = rankdata(distance)[:len(s)].sum() - len(s) * (len(s) + 1) / 2  # Mann-Whitney U
+        scores.append(1 - nearer / (len(s) * len(f)))
+    return float(np.mean(scores)) if scores else math.nan
+
+
+# V-JEPA 2's training, at the size of the simulator
+
+def sample_masks(config: VJEPA2Config, generator: torch.Generator) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Two (context, target) pairs of token ids, each disjoint and together all tokens.
+
+    1. Tubes, as V-JEPA 2: the union of random rectangles, hidden over the whole clip.
+    2. Moments, ours: whole frames of a random stretch of the clip. A tube can hide an object for good, and with jittered
+       layouts nothing visible tells where it was; what happens between two moments can be told from them.
+    """
+    def draw(n: int) -> int:
+        return int(torch.randint(n, (), generator=generator))
+
+    depth, side = config.frames_per_clip // config.tubelet_size, config.crop_size // config.patch_size
+    tubes, moments = torch.zeros(2, depth, side, side, dtype=torch.bool)                # True = hidden
+    for _ in range(BLOCKS):
+        aspect = math.exp((draw(201) / 100 - 1) * math.log(1.5))                        # height : width from 2:3 to 3:2
+        h, w = (min(max(round(side * math.sqrt(SHARE * a)), 1), side) for a in (aspect, 1 / aspect))
+        top, left = draw(side - h + 1), draw(side - w + 1)
+        tubes[:, top:top + h, left:left + w] = True
+    length = 1 + draw(depth - 1)
+    start = draw(depth - length + 1)
+    moments[start:start + length] = True
+    return [(torch.where(~hidden.flatten())[0], torch.where(hidden.flatten())[0]) for hidden in (tubes, moments)]
+
+
+def encode_context(encoder: torch.nn.Module, pixels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Tokens `ids` (K,) of clips (B, L, 3, crop, crop) -> (B, K, D), the others dropped BEFORE attention: transformers'
+    forward masks the encoder's output, by when every context token has seen the targets."""
+    x = encoder.embeddings(pixels)[:, ids]  # (B, K, D)
+    for layer in encoder.layer:
+        x = layer(x, ids[None])[0]    # rotary positions come from the ids
+    return encoder.layernorm(x)
+
+
+def jepa_loss(model: VJEPA2Model, target_encoder: torch.nn.Module, pixels: torch.Tensor, masks: list) -> torch.Tensor:
+    """V-JEPA 2 (arXiv 2506.09985): mean over masked tokens of |P(E(visible), positions) - stopgrad(LN(E_ema(all)))|.
+
+    pixels (B, L, 3, crop, crop). A constant encoder would have loss 0; stop-gradient and EMA only make it hard to reach.
+    """
+    with torch.no_grad():
+        goal = target_encoder(pixel_values_videos=pixels).last_hidden_state  # (B, tokens, D)
+        goal = F.layer_norm(goal, goal.shape[-1:])
+    losses = []
+    for context, target in masks:
+        seen = torch.zeros_like(goal).index_copy(1, context, encode_context(model.encoder, pixels, context))
+        rows = len(pixels), -1
+        guess = model.predictor(encoder_hidden_states=seen, context_mask=[context.expand(*rows)],
+                                target_mask=[target.expand(*rows)]).last_hidden_state    # (B, K, D)
+        losses.append((guess - goal[:, target]).abs().mean())
+    return torch.stack(losses).mean()
+
+
+@torch.no_grad()
+def ema_update(target: torch.nn.Module, online: torch.nn.Module, momentum: float) -> None:
+    """target <- momentum * target + (1 - momentum) * online, parameter by parameter."""
+    for old, new in zip(target.parameters(), online.parameters()):
+        old.lerp_(new, 1 - momentum)
+
+
+def train_world_model(videos: list, config: VJEPA2Config | None = None, steps: int = 600, batch_size: int = 16,
+                      lr: float = 5e-4, momentum: float = 0.999, resize: str = "exact", seed: int = 0,
+                      report: Callable | None = None, report_every: int = 50) -> WorldModel:
+    """Trains a V-JEPA 2 from random weights on N `videos` as in `encode`; config defaults to TINY. On the CPU.
+
+    Returns the EMA encoder, with the predictor, as a WorldModel. report(step, {"loss", "latent_std"}, world_model) is
+    called every `report_every` steps from 0 on, and at the end. latent_std: standard deviation of the EMA encoder's
+    latents over a batch's videos, mean over dimensions; towards 0 means collapse. Raises ValueError if the loss diverges.
+    """
+    if len(videos) == 0 or steps < 0 or batch_size < 1:
+        raise ValueError(f"need videos, steps >= 0 and batch_size >= 1, got {len(videos)} videos, steps {steps}, "
+                         f"batch_size {batch_size}")
+    config = config or VJEPA2Config(**TINY)
+    if config.crop_size < 2 * config.patch_size or config.frames_per_clip < 2 * config.tubelet_size:
+        raise ValueError(f"masking needs 2 x 2 patches and 2 tubelets at least: lower patch_size {config.patch_size} "
+                         f"or tubelet_size {config.tubelet_size} of the config")
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model = VJEPA2Model(config).train()
+    frozen = WorldModel(copy.deepcopy(model), resize, device="cpu", batch_size=64)  # the target: moves by EMA alone
+    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.04)
+    warmup = max(steps // 10, 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda i: min((i + 1) / warmup, 0.05 + 0.95 * (1 + math.cos(math.pi * min(i / max(steps, 1), 1))) / 2))
+    for step in range(steps + 1):
+        batch = [videos[i] for i in torch.randint(len(videos), (batch_size,), generator=generator).tolist()]
+        loss = jepa_loss(model, frozen.model.encoder, frozen.pixels(batch), sample_masks(model.config, generator))
+        if not torch.isfinite(loss):
+            raise ValueError(f"the loss became {loss.item()} at step {step}: lower lr, now {lr}")
+        if report and (step % report_every == 0 or step == steps):
+            std = frozen.encode(batch).std(0).mean().item() if batch_size > 1 else math.nan
+            report(step, {"loss": loss.item(), "latent_std": std}, frozen)
+        if step < steps:
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+            ema_update(frozen.model.encoder, model.encoder, momentum)
+    frozen.model.predictor.load_state_dict(model.predictor.state_dict())
+    return frozen
+
+
+# Commands
+
+def read_rollouts(path: str) -> tuple[list, np.ndarray | None, np.ndarray]:
+    """(videos, success or None, task) of an npz as described on top."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            arrays = {name: data[name] for name in ("videos", "success", "task", "length") if name in data}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"cannot read rollouts from {path}: {str(error).splitlines()[0]}") from error
+    videos = arrays.get("videos")
+    if videos is None or videos.dtype != np.uint8 or videos.ndim != 5 or len(videos) == 0:
+        found = "none" if videos is None else f"{videos.dtype} {videos.shape}"
+        raise ValueError(f"{path}: needs `videos`, uint8 (N, T, H, W, 3), got {found}")
+    for name, array in arrays.items():
+        if array.shape[:1] != (len(videos),):
+            raise ValueError(f"{path}: `{name}` has shape {array.shape}, there are {len(videos)} videos")
+    lengths = arrays.get("length", np.full(len(videos), videos.shape[1]))
+    success = arrays["success"].astype(bool) if "success" in arrays else None
+    return [v[:t] for v, t in zip(videos, lengths)], success, arrays.get("task", np.zeros(len(videos), int))
+
+
+def simulator_rollouts(episodes: int = 120) -> tuple[list, np.ndarray, np.ndarray]:
+    """The simulator's expert, a frame every 4 steps; in half of the episodes the hand opens at a random moment and drops
+    the cube, which mostly fails. (videos, success, task) of training initial states."""
+    import envs  # the demonstration alone needs the simulator
+    rng, env, videos, success, task = np.random.default_rng(0), envs.Tabletop(), [], [], []
+    for i in range(episodes):
+        frames = [env.reset(options={"task": i % len(envs.TASKS), "index": int(rng.integers(envs.N_STATES))})[0]["image"]]
+        expert, drop, ended = envs.Expert(env), rng.integers(4, 26) if i // len(envs.TASKS) % 2 else math.inf, False
+        while not ended:
+            action = expert()
+            action[6] = -1 if env.steps >= drop else action[6]
+            ended = env.advance(action)
+            if ended or env.steps % 4 == 0:
+                frames.append(env.render())
+        videos.append(np.stack(frames))
+        success.append(env.success)
+        task.append(env.task)
+    return videos, np.array(success), np.array(task)
+
+
+def draw(videos: list, success: np.ndarray, task: np.ndarray, model: WorldModel, out: str) -> dict[str, float]:
+    """Progress curves to a PNG, one panel per task; returns the benchmark's numbers, means over tasks. Reference: the mean
+    of the task's OTHER successes (one centre, the published code's fallback; rewards.py does the clustering)."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    latents, scores = model.encode(videos).numpy(), []
+    names = [n for n in np.unique(task) if (success & (task == n)).sum() > 1 and (~success & (task == n)).any()]
+    if not names:
+        raise ValueError("no task has two successes and a failure: nothing to compare")
+    figure, panels = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.2), sharey=True, squeeze=False)
+    for name, panel in zip(names, panels[0]):
+        curves, rows = [], np.flatnonzero(task == name)
+        for i in rows:
+            reference = latents[success & (task == name) & (np.arange(len(task)) != i)].mean(0)
+            steps, curve = model.progress(videos[i], reference)
+            curves.append(curve)
+            panel.plot(steps, curve, color="tab:green" if success[i] else "tab:red", alpha=0.4, linewidth=1)
+        scores.append(progress_metrics(curves, success[rows]))
+        title = f"task {name}: {success[rows].sum()} successes, {(~success[rows]).sum()} failures"
+        panel.set(title=title, xlabel="frames seen", ylim=(0, 1))
+        panel.title.set_fontsize(9)
+    panels[0][0].set_ylabel("progress (green: success)")
+    figure.tight_layout()
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+    return {key: float(np.mean([score[key] for score in scores])) for key in scores[0]}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Latent progress of rollouts under a V-JEPA 2 world model.")
+    parser.add_argument("command", nargs="?", choices=("draw", "train"), default="draw")
+    parser.add_argument("--videos", help="rollouts.npz; without it draw plays the built-in simulator")
+    parser.add_argument("--model", default=str(SHIPPED), help="draw: folder or hub id")
+    parser.add_argument("--out", help="draw: PNG (progress.png), train: folder")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    logging.disable_progress_bar()
+    try:
+        if args.command == "train" and not (args.videos and args.out):
+            raise ValueError("train needs --videos rollouts.npz and --out FOLDER")
+        videos, success, task = read_rollouts(args.videos) if args.videos else simulator_rollouts()
+        if args.command == "draw":
+            if success is None:
+                raise ValueError(f"{args.videos}: drawing needs `success`")
+            model = WorldModel.from_pretrained(args.model, batch_size=32)
+            scores = draw(videos, success, task, model, args.out or "progress.png")
+            print("  ".join(f"{key} {value:.3f}" for key, value in scores.items()))
+            share = separation(model.encode(videos).numpy(), success, task)
+            print(f"success nearer than failure in {share:.3f} of pairs (0.5 is blind)")
+            print(f"wrote {args.out or 'progress.png'}")
+            return
+        began = time.time()
+
+        def report(step, numbers, model):
+            line = f"step {step:5d}  " + "  ".join(f"{key} {value:.4f}" for key, value in numbers.items())
+            if success is not None:  # at step 0 this is what random weights already give
+                line += f"  success nearer than failure {separation(model.encode(videos).numpy(), success, task):.3f}"
+            print(f"{line}  {time.time() - began:.0f} s", flush=True)
+
+        trained = train_world_model(videos, steps=args.steps, batch_size=args.batch_size, lr=args.lr, seed=args.seed,
+                                    report=report, report_every=max(args.steps // 10, 1))
+        trained.save_pretrained(args.out)
+        print(f"wrote {args.out}")
+    except ValueError as error:
+        sys.exit(f"world_model.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
