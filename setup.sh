@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Everything a fresh Debian or Ubuntu machine needs: a virtual environment in .venv, the packages, OpenGL for the simulator.
+# Safe to run again; it does nothing that is done already.
+set -euo pipefail
+cd "$(dirname "$0")"
+PYTHON=${PYTHON:-python3}
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+  { echo "error: Python 3.11 or newer is needed, $PYTHON is $("$PYTHON" --version); set PYTHON=python3.11" >&2; exit 1; }
+[ -x .venv/bin/python ] || "$PYTHON" -m venv .venv ||
+  { echo "error: no virtual environment could be made; run: apt-get install -y python3-venv" >&2; exit 1; }
+if ! cmp -s requirements.txt .venv/installed.txt; then
+  .venv/bin/python -m pip install --quiet -r requirements.txt
+  cp requirements.txt .venv/installed.txt
+fi
+if [ "$(uname)" = Linux ] && ! .venv/bin/python -c 'import envs; envs.Tabletop().reset()' 2>/dev/null; then
+  packages="libegl1 libgl1-mesa-dri libopengl0"
+  echo "OpenGL is missing, installing: $packages"
+  if [ "$(id -u)" = 0 ]; then sudo=; else sudo=sudo; fi
+  $sudo apt-get update -qq && $sudo apt-get install -y -qq --no-install-recommends $packages ||
+    { echo "error: install OpenGL yourself: apt-get install -y --no-install-recommends $packages" >&2; exit 1; }
+  .venv/bin/python -c 'import envs; envs.Tabletop().reset()'
+fi

@@ -1,0 +1,435 @@
+"""SRPO for vision-language-action policies (arXiv 2511.15605): failures are paid by how near their video comes to success.
+
+One step, numbered as in the code of `train`:
+  1. From each of P initial states play G rollouts with the current policy, sampling every action token at a temperature.
+  2. A frozen world model turns each rollout's video into one latent. Successes earn 1; a failure earns up to alpha < 1 by
+     its distance to the nearest cluster of this batch's successes of the same task (rewards.py).
+  3. Advantages are normalised within the G rollouts of an initial state; groups whose rewards are all equal say nothing
+     and are dropped.
+  4. A clipped policy-gradient update over the executed tokens, a few passes in minibatches, stopped early if the policy
+     has moved too far (grpo.py).
+Before that the policy is fine-tuned on a few demonstrations; that one is shipped in weights/ (`--stage sft` makes it anew).
+
+Left out: a value network, entropy bonus, dynamic sampling (refilling dropped groups), asynchronous rollouts.
+Paper and published code differ; where they do, the line says so. `--reward binary` is plain GRPO on 0/1 rewards.
+
+    python vla_srpo.py --steps 200                               # the main job: a few minutes on two CPU cores
+    python vla_srpo.py --steps 200 --reward binary --seed 1      # plain GRPO, to compare with
+    python vla_srpo.py --resume out/srpo                         # go on after Ctrl-C, a crash or a power cut
+    python vla_srpo.py --stage sft --demos 10 --out weights/tiny_vla
+"""
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+import envs
+import eval as evaluation
+import grpo
+import rewards
+import vla
+import world_model
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def flag(default, text: str, **more):
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass
+class Settings:
+    steps: int = flag(200, "RL steps")
+    reward: str = flag("srpo", "srpo: failures earn progress; binary: 0/1, plain GRPO", choices=["srpo", "binary"])
+    variant: str = flag("paper", "progress reward of the paper or of its published code", choices=["paper", "official"])
+    alpha: float = flag(0.8, "paper variant: reward of the best possible failure, below the 1 of a success")
+    groups: int = flag(16, "P: initial states per step (paper: 64)")
+    group_size: int = flag(8, "G: rollouts per initial state (paper: 8)")
+    temperature: float = flag(1.0, "of sampling and of the log-probabilities alike (paper: 1.6)")
+    lr: float = flag(3e-4, "AdamW's learning rate: 10 steps of warmup, then linearly to a tenth (paper: 5e-6 at 7B, constant)")
+    epochs: int = flag(4, "passes over a step's rollouts (paper: 1, with minibatches)")
+    minibatch: int = flag(256, "action chunks per update")
+    micro_batch: int = flag(256, "action chunks per forward pass; smaller saves memory, same gradient")
+    clip_low: float = flag(0.2, "ratio is clipped below 1 - this")
+    clip_high: float = flag(0.28, "and above 1 + this")
+    target_kl: float = flag(0.02, "end a step's updates when KL(old || new) per token exceeds this; 0: never")
+    beta: float = flag(0.0, "weight of the KL to the starting policy (the published code's loss leaves it out)")
+    max_norm: float = flag(1.0, "gradient clipping")
+    std_scale: bool = flag(True, "divide advantages by the group's standard deviation (False: Dr. GRPO)")
+    keep: str = flag("signal", "groups to train on; signal: rewards differ; mixed: success rate within 0.1..0.9, as published",
+                     choices=["signal", "mixed"])
+    focus: bool = flag(True, "draw initial states by p(1-p)+0.05, p their latest success rate (False: uniformly, as in the paper)")
+    model: str = flag(str(WEIGHTS / "tiny_vla"), "starting policy: folder or hub id")
+    world_model: str = flag(str(WEIGHTS / "vjepa_tiny"), "V-JEPA 2 encoder: folder or hub id")
+    seed: int = flag(0, "of initial states, sampling and minibatches")
+    out: str = flag("", "output folder (default: out/REWARD)")
+    resume: str = flag("", "folder of a run to go on with; its settings are taken over, others given must agree")
+    eval_every: int = flag(20, "steps between held-out evaluations, greedy, all initial states; 0: only before and after")
+    save_every: int = flag(5, "steps between checkpoints")
+    workers: int = flag(2, "simulator processes")
+    tables: int = flag(128, "simulated tables over all workers")
+    threads: int = flag(0, "torch threads; 0: all cores")
+    stage: str = flag("rl", "sft: only make the starting policy from demonstrations, into --out", choices=["rl", "sft"])
+    demos: int = flag(10, "sft: demonstrations per task")
+    sft_steps: int = flag(600, "sft: updates of 64 chunks")
+    sft_lr: float = flag(2e-3, "sft: learning rate, cosine")
+
+
+FREE = {"out", "resume", "workers", "threads", "eval_every", "save_every"}  # may change on resume: no effect on learning
+
+
+def check(s: Settings) -> None:
+    """ValueError, one line, for a setting out of range."""
+    for name, low in (("steps", 1), ("groups", 1), ("group_size", 2), ("epochs", 1), ("minibatch", 1), ("micro_batch", 1),
+                      ("workers", 1), ("tables", 1), ("demos", 1), ("sft_steps", 1), ("save_every", 1), ("threads", 0),
+                      ("eval_every", 0), ("seed", 0), ("beta", 0), ("target_kl", 0)):
+        if getattr(s, name) < low:
+            raise ValueError(f"--{name} must be at least {low}, got {getattr(s, name)}"
+                             + (": a group of one has no baseline" if name == "group_size" else ""))
+    for name in ("temperature", "lr", "sft_lr", "max_norm", "clip_low", "clip_high"):
+        if not 0 < getattr(s, name) < math.inf:
+            raise ValueError(f"--{name} must be positive and finite, got {getattr(s, name)}")
+    if not 0 <= s.alpha < 1:
+        raise ValueError(f"--alpha must lie in [0, 1), got {s.alpha}: a failure must earn less than a success")
+    if not s.clip_low < 1:
+        raise ValueError(f"--clip_low must be below 1, got {s.clip_low}")
+
+
+# Demonstrations and supervised fine-tuning
+
+def demonstrations(per_task: int, noise: float = 0.1, seed: int = 0) -> dict[str, np.ndarray]:
+    """The scripted expert on the first training initial states: at every step the image and the next 8 actions.
+
+    Noise disturbs what is executed, the labels stay clean, so the policy also sees how to come back from small errors.
+    -> {"image": uint8 (N, 64, 64, 3), "task": int64 (N,), "actions": float64 (N, 8, 7) in LIBERO's convention}
+    """
+    env, rng = envs.Tabletop(), np.random.default_rng(seed)
+    data = {"image": [], "task": [], "actions": []}
+    for task in range(len(envs.TASKS)):
+        for index in range(per_task):
+            image = env.reset(options={"task": task, "index": index % envs.N_STATES})[0]["image"]
+            expert, actions, ended = envs.Expert(env), [], False
+            while not ended:
+                actions.append(expert())
+                data["image"].append(image), data["task"].append(task)
+                ended = env.advance((actions[-1] + noise * np.array([*rng.standard_normal(3), 0, 0, 0, 0])).clip(-1, 1))
+                image = env.render()
+            rest = [np.array([0, 0, 0, 0, 0, 0, -1.0])] * envs.CHUNK                # after success: stand still, open
+            data["actions"] += [np.stack((actions + rest)[t:t + envs.CHUNK]) for t in range(len(actions))]
+    return {name: np.stack(rows) for name, rows in data.items()}
+
+
+def fine_tune(data: dict[str, np.ndarray], steps: int, lr: float, seed: int = 0) -> vla.TinyVLA:
+    """A TinyVLA from random weights, by cross-entropy on the demonstrations' action tokens."""
+    torch.manual_seed(seed)
+    actions = vla.from_env_actions(data["actions"])
+    flat = actions.reshape(-1, 7)
+    stats = {"q01": np.quantile(flat, 0.01, 0).tolist(), "q99": np.quantile(flat, 0.99, 0).tolist(),
+             "mask": [True] * 6 + [False]}
+    policy = vla.TinyVLA({"tabletop": {"action": stats, "num_transitions": len(flat), "num_trajectories": 0}})
+    optimizer = grpo.make_optimizer(policy, lr)
+    ids, mask = policy.prompt_ids(list(envs.TASKS))
+    task, images = torch.from_numpy(data["task"]), torch.from_numpy(data["image"])
+    bins = policy.encode(actions, "tabletop").flatten(1)                            # (N, 56)
+    bar = tqdm(range(steps), desc="SFT", mininterval=1)
+    for step in bar:
+        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        rows = torch.randint(len(bins), (64,))
+        logits = policy(ids[task[rows]], mask[task[rows]], policy.pixel_values(images[rows][:, None]))
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), bins[rows].flatten())
+        loss.backward()
+        grpo.clip_and_step(optimizer, policy, 1.0)
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    return policy
+
+
+# Reinforcement learning
+
+def sampler(policy, temperature: float, key: str):
+    """act() of `envs.play`: samples every token; a call's record is (bins (56,), log-probabilities (56,), entropy)."""
+    def act(images: np.ndarray, instructions: list[str]):
+        with torch.no_grad():
+            logits = policy(*policy.prompt_ids(instructions), policy.pixel_values(images[:, None]))     # (B, 56, 256)
+            cumulative = (logits / temperature).softmax(-1).cumsum(-1)
+            # inverse of the cumulative distribution: several times faster than torch.multinomial on a CPU
+            u = torch.rand(*logits.shape[:2], 1, device=logits.device) * cumulative[..., -1:]
+            bins = torch.searchsorted(cumulative, u).squeeze(-1).clamp(max=vla.BINS - 1)                # (B, 56)
+            logp, entropy = grpo.token_logprobs(logits, bins, temperature)
+        bins, logp, entropy = bins.cpu(), logp.cpu(), entropy.mean(1).tolist()
+        return vla.to_env_actions(policy.decode(bins, key)), list(zip(bins, logp, entropy))
+    return act
+
+
+@dataclass
+class Batch:
+    """The executed chunks of one step's rollouts that have an advantage; a row is a policy call, N of them."""
+    images: torch.Tensor        # (N, 64, 64, 3) uint8
+    instructions: list[str]
+    bins: torch.Tensor          # (N, 56) int64
+    logp: torch.Tensor          # (N, 56) float32, under the policy and the temperature they were sampled at
+    mask: torch.Tensor          # (N, 56) bool: tokens of actions that ran before the episode ended
+    advantage: torch.Tensor     # (N,) float32
+    trajectory: torch.Tensor    # (N,) int64, the rollout a chunk belongs to
+
+
+def collate(episodes: list[envs.Episode], advantages: torch.Tensor) -> Batch:
+    """Rollouts and their advantages (N,) -> the rows to train on. Old log-probabilities are those of sampling, because one
+    model does both; the published code recomputes them, because its sampler is another program."""
+    rows = [(i, e, j) for i, e in enumerate(episodes) if advantages[i] != 0 for j in range(len(e.executed))]
+    if not rows:
+        empty = torch.empty(0, vla.ACTION_TOKENS)
+        return Batch(empty, [], empty.long(), empty, empty.bool(), torch.empty(0), torch.empty(0, dtype=torch.long))
+    executed = torch.tensor([e.executed[j] for _, e, j in rows])
+    return Batch(images=torch.from_numpy(np.stack([e.images[j] for _, e, j in rows])),
+                 instructions=[envs.TASKS[e.start.task] for _, e, _ in rows],
+                 bins=torch.stack([e.records[j][0] for _, e, j in rows]),
+                 logp=torch.stack([e.records[j][1] for _, e, j in rows]),
+                 mask=torch.arange(vla.ACTION_TOKENS) // vla.ACTION_DIM < executed[:, None],
+                 advantage=torch.stack([advantages[i] for i, _, _ in rows]),
+                 trajectory=torch.tensor([i for i, _, _ in rows]))
+
+
+def update(policy, reference, optimizer, batch: Batch, s: Settings) -> dict:
+    """Clipped updates over a step's batch. Loss (SRPO-VLA, and its code): mean over a rollout's valid tokens, then over
+    rollouts. Returns statistics over all updates; a minibatch with a non-finite loss or gradient is skipped and counted."""
+    stats, norms, skipped, stop = [], [], 0, False
+    weight = grpo.trajectory_weights(batch.mask, batch.trajectory)                  # (N,)
+    rollouts = grpo.loss_normalizer(batch.mask, "sequence", row_weight=weight)
+    device = next(policy.parameters()).device
+    for _ in range(s.epochs):
+        for rows in torch.randperm(len(batch.mask)).split(s.minibatch):
+            normalizer, seen = rollouts * len(rows) / len(batch.mask), []           # expectation: the whole batch's gradient
+            for part in rows.split(s.micro_batch):
+                inputs = (*policy.prompt_ids([batch.instructions[i] for i in part]), policy.pixel_values(batch.images[part][:, None]))
+                bins, old, adv, mask = (x[part].to(device) for x in (batch.bins, batch.logp, batch.advantage, batch.mask))
+                logp, _ = grpo.token_logprobs(policy(*inputs), bins, s.temperature)
+                ref = None
+                if reference is not None:
+                    with torch.no_grad():
+                        ref, _ = grpo.token_logprobs(reference(*inputs), bins, s.temperature)
+                loss, stat = grpo.policy_loss(logp, old, adv, mask, ref_logp=ref, clip=(s.clip_low, s.clip_high), beta=s.beta,
+                                              aggregate="sequence", row_weight=weight[part].to(device), normalizer=normalizer)
+                loss.backward()
+                seen.append(stat)
+            stats.append(grpo.merge_stats(seen))
+            if s.target_kl and stats[-1]["old_kl"] > s.target_kl:
+                optimizer.zero_grad()
+                stop = True
+                break
+            if math.isfinite(stats[-1]["loss"]):
+                norm, stepped = grpo.clip_and_step(optimizer, policy, s.max_norm)
+            else:
+                norm, stepped = math.nan, False
+                optimizer.zero_grad()
+            norms += [norm] if stepped else []
+            skipped += not stepped
+        if stop:
+            break
+    mean = {k: float(np.mean([x[k] for x in stats])) for k in ("loss", "old_kl", "ref_kl", "clip_low", "clip_high")} if stats else {}
+    return mean | {"ratio_max": max((x["ratio_max"] for x in stats), default=1.0), "updates": len(norms), "skipped": skipped,
+                   "grad_norm": float(np.mean(norms)) if norms else 0.0}
+
+
+def score(episodes: list[envs.Episode], encoder, s: Settings) -> tuple[np.ndarray, rewards.ProgressRecord | None]:
+    """Reward of each rollout, float64 (N,), and the record of how it came about (None for 0/1 rewards)."""
+    success = np.array([e.success for e in episodes])
+    if s.reward == "binary":
+        return success.astype(float), None
+    latents = encoder.encode([e.video for e in episodes]).numpy()                   # (N, D): one per ROLLOUT
+    group = np.repeat(np.arange(len(episodes) // s.group_size), s.group_size)
+    return rewards.progress_reward(latents, success, [e.start.task for e in episodes], variant=s.variant, alpha=s.alpha,
+                                   group=group)
+
+
+def train(s: Settings, out: Path, step: int, policy, optimizer, rates: np.ndarray, log: grpo.MetricsLog,
+          workers: envs.Workers) -> int:
+    """Steps `step` + 1 .. s.steps; stops early on Ctrl-C. Returns the last step done. rates (tasks, 50): success rate of the
+    latest group from each training initial state, 0.5 before the first; changed in place, like the policy."""
+    key = next(iter(policy.norm_stats))
+    reference = vla.load_policy(s.model) if s.beta > 0 else None
+    encoder = world_model.WorldModel.from_pretrained(s.world_model, batch_size=32) if s.reward == "srpo" else None
+    interrupted = []
+    handler = signal.signal(signal.SIGINT, lambda *_: (interrupted.append(1), signal.signal(signal.SIGINT, handler),
+                            tqdm.write("Ctrl-C: finishing this step and saving; press again to stop at once")))
+    bar = tqdm(total=s.steps, initial=step, desc=s.reward, unit="step", dynamic_ncols=True, mininterval=1)
+    while step < s.steps and not interrupted:
+        step += 1
+        # Each step has its own random numbers, a function of (seed, step): so a resumed run repeats an uninterrupted one.
+        rng = np.random.default_rng([s.seed, step])
+        torch.manual_seed(int(rng.integers(2**62)))
+        optimizer.param_groups[0]["lr"] = s.lr * min(1, step / 10) * (1 - 0.9 * (step - 1) / s.steps)
+
+        began = time.perf_counter()                                                 # 1. rollouts
+        chance = rates * (1 - rates) + 0.05     # not in the paper: states that are neither solved nor hopeless come up more often
+        if not s.focus:
+            chance = np.ones_like(rates)
+        drawn = rng.choice(rates.size, s.groups, replace=s.groups > rates.size, p=(chance / chance.sum()).ravel())
+        states = [envs.Start(int(i) // envs.N_STATES, int(i) % envs.N_STATES) for i in drawn]
+        starts = [state for state in states for _ in range(s.group_size)]
+        episodes = envs.play(sampler(policy, s.temperature, key), workers, starts)
+        rolled = time.perf_counter()
+
+        reward, record = score(episodes, encoder, s)                                # 2. rewards
+        scored = time.perf_counter()
+
+        by_group = torch.tensor(reward, dtype=torch.float32).view(s.groups, s.group_size)
+        advantages = grpo.group_advantages(by_group, scale=s.std_scale)             # 3. advantages (P, G)
+        rate = torch.tensor([e.success for e in episodes]).float().view(s.groups, s.group_size).mean(1)
+        rates.flat[drawn] = rate.numpy()
+        if s.keep == "mixed":                   # code: filters on the success rate BEFORE the reward is shaped
+            advantages = advantages * ((rate >= 0.1) & (rate <= 0.9))[:, None]
+        used = (advantages != 0).any(1)
+
+        batch = collate(episodes, advantages.flatten())                             # 4. update
+        stats = update(policy, reference, optimizer, batch, s) if len(batch.mask) else {"updates": 0, "skipped": 0}
+        if stats["skipped"]:
+            tqdm.write(f"step {step}: {stats['skipped']} updates skipped, loss or gradient not finite")
+        env_steps = sum(e.steps for e in episodes)
+        row = {"step": step, "success": float(rate.mean()), "reward": float(reward.mean()),
+               "failure_reward": float(by_group.flatten()[[not e.success for e in episodes]].mean()) if rate.mean() < 1 else None,
+               "length": env_steps / len(episodes), "groups_used": int(used.sum()), "groups_failed": int((rate == 0).sum()),
+               "groups_solved": int((rate == 1).sum()), "entropy": float(np.mean([r[2] for e in episodes for r in e.records])),
+               **stats, "lr": optimizer.param_groups[0]["lr"], "env_steps": env_steps, "tokens": int(batch.mask.sum()),
+               "workers_replaced": workers.replaced, "seconds_rollout": rolled - began, "seconds_reward": scored - rolled,
+               "seconds_update": time.perf_counter() - scored}
+        if record is not None:
+            row |= {"groups_changed": record.n_groups_changed, "clusters": sum(record.clusters.values()),
+                    "noise": sum(record.noise.values()), "fallbacks": sum(map(bool, record.fallbacks.values()))}
+        if step == s.steps or s.eval_every and step % s.eval_every == 0:
+            result = evaluation.evaluate_vla(policy, workers, "heldout", key)
+            row["heldout"] = result["success"]
+            tqdm.write(f"step {step:4d}  held-out success {result['success']:.1%} (greedy, {result['episodes']} episodes)")
+        log.append(row)
+        bar.set_postfix(success=f"{row['success']:.0%}", reward=f"{row['reward']:.2f}")
+        bar.update()
+        if step % 5 == 0 or step == 1:
+            tqdm.write(f"step {step:4d}  success {row['success']:5.1%}  reward {row['reward']:.3f}  groups used {row['groups_used']:2d}"
+                       f"/{s.groups}  kl {stats.get('old_kl', 0):.4f}  entropy {row['entropy']:.2f}  rollout {row['seconds_rollout']:.1f} s"
+                       f"  reward {row['seconds_reward']:.1f} s  update {row['seconds_update']:.1f} s")
+        if step % 25 == 1:
+            tqdm.write("  sample: " + describe(episodes, reward, advantages.flatten(), record, int(rng.integers(len(episodes)))))
+        if step % s.save_every == 0 or step == s.steps or interrupted:
+            save(out, s, step, policy, optimizer, rates)
+    bar.close()
+    signal.signal(signal.SIGINT, handler)
+    return step
+
+
+def describe(episodes, reward, advantages, record, i: int) -> str:
+    """One rollout in a line; a failure with a distance if there is one."""
+    i = next((j for j in [*range(i, len(episodes)), *range(i)] if not episodes[j].success), i)
+    e = episodes[i]
+    distance = f", latent distance {record.distances[i]:.3f}" if record is not None else ""
+    return (f"\"{envs.TASKS[e.start.task]}\", initial state {e.start.index}: {'success' if e.success else 'failure'} after {e.steps} "
+            f"steps{distance} -> reward {reward[i]:.3f}, advantage {advantages[i]:+.2f}")
+
+
+def save(out: Path, s: Settings, step: int, policy, optimizer, rates: np.ndarray) -> None:
+    grpo.save_checkpoint(out / "checkpoint", model_tensors=policy.state_dict(), trainer_tensors=grpo.optimizer_tensors(optimizer),
+                         state={"step": step, "settings": asdict(s), "rates": rates.tolist()})
+
+
+def prepare(s: Settings, given: set[str]) -> tuple[Settings, Path, int, dict | None]:
+    """Settings, output folder, last step done, and the checkpoint to go on from. Nothing is written if anything is wrong."""
+    if not s.resume:
+        out = Path(s.out or f"out/{s.reward}")
+        if (out / "checkpoint" / "state.json").exists():
+            raise ValueError(f"{out} holds a run already; go on with --resume {out}, or choose another --out")
+        return s, out, 0, None
+    out = Path(s.resume)
+    model, trainer, state = grpo.load_checkpoint(out / "checkpoint")
+    saved = state["settings"]
+    for name in sorted(given - FREE):
+        if getattr(s, name) != saved.get(name):
+            raise ValueError(f"--{name} {getattr(s, name)} differs from the run's {saved.get(name)}; "
+                             f"drop the flag, or start a new run with --out")
+    s = Settings(**saved | {name: getattr(s, name) for name in given & FREE} | {"out": str(out), "resume": str(out)})
+    return s, out, state["step"], {"model": model, "trainer": trainer, "rates": state["rates"]}
+
+
+def run(s: Settings, given: set[str]) -> int:
+    """The whole job; returns the exit code."""
+    check(s)
+    s, out, step, saved = prepare(s, given)
+    torch.set_num_threads(s.threads or os.cpu_count())
+    torch.set_flush_denormal(True)          # CPU arithmetic on numbers below 1e-38 is many times slower, and they are noise
+    if s.stage == "sft":
+        if not s.out:
+            raise ValueError("--stage sft needs --out, a folder for the policy")
+        fine_tune(demonstrations(s.demos), s.sft_steps, s.sft_lr, s.seed).save_pretrained(s.out)
+        print(f"wrote {s.out}; measure it: python eval.py vla --checkpoint {s.out}")
+        return 0
+    policy = vla.load_policy(s.model)
+    out.mkdir(parents=True, exist_ok=True)
+    optimizer = grpo.make_optimizer(policy, s.lr, betas=(0.9, 0.99))
+    rates = np.full((len(envs.TASKS), envs.N_STATES), 0.5)
+    if saved:
+        rates[:] = saved["rates"]
+        policy.load_state_dict(saved["model"])
+        grpo.load_optimizer_tensors(optimizer, saved["trainer"])
+    key, began = next(iter(policy.norm_stats)), time.time()
+    print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v != "" and k not in ("stage", "demos", "sft_steps", "sft_lr")))
+    print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {len(envs.TASKS)} tasks, {torch.get_num_threads()} torch threads, "
+          f"{s.workers} simulator processes; results go to {out}/")
+    workers = envs.Workers(s.workers, s.tables)
+    try:
+        film_starts = [envs.Start(task, 0, "heldout") for task in range(len(envs.TASKS))]
+        if step == 0:
+            before = evaluation.evaluate_vla(policy, workers, "heldout", key)
+            (out / "before.json").write_text(json.dumps(before, indent=1))
+            evaluation.film(policy, film_starts, key, out / "before.gif")
+            save(out, s, 0, policy, optimizer, rates)
+            print(f"before: {before['success']:.1%} of the held-out initial states solved (greedy)")
+        else:
+            before = json.loads((out / "before.json").read_text())
+            print(f"resumed after step {step}")
+        log = grpo.MetricsLog(out / "metrics.jsonl", resume_step=step)
+        if step == 0:
+            log.append({"step": 0, "heldout": before["success"]})
+        done = train(s, out, step, policy, optimizer, rates, log, workers)
+        log.close()
+        rows = evaluation.read_metrics(out / "metrics.jsonl")
+        evaluation.draw_curves({s.reward: [rows]}, out / "curve.png")
+        if done < s.steps:
+            print(f"stopped after step {done}; go on with: python vla_srpo.py --resume {out}")
+            return 130
+        after = evaluation.evaluate_vla(policy, workers, "heldout", key)
+        evaluation.film(policy, film_starts, key, out / "after.gif")
+        (out / "after.json").write_text(json.dumps(after, indent=1))
+        if not (out / "policy").exists():
+            policy.save_pretrained(out / "policy")
+    finally:
+        workers.close()
+    print("\nheld-out success, greedy, 95% Wilson intervals\n" + evaluation.table({"before": before, f"after {s.steps} steps": after}))
+    trained = [r for r in rows if "seconds_rollout" in r]
+    seconds = {part: np.mean([r[f"seconds_{part}"] for r in trained]) for part in ("rollout", "reward", "update")}
+    print(f"{time.time() - began:.0f} s; per step: " + ", ".join(f"{part} {t:.2f} s" for part, t in seconds.items()))
+    print("wrote " + ", ".join(f"{out}/{name}" for name in ("metrics.jsonl", "curve.png", "before.gif", "after.gif", "after.json",
+                                                            "policy/", "checkpoint/")))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = HfArgumentParser(Settings, description="SRPO for vision-language-action policies", allow_abbrev=False)
+    parser.error = lambda message: (_ for _ in ()).throw(ValueError(message))
+    try:
+        (s,) = parser.parse_args_into_dataclasses(argv)
+        return run(s, {a[2:].partition("=")[0].replace("-", "_") for a in argv if a.startswith("--")})
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
