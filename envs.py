@@ -13,6 +13,7 @@ Left out on purpose: domain randomisation, proprioception and wrist camera (the 
     python envs.py --gif expert.gif --episodes 50
 """
 import argparse
+import atexit
 import multiprocessing
 import os
 import signal
@@ -32,7 +33,7 @@ GL_HELP = "apt-get install -y --no-install-recommends libegl1 libgl1-mesa-dri li
 CUBES, PLATES = ("red", "blue"), ("green", "yellow")
 TASKS = tuple(f"put the {cube} cube on the {plate} plate" for cube in CUBES for plate in PLATES)
 N_STATES = 50                   # initial states per task and split, as in LIBERO
-HORIZON = 48                    # env steps (2.4 s at 20 Hz); the expert needs about 30
+HORIZON = 56                    # env steps (2.8 s at 20 Hz); the expert needs about 32
 CHUNK = 8                       # actions per policy call, as in OpenVLA-OFT
 SUBSTEPS, TIMESTEP = 10, 0.005  # 20 Hz control
 STEP = 0.04                     # metres the hand's set point moves for an action of 1
@@ -43,6 +44,7 @@ JITTER = 0.025                  # metres, uniform, per object and axis
 HOME = np.array([0.0, 0.0, 0.14])
 LOW, HIGH = np.array([-0.2, -0.2, 0.005]), np.array([0.2, 0.2, 0.2])
 FINGER_OPEN = 0.04              # metres from the middle, each finger
+FINGER_STEP = 0.01              # metres a finger's set point moves per env step: like LIBERO's, the gripper needs a few steps
 
 RGB = {"red": "0.85 0.1 0.1", "blue": "0.1 0.2 0.9", "green": "0.1 0.65 0.2", "yellow": "0.95 0.8 0.1"}
 XML = f"""
@@ -87,6 +89,8 @@ XML = f"""
 
 def load_mujoco():
     """Import mujoco, turning the many ways in which a machine can lack OpenGL into one line with the fix."""
+    if os.environ["MUJOCO_GL"] not in ("egl", "osmesa", "glfw"):
+        raise RuntimeError(f"MUJOCO_GL={os.environ['MUJOCO_GL']} is unknown; set it to egl, osmesa or glfw")
     try:
         import mujoco
         return mujoco
@@ -121,11 +125,16 @@ class Scene:
     def render(self, data, size: int) -> np.ndarray:
         """uint8 (size, size, 3) from the agent's camera."""
         if size not in self.renderers:
+            hook, sys.unraisablehook = sys.unraisablehook, lambda _: None      # a half-made context complains as it is deleted
             try:
                 self.renderers[size] = self.mujoco.Renderer(self.model, size, size)
-            except (AttributeError, ImportError, OSError, RuntimeError) as e:
+            except (AttributeError, ImportError, OSError, RuntimeError, self.mujoco.FatalError) as e:
                 raise RuntimeError(f"cannot make an OpenGL context with MUJOCO_GL={os.environ['MUJOCO_GL']} "
                                    f"({type(e).__name__}); run: {GL_HELP}") from None
+            finally:
+                sys.unraisablehook = hook
+            # Closed before mujoco shuts OpenGL down, which it registered just now: later, Python would print a traceback.
+            atexit.register(self.close)
         self.renderers[size].update_scene(data, camera="agentview")
         return self.renderers[size].render()
 
@@ -187,7 +196,7 @@ class Tabletop(gymnasium.Env):
         self.goal[:3] = (self.goal[:3] + STEP * action[:3]).clip(LOW, HIGH)
         self.goal[3:] = (self.goal[3:] + TURN * action[3:6]).clip(-1.5, 1.5)
         self.data.ctrl[:6] = self.goal
-        self.data.ctrl[6:] = FINGER_OPEN if action[6] < 0 else 0.0           # LIBERO: -1 opens, +1 closes
+        self.data.ctrl[6:] = (self.data.ctrl[6:] - FINGER_STEP * np.sign(action[6])).clip(0, FINGER_OPEN)  # LIBERO: -1 opens
         self.scene.mujoco.mj_step(self.scene.model, self.data, SUBSTEPS)
         self.steps += 1
         self.success = self.solved()
@@ -245,7 +254,7 @@ class Expert:
         if self.phase == 1:                                                      # descend
             goal = np.array([*cube, 0.008])
             if hand[2] < 0.014:
-                self.phase, self.wait = 2, 3
+                self.phase, self.wait = 2, 4
         if self.phase == 2:                                                      # close
             goal, grip, self.wait = env.goal[:3].copy(), 1.0, self.wait - 1
             if self.wait < 0:
@@ -261,7 +270,7 @@ class Expert:
         if self.phase == 5:                                                      # lower
             goal, grip = np.array([*plate, 0.02]), 1.0
             if hand[2] < 0.028:
-                self.phase, self.wait = 6, 3
+                self.phase, self.wait = 6, 4
         if self.phase == 6:                                                      # open
             goal, self.wait = env.goal[:3].copy(), self.wait - 1
             if self.wait < 0:
@@ -334,9 +343,6 @@ class TableBatch(gymnasium.Env):
             executed[slot], success[slot], ended[slot] = info["executed"], terminated, terminated or truncated
         return {"image": self.images}, 0.0, False, False, {"executed": executed, "success": success, "ended": ended}
 
-    def close(self):
-        Scene.get().close()
-
 
 class Workers:
     """Tables spread over worker processes, each a gymnasium AsyncVectorEnv holding one `TableBatch`. Table i lives in process
@@ -352,8 +358,16 @@ class Workers:
         self.history: dict[int, tuple[Start, list]] = {}        # live tables: where they started, the chunks since
 
     def _spawn(self, k: int) -> gymnasium.vector.AsyncVectorEnv:
-        # forkserver, because a fork of a process with threads or an OpenGL context can hang
-        return gymnasium.vector.AsyncVectorEnv([partial(self.make_batch, self.counts[k])], context="forkserver")
+        # forkserver, because a fork of a process with threads or an OpenGL context can hang. It would import the main script
+        # again in each worker, torch and all (640 MB instead of 160), if it knew the script's file.
+        script = sys.modules["__main__"]
+        file, script.__file__ = getattr(script, "__file__", None), None
+        try:
+            return gymnasium.vector.AsyncVectorEnv([partial(self.make_batch, self.counts[k])], context="forkserver")
+        except (EOFError, OSError):
+            raise RuntimeError("a worker process died while starting: is memory short, or the OpenGL driver broken?") from None
+        finally:
+            script.__file__ = file
 
     def reset(self, starts: dict[int, Start]) -> dict[int, np.ndarray]:
         """Start episodes, {table: Start} -> {table: image uint8 (size, size, 3)}."""
@@ -505,7 +519,6 @@ def main() -> None:
         print(f"{instruction}: expert solves {wins}/{args.episodes}, {np.mean(steps):.0f} steps")
     save_gif(args.gif, frames)
     print(f"wrote {args.gif}")
-    Scene.get().close()
 
 
 def save_gif(path: str, frames: list[np.ndarray], fps: int = 10) -> None:

@@ -148,6 +148,8 @@ def main() -> None:
     p = commands.add_parser("curves", help="learning curves; runs in folders named LABEL-SEED are averaged by label")
     p.add_argument("metrics", nargs="+", help="metrics.jsonl files")
     p.add_argument("--out", default="curves.png")
+    for each in (parser, *commands.choices.values()):
+        each.error = lambda message: sys.exit(f"error: {message}")
     args = parser.parse_args()
     if args.command == "curves":
         runs: dict[str, list] = {}

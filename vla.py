@@ -441,9 +441,12 @@ class TinyVLA(nn.Module):
         """A folder written by `save_pretrained`; FileNotFoundError or ValueError, one line, for anything else."""
         folder = Path(path)
         config = read_json(folder / "config.json")
-        if config.pop("model_type", None) != "tiny_vla":
+        if not isinstance(config, dict) or config.pop("model_type", None) != "tiny_vla":
             raise ValueError(f"{folder}/config.json is not a TinyVLA's; use OpenVLA.from_pretrained")
-        model, tensors = cls(read_json(folder / "dataset_statistics.json"), **config), read_headers(folder)
+        try:
+            model, tensors = cls(read_json(folder / "dataset_statistics.json"), **config), read_headers(folder)
+        except TypeError as error:
+            raise ValueError(f"{folder}/config.json does not describe a TinyVLA ({error}); give a complete checkpoint") from None
         wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         if {name: shape for name, (_, shape) in tensors.items()} != wanted:
             raise ValueError(f"{folder}: the tensors do not fit config.json; give a complete checkpoint")

@@ -16,11 +16,12 @@ Paper and published code differ; where they do, the line says so. `--reward bina
     python vla_srpo.py --steps 200                               # the main job: a few minutes on two CPU cores
     python vla_srpo.py --steps 200 --reward binary --seed 1      # plain GRPO, to compare with
     python vla_srpo.py --resume out/srpo                         # go on after Ctrl-C, a crash or a power cut
-    python vla_srpo.py --stage sft --demos 10 --out weights/tiny_vla
+    python vla_srpo.py --stage sft --out weights/tiny_vla
 """
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -52,11 +53,11 @@ class Settings:
     reward: str = flag("srpo", "srpo: failures earn progress; binary: 0/1, plain GRPO", choices=["srpo", "binary"])
     variant: str = flag("paper", "progress reward of the paper or of its published code", choices=["paper", "official"])
     alpha: float = flag(0.8, "paper variant: reward of the best possible failure, below the 1 of a success")
-    groups: int = flag(16, "P: initial states per step (paper: 64)")
+    groups: int = flag(32, "P: initial states per step (paper: 64)")
     group_size: int = flag(8, "G: rollouts per initial state (paper: 8)")
-    temperature: float = flag(1.0, "of sampling and of the log-probabilities alike (paper: 1.6)")
-    lr: float = flag(3e-4, "AdamW's learning rate: 10 steps of warmup, then linearly to a tenth (paper: 5e-6 at 7B, constant)")
-    epochs: int = flag(4, "passes over a step's rollouts (paper: 1, with minibatches)")
+    temperature: float = flag(1.6, "of sampling and of the log-probabilities alike (paper: 1.6)")
+    lr: float = flag(5e-4, "AdamW's learning rate after 10 steps of warmup (paper: 5e-6 at 7B)")
+    epochs: int = flag(2, "passes over a step's rollouts (paper: 1)")
     minibatch: int = flag(256, "action chunks per update")
     micro_batch: int = flag(256, "action chunks per forward pass; smaller saves memory, same gradient")
     clip_low: float = flag(0.2, "ratio is clipped below 1 - this")
@@ -79,12 +80,12 @@ class Settings:
     tables: int = flag(128, "simulated tables over all workers")
     threads: int = flag(0, "torch threads; 0: all cores")
     stage: str = flag("rl", "sft: only make the starting policy from demonstrations, into --out", choices=["rl", "sft"])
-    demos: int = flag(10, "sft: demonstrations per task")
-    sft_steps: int = flag(600, "sft: updates of 64 chunks")
+    demos: int = flag(14, "sft: demonstrations per task")
+    sft_steps: int = flag(700, "sft: updates of 64 chunks")
     sft_lr: float = flag(2e-3, "sft: learning rate, cosine")
 
 
-FREE = {"out", "resume", "workers", "threads", "eval_every", "save_every"}  # may change on resume: no effect on learning
+FREE = {"out", "resume", "workers", "threads", "eval_every", "save_every"}  # may change on resume (threads: other rounding)
 
 
 def check(s: Settings) -> None:
@@ -92,7 +93,7 @@ def check(s: Settings) -> None:
     for name, low in (("steps", 1), ("groups", 1), ("group_size", 2), ("epochs", 1), ("minibatch", 1), ("micro_batch", 1),
                       ("workers", 1), ("tables", 1), ("demos", 1), ("sft_steps", 1), ("save_every", 1), ("threads", 0),
                       ("eval_every", 0), ("seed", 0), ("beta", 0), ("target_kl", 0)):
-        if getattr(s, name) < low:
+        if not low <= getattr(s, name) < math.inf:
             raise ValueError(f"--{name} must be at least {low}, got {getattr(s, name)}"
                              + (": a group of one has no baseline" if name == "group_size" else ""))
     for name in ("temperature", "lr", "sft_lr", "max_norm", "clip_low", "clip_high"):
@@ -100,6 +101,8 @@ def check(s: Settings) -> None:
             raise ValueError(f"--{name} must be positive and finite, got {getattr(s, name)}")
     if not 0 <= s.alpha < 1:
         raise ValueError(f"--alpha must lie in [0, 1), got {s.alpha}: a failure must earn less than a success")
+    if s.tables < s.workers:
+        raise ValueError(f"--tables {s.tables} is less than --workers {s.workers}: each worker needs one")
     if not s.clip_low < 1:
         raise ValueError(f"--clip_low must be below 1, got {s.clip_low}")
 
@@ -251,14 +254,13 @@ def score(episodes: list[envs.Episode], encoder, s: Settings) -> tuple[np.ndarra
                                    group=group)
 
 
-def train(s: Settings, out: Path, step: int, policy, optimizer, rates: np.ndarray, log: grpo.MetricsLog,
-          workers: envs.Workers) -> int:
-    """Steps `step` + 1 .. s.steps; stops early on Ctrl-C. Returns the last step done. rates (tasks, 50): success rate of the
-    latest group from each training initial state, 0.5 before the first; changed in place, like the policy."""
+def train(s: Settings, out: Path, step: int, policy, reference, encoder, optimizer, rates: np.ndarray,
+          log: grpo.MetricsLog, workers: envs.Workers) -> tuple[int, dict | None]:
+    """Steps `step` + 1 .. s.steps; stops early on Ctrl-C. Returns the last step done and the last held-out evaluation.
+    reference: starting policy, or None if beta is 0; encoder: world model, or None for 0/1 rewards; rates (tasks, 50): success
+    rate of the latest group from each training initial state, 0.5 before the first; changed in place, like the policy."""
     key = next(iter(policy.norm_stats))
-    reference = vla.load_policy(s.model) if s.beta > 0 else None
-    encoder = world_model.WorldModel.from_pretrained(s.world_model, batch_size=32) if s.reward == "srpo" else None
-    interrupted = []
+    interrupted, result = [], None
     handler = signal.signal(signal.SIGINT, lambda *_: (interrupted.append(1), signal.signal(signal.SIGINT, handler),
                             tqdm.write("Ctrl-C: finishing this step and saving; press again to stop at once")))
     bar = tqdm(total=s.steps, initial=step, desc=s.reward, unit="step", dynamic_ncols=True, mininterval=1)
@@ -267,12 +269,10 @@ def train(s: Settings, out: Path, step: int, policy, optimizer, rates: np.ndarra
         # Each step has its own random numbers, a function of (seed, step): so a resumed run repeats an uninterrupted one.
         rng = np.random.default_rng([s.seed, step])
         torch.manual_seed(int(rng.integers(2**62)))
-        optimizer.param_groups[0]["lr"] = s.lr * min(1, step / 10) * (1 - 0.9 * (step - 1) / s.steps)
+        optimizer.param_groups[0]["lr"] = s.lr * min(1, step / 10)
 
         began = time.perf_counter()                                                 # 1. rollouts
-        chance = rates * (1 - rates) + 0.05     # not in the paper: states that are neither solved nor hopeless come up more often
-        if not s.focus:
-            chance = np.ones_like(rates)
+        chance = rates * (1 - rates) + 0.05 if s.focus else np.ones_like(rates)
         drawn = rng.choice(rates.size, s.groups, replace=s.groups > rates.size, p=(chance / chance.sum()).ravel())
         states = [envs.Start(int(i) // envs.N_STATES, int(i) % envs.N_STATES) for i in drawn]
         starts = [state for state in states for _ in range(s.group_size)]
@@ -322,7 +322,7 @@ def train(s: Settings, out: Path, step: int, policy, optimizer, rates: np.ndarra
             save(out, s, step, policy, optimizer, rates)
     bar.close()
     signal.signal(signal.SIGINT, handler)
-    return step
+    return step, result
 
 
 def describe(episodes, reward, advantages, record, i: int) -> str:
@@ -341,6 +341,8 @@ def save(out: Path, s: Settings, step: int, policy, optimizer, rates: np.ndarray
 
 def prepare(s: Settings, given: set[str]) -> tuple[Settings, Path, int, dict | None]:
     """Settings, output folder, last step done, and the checkpoint to go on from. Nothing is written if anything is wrong."""
+    if "resume" in given and not s.resume:
+        raise ValueError("--resume is empty; give the folder of a run")
     if not s.resume:
         out = Path(s.out or f"out/{s.reward}")
         if (out / "checkpoint" / "state.json").exists():
@@ -348,7 +350,9 @@ def prepare(s: Settings, given: set[str]) -> tuple[Settings, Path, int, dict | N
         return s, out, 0, None
     out = Path(s.resume)
     model, trainer, state = grpo.load_checkpoint(out / "checkpoint")
-    saved = state["settings"]
+    saved = state.get("settings", {})
+    if set(saved) != set(asdict(s)) or "rates" not in state:
+        raise ValueError(f"{out}/checkpoint was written by another version of vla_srpo.py; start a new run with --out")
     for name in sorted(given - FREE):
         if getattr(s, name) != saved.get(name):
             raise ValueError(f"--{name} {getattr(s, name)} differs from the run's {saved.get(name)}; "
@@ -360,17 +364,24 @@ def prepare(s: Settings, given: set[str]) -> tuple[Settings, Path, int, dict | N
 def run(s: Settings, given: set[str]) -> int:
     """The whole job; returns the exit code."""
     check(s)
-    s, out, step, saved = prepare(s, given)
+    if s.stage == "rl":
+        s, out, step, saved = prepare(s, given)
     torch.set_num_threads(s.threads or os.cpu_count())
     torch.set_flush_denormal(True)          # CPU arithmetic on numbers below 1e-38 is many times slower, and they are noise
     if s.stage == "sft":
-        if not s.out:
-            raise ValueError("--stage sft needs --out, a folder for the policy")
+        if not s.out or Path(s.out).exists():
+            raise ValueError(f"--stage sft needs --out, a new folder for the policy" + (f"; {s.out} exists" if s.out else ""))
         fine_tune(demonstrations(s.demos), s.sft_steps, s.sft_lr, s.seed).save_pretrained(s.out)
         print(f"wrote {s.out}; measure it: python eval.py vla --checkpoint {s.out}")
         return 0
     policy = vla.load_policy(s.model)
-    out.mkdir(parents=True, exist_ok=True)
+    reference = vla.load_policy(s.model) if s.beta > 0 else None
+    encoder = world_model.WorldModel.from_pretrained(s.world_model, batch_size=32) if s.reward == "srpo" else None
+    envs.Tabletop().reset()                 # whatever is wrong with the models or OpenGL shows before anything is written
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be made ({error.strerror}); choose another folder") from None
     optimizer = grpo.make_optimizer(policy, s.lr, betas=(0.9, 0.99))
     rates = np.full((len(envs.TASKS), envs.N_STATES), 0.5)
     if saved:
@@ -393,21 +404,21 @@ def run(s: Settings, given: set[str]) -> int:
         else:
             before = json.loads((out / "before.json").read_text())
             print(f"resumed after step {step}")
-        log = grpo.MetricsLog(out / "metrics.jsonl", resume_step=step)
+        log = grpo.MetricsLog(out / "metrics.jsonl", resume_step=step or -1)
         if step == 0:
             log.append({"step": 0, "heldout": before["success"]})
-        done = train(s, out, step, policy, optimizer, rates, log, workers)
+        done, after = train(s, out, step, policy, reference, encoder, optimizer, rates, log, workers)
         log.close()
         rows = evaluation.read_metrics(out / "metrics.jsonl")
         evaluation.draw_curves({s.reward: [rows]}, out / "curve.png")
         if done < s.steps:
             print(f"stopped after step {done}; go on with: python vla_srpo.py --resume {out}")
             return 130
-        after = evaluation.evaluate_vla(policy, workers, "heldout", key)
+        after = after or evaluation.evaluate_vla(policy, workers, "heldout", key)       # a finished run may be resumed too
         evaluation.film(policy, film_starts, key, out / "after.gif")
         (out / "after.json").write_text(json.dumps(after, indent=1))
-        if not (out / "policy").exists():
-            policy.save_pretrained(out / "policy")
+        shutil.rmtree(out / "policy", ignore_errors=True)
+        policy.save_pretrained(out / "policy")
     finally:
         workers.close()
     print("\nheld-out success, greedy, 95% Wilson intervals\n" + evaluation.table({"before": before, f"after {s.steps} steps": after}))
@@ -424,11 +435,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = HfArgumentParser(Settings, description="SRPO for vision-language-action policies", allow_abbrev=False)
     parser.error = lambda message: (_ for _ in ()).throw(ValueError(message))
     try:
-        (s,) = parser.parse_args_into_dataclasses(argv)
-        return run(s, {a[2:].partition("=")[0].replace("-", "_") for a in argv if a.startswith("--")})
+        s, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        if unknown:
+            raise ValueError(f"unknown argument {unknown[0]}; see --help")
+        return run(s, {a[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for a in argv if a.startswith("--")})
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; if the run had saved a checkpoint, go on with: python vla_srpo.py --resume FOLDER", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -112,7 +112,8 @@ def test_expert_solves_every_task():
                 assert env.success and env.steps < envs.HORIZON and closed > 5, (split, task, index)
 
 
-def place(env: Tabletop, offset, height: float = 0.028, cube: str = "", plate: str = "", fingers: float = envs.FINGER_OPEN) -> bool:
+def place(env: Tabletop, offset, height: float = 0.028, cube: str = "", plate: str = "",
+          fingers: float = envs.FINGER_OPEN) -> bool:
     """Put a cube by hand at an offset (metres) from a plate's centre; is the task solved?"""
     cube, plate = cube or env.cube, plate or env.plate
     env.data.joint(cube).qpos[:2] = env.data.body(plate).xpos[:2] + offset
@@ -205,15 +206,16 @@ def test_batch_renders_only_active_tables(monkeypatch):
 # Many tables in worker processes
 
 def alone(start: Start) -> tuple[Episode, np.ndarray]:
-    """A table by itself, stepped one action at a time by the expert (every third initial state: with a mistake that makes
-    it miss), and the chunks (calls, 8, 7) that repeat it; what follows success in the last chunk must not be executed."""
+    """A table by itself, stepped one action at a time by the expert (every third initial state: mistaken and trembling, so
+    that it misses), and the chunks (calls, 8, 7) that repeat it; what follows success in the last chunk must not be executed."""
     env, episode, chunks, ended = at(start), Episode(start), [], False
-    expert = Expert(env, error=0.1 * (start.index % 3 == 0), rng=np.random.default_rng(start.index))
+    rng, misses = np.random.default_rng([start.task, start.index]), start.index % 3 == 0
+    expert = Expert(env, error=0.1 * misses, rng=rng)
     episode.images.append(env.render())
     while not ended:
         chunk = []
         while len(chunk) < 8 and not ended:
-            chunk.append(expert())
+            chunk.append(expert() + misses * np.array([*rng.normal(0, 0.5, 3), 0, 0, 0, 0]))
             ended = env.advance(chunk[-1])
         episode.images.append(env.render())
         episode.executed.append(len(chunk))
@@ -290,7 +292,7 @@ def test_more_episodes_than_tables(script, workers):
     random.Random(1).shuffle(starts)
     script.batches.clear()
     script.check(play(script, workers, starts, done.append), starts)
-    assert len(done) == 19 and workers.replaced == 0
+    assert len(done) == 19 and workers.replaced == 0 and workers.history == {}     # nothing is kept of episodes that ended
     assert script.batches[0] == 5 and sum(script.batches) == sum(len(script.truth[s][1]) for s in starts)
 
 

@@ -457,6 +457,7 @@ def tiny():
     with torch.no_grad():
         policy.head.weight.mul_(30)                     # from the usual start all logits would be near 0
         policy.film.weight.mul_(5)
+        policy.sharpness.normal_()                      # starts at 0
     return policy
 
 

@@ -1,0 +1,271 @@
+"""eval.py against scipy, hand-made numbers, and a policy whose outcome on every initial state is known beforehand."""
+import json
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import binomtest
+
+import envs
+import eval as evaluation
+import vla
+from envs import Start
+
+ROOT = Path(evaluation.__file__).parent
+KEY = "tabletop"
+STATS = {KEY: {"action": {"q01": [-0.5] * 3 + [0.0] * 4, "q99": [0.5] * 3 + [0.0] * 3 + [1.0], "mask": [True] * 6 + [False]}}}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# Intervals and tables
+
+def test_wilson():
+    assert evaluation.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=5e-5)        # a textbook value
+    assert evaluation.wilson(0, 10) == pytest.approx((0, 0.2775), abs=5e-5)
+    for n in (1, 7, 50, 200):
+        for successes in range(n + 1):
+            exact = binomtest(successes, n).proportion_ci(method="wilson")
+            assert evaluation.wilson(successes, n, z=1.959963984540054) == pytest.approx(tuple(exact), abs=1e-12)
+            assert evaluation.wilson(successes, n) == pytest.approx(tuple(exact), abs=2e-5)
+    for successes, n in ((3, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match=f"^{successes} successes of {n}: need"):
+            evaluation.wilson(successes, n)
+
+
+def result(rates: list[float]) -> dict:
+    tasks = {text: {"success": r, "interval": (r / 2, (1 + r) / 2)} for text, r in zip(envs.TASKS, rates)}
+    return {"tasks": tasks, "success": float(np.mean(rates)), "interval": (0.011, 0.987)}
+
+
+def test_table():
+    lines = evaluation.table({"before": result([0.1, 0.25, 0.5, 1.0]), "after 200 steps": result([0.9, 1.0, 0.0, 0.62])})
+    lines = lines.split("\n")
+    assert len({len(line) for line in lines}) == 1 and len(lines) == 6          # aligned
+    assert lines[0].split("  ")[-1].strip() == "after 200 steps" and "before" in lines[0]
+    cells = [[float(x) for x in re.findall(r"([\d.]+)%", line)] for line in lines[1:]]
+    assert cells == [[10, 5, 55, 90, 45, 95], [25, 12.5, 62.5, 100, 50, 100], [50, 25, 75, 0, 0, 50], [100, 50, 100, 62, 31, 81],
+                     [46.2, 1.1, 98.7, 63.0, 1.1, 98.7]]
+    assert [line.split("  ")[0].strip() for line in lines[1:]] == [*envs.TASKS, "all tasks"]
+
+
+# A policy with a known outcome on every initial state
+
+class Known:
+    """Solves the initial states in `solves` and stands still on all others. It knows every image it will see by heart: the
+    expert was followed beforehand, through the same 256 bins, on a table alone in this process."""
+    norm_stats, config = STATS, {"size": 64}
+    decode, encode = vla.TinyVLA.decode, vla.TinyVLA.encode
+
+    def __init__(self, solves: list[Start]):
+        self.answers, self.steps = {}, {}
+        env, still = envs.Tabletop(), [0, 0, 0, 0, 0, 0, -1.0]
+        self.still = self.encode(vla.from_env_actions(np.array([still] * 8)), KEY).flatten()
+        for start in solves:
+            image, ended = env.reset(options=vars(start))[0]["image"], False
+            expert = envs.Expert(env)
+            while not ended:
+                chunk = []
+                for _ in range(8):
+                    bins = self.encode(vla.from_env_actions(expert()), KEY)                             # (7,)
+                    chunk.append(bins)
+                    ended = ended or env.advance(vla.to_env_actions(self.decode(bins[None], KEY))[0, 0])
+                self.answers[image.tobytes(), env.instruction] = torch.cat(chunk)
+                image = env.render()
+            assert env.success
+            self.steps[start] = env.steps
+
+    def prompt_ids(self, instructions):
+        return (instructions,)
+
+    def pixel_values(self, frames):
+        assert frames.dtype == np.uint8 and frames.shape[1:] == (1, 64, 64, 3)
+        return frames
+
+    def __call__(self, instructions, frames):
+        bins = torch.stack([self.answers.get((f.tobytes(), i), self.still) for f, i in zip(frames, instructions)])
+        return torch.nn.functional.one_hot(bins, 256).float() * 7 - 3           # (B, 56, 256): the greedy choice is clear
+
+
+SOLVES = {"train": [Start(0, 0), Start(0, 1), Start(0, 2), Start(2, 1)],        # task 0: all three, 1: none, 2: one, 3: none
+          "heldout": [Start(1, 0, "heldout"), Start(1, 2, "heldout"), Start(3, 1, "heldout")]}
+
+
+@pytest.fixture(scope="module")
+def known() -> Known:
+    return Known(SOLVES["train"] + SOLVES["heldout"])
+
+
+@pytest.fixture(scope="module")
+def workers():
+    workers = envs.Workers(2, 7)
+    yield workers
+    workers.close()
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_evaluate_vla_counts(known, workers, split):
+    found = evaluation.evaluate_vla(known, workers, split, KEY, states=3)
+    solved = {(s.task, s.index): known.steps[s] for s in SOLVES[split]}
+    assert found["split"] == split and found["episodes"] == 12 and found["success"] == len(solved) / 12
+    assert found["interval"] == evaluation.wilson(len(solved), 12) and list(found["tasks"]) == list(envs.TASKS)
+    for task, row in enumerate(found["tasks"].values()):
+        wins = [i for i in range(3) if (task, i) in solved]
+        assert row["successes"] == len(wins) and row["episodes"] == 3 and row["success"] == len(wins) / 3
+        assert row["failed"] == [i for i in range(3) if i not in wins] and row["interval"] == evaluation.wilson(len(wins), 3)
+        assert row["steps"] == pytest.approx(np.mean([solved.get((task, i), envs.HORIZON) for i in range(3)]))
+    json.dumps(found)
+
+
+def test_greedy_takes_the_likeliest_bin():
+    policy = vla.TinyVLA(STATS, channels=(4, 4, 4), width=16, basis=6)
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    actions, records = evaluation.greedy(policy, KEY)(images, list(envs.TASKS[:3]))
+    assert actions.shape == (3, 8, 7) and records == [None] * 3
+    with torch.no_grad():
+        logits = policy(*policy.prompt_ids(list(envs.TASKS[:3])), policy.pixel_values(images[:, None]))
+    bins = [[max(range(256), key=lambda b: logits[i, t, b].item()) for t in range(56)] for i in range(3)]
+    np.testing.assert_array_equal(actions, vla.to_env_actions(policy.decode(np.array(bins), KEY)))
+
+
+def test_film(known, tmp_path):
+    """A solved and an unsolved state: as many frames as every second step, then six with a green or red border."""
+    good, bad = Start(0, 1), Start(1, 0)
+    evaluation.film(known, [good, bad], KEY, tmp_path / "x.gif", size=48)
+    with Image.open(tmp_path / "x.gif") as gif:
+        assert gif.size == (48, 48)
+        frames, times = [], []
+        for k in range(gif.n_frames):                       # equal frames are merged, with the sum of their times
+            gif.seek(k)
+            frames.append(np.asarray(gif.convert("RGB")).astype(int))
+            times.append(gif.info["duration"])
+    steps = known.steps[good]
+    assert sum(times) == 100 * ((steps + 1) // 2 + 6 + envs.HORIZON // 2 + 6)
+    edges = [np.concatenate([f[:4].reshape(-1, 3), f[-4:].reshape(-1, 3), f[:, :4].reshape(-1, 3), f[:, -4:].reshape(-1, 3)])
+             for f in frames]
+    framed = [k for k, e in enumerate(edges) if e.std(0).max() < 3]             # one colour all around
+    assert framed[-1] == len(frames) - 1 and framed[0] < framed[-1]
+    first, last = edges[framed[0]].mean(0), edges[framed[-1]].mean(0)
+    assert first[1] > 2 * first[0] and last[0] > 2 * last[1]
+
+
+# Learning curves
+
+def test_read_metrics(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 0, "heldout": 0.5}\n{"step": 1, "success": null}\n')
+    assert evaluation.read_metrics(file) == [{"step": 0, "heldout": 0.5}, {"step": 1, "success": None}]
+    file.write_text('{"step": 0}\n{"step": 1}\n{"step": 2, "succ\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl line 3 is not JSON .*delete that line"):
+        evaluation.read_metrics(file)
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        evaluation.read_metrics("nowhere")
+
+
+def test_draw_curves(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+    rng = np.random.default_rng(0)
+    seeds = []
+    for n in (12, 12, 9):                                   # the third run is not finished
+        rows = [{"step": 0, "heldout": rng.random()}]
+        rows += [{"step": t, "success": rng.random()} | ({"heldout": rng.random()} if t % 4 == 0 else {})
+                 for t in range(1, n + 1)]
+        seeds.append(rows)
+    seeds[0][5]["success"] = None                           # JSON's NaN
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    evaluation.draw_curves({"srpo": seeds, "binary": seeds[:1], "empty": [[{"step": 0}]]}, tmp_path / "curve.png")
+    with Image.open(tmp_path / "curve.png") as image:
+        assert image.format == "PNG" and image.width > 800
+    (figure,) = drawn
+    heldout, success = figure.axes
+    line, alone = heldout.lines[:2]
+    assert line.get_xdata().tolist() == [0, 4, 8] and alone.get_xdata().tolist() == [0, 4, 8, 12]
+    np.testing.assert_allclose(line.get_ydata(), [np.mean([rows[t]["heldout"] for rows in seeds]) for t in (0, 4, 8)])
+    steps = [t for t in range(1, 10) if t != 5]
+    assert success.lines[0].get_xdata().tolist() == steps
+    smooth = []
+    for k in range(len(steps)):                             # mean of the five steps around, fewer at the ends
+        near = steps[max(k - 2, 0):k + 3]
+        smooth.append(np.mean([rows[t]["success"] for rows in seeds for t in near]))
+    np.testing.assert_allclose(success.lines[0].get_ydata(), smooth)
+    labels = [text.get_text() for text in heldout.get_legend().get_texts()]
+    assert labels == ["srpo (3 seeds)", "binary (1 seed)"]
+    monkeypatch.undo()
+    plt.close(figure)
+
+
+# The command line
+
+def command(monkeypatch, *argv):
+    """`python eval.py ...` in this process -> the message it exits with; None if all went well."""
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, argv)])
+    try:
+        runpy.run_path(str(ROOT / "eval.py"), run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    return None
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eval") / "policy"
+    torch.manual_seed(0)
+    vla.TinyVLA(STATS, channels=(4, 4, 4), width=16, basis=6).save_pretrained(folder)
+    return folder
+
+
+def test_vla_command(checkpoint, tmp_path, monkeypatch, capsys):
+    assert command(monkeypatch, "vla", "--checkpoint", checkpoint, "--states", "2", "--workers", "1",
+                   "--out", tmp_path / "out") is None
+    found = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert list(found) == ["train", "heldout"] and all(r["episodes"] == 8 for r in found.values())
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["heldout.gif", "result.json", "train.gif"]
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in (*envs.TASKS, "all tasks", "train", "heldout", "result.json"))
+
+
+def test_curves_command(tmp_path, monkeypatch):
+    for name in ("srpo-0", "srpo-1", "binary-0"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps({"step": 0, "heldout": 0.5, "name": name}) + "\n")
+    seen = {}
+    monkeypatch.setattr(evaluation, "draw_curves", lambda runs, out: seen.update(runs, out=out))
+    monkeypatch.setattr(sys, "argv", ["eval.py", "curves", *sorted(map(str, tmp_path.glob("*/metrics.jsonl"))), "--out", "x.png"])
+    evaluation.main()
+    assert {k: [rows[0]["name"] for rows in v] for k, v in seen.items() if k != "out"} == {
+        "binary": ["binary-0"], "srpo": ["srpo-0", "srpo-1"]} and seen["out"] == "x.png"
+
+
+def test_bad_input_is_one_clear_line(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bad = tmp_path / "runs-0" / "metrics.jsonl"
+    bad.parent.mkdir()
+    bad.write_text('{"step": 0}\noops\n{"step": 2}\n')
+    shutil.copytree(checkpoint, tmp_path / "half")
+    file = tmp_path / "half" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:500])
+    before = sorted(tmp_path.rglob("*"))
+    for argv, words in [
+            (("vla", "--checkpoint", tmp_path / "missing"), f"{tmp_path}/missing is neither a checkpoint folder nor a hub id"),
+            (("vla", "--checkpoint", tmp_path / "half"), "half/model.safetensors is truncated"),
+            (("vla", "--checkpoint", checkpoint, "--states", "0"), "--states must be 1..50, got 0"),
+            (("vla", "--checkpoint", checkpoint, "--states", "51"), "--states must be 1..50, got 51"),
+            (("vla", "--checkpoint", checkpoint, "--out", bad), str(bad)),
+            (("curves", tmp_path / "none" / "metrics.jsonl"), "none/metrics.jsonl does not exist"),
+            (("curves", bad), "runs-0/metrics.jsonl line 2 is not JSON")]:
+        message = command(monkeypatch, *argv)               # Python prints it on stderr and exits with 1
+        assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message and words in message
+        assert sorted(tmp_path.rglob("*")) == before
