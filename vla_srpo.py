@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser
+from transformers.utils import logging
 
 import envs
 import eval as evaluation
@@ -56,7 +57,7 @@ class Settings:
     groups: int = flag(32, "P: initial states per step (paper: 64)")
     group_size: int = flag(8, "G: rollouts per initial state (paper: 8)")
     temperature: float = flag(1.6, "of sampling and of the log-probabilities alike (paper: 1.6)")
-    lr: float = flag(5e-4, "AdamW's learning rate after 10 steps of warmup (paper: 5e-6 at 7B)")
+    lr: float = flag(5e-4, "AdamW's learning rate: 10 steps of warmup, then linearly to a tenth (paper: 5e-6 at 7B)")
     epochs: int = flag(2, "passes over a step's rollouts (paper: 1)")
     minibatch: int = flag(256, "action chunks per update")
     micro_batch: int = flag(256, "action chunks per forward pass; smaller saves memory, same gradient")
@@ -68,7 +69,6 @@ class Settings:
     std_scale: bool = flag(True, "divide advantages by the group's standard deviation (False: Dr. GRPO)")
     keep: str = flag("signal", "groups to train on; signal: rewards differ; mixed: success rate within 0.1..0.9, as published",
                      choices=["signal", "mixed"])
-    focus: bool = flag(True, "draw initial states by p(1-p)+0.05, p their latest success rate (False: uniformly, as in the paper)")
     model: str = flag(str(WEIGHTS / "tiny_vla"), "starting policy: folder or hub id")
     world_model: str = flag(str(WEIGHTS / "vjepa_tiny"), "V-JEPA 2 encoder: folder or hub id")
     seed: int = flag(0, "of initial states, sampling and minibatches")
@@ -254,11 +254,10 @@ def score(episodes: list[envs.Episode], encoder, s: Settings) -> tuple[np.ndarra
                                    group=group)
 
 
-def train(s: Settings, out: Path, step: int, policy, reference, encoder, optimizer, rates: np.ndarray,
-          log: grpo.MetricsLog, workers: envs.Workers) -> tuple[int, dict | None]:
+def train(s: Settings, out: Path, step: int, policy, reference, encoder, optimizer, log: grpo.MetricsLog,
+          workers: envs.Workers) -> tuple[int, dict | None]:
     """Steps `step` + 1 .. s.steps; stops early on Ctrl-C. Returns the last step done and the last held-out evaluation.
-    reference: starting policy, or None if beta is 0; encoder: world model, or None for 0/1 rewards; rates (tasks, 50): success
-    rate of the latest group from each training initial state, 0.5 before the first; changed in place, like the policy."""
+    reference: starting policy, or None if beta is 0; encoder: world model, or None for 0/1 rewards."""
     key = next(iter(policy.norm_stats))
     interrupted, result = [], None
     handler = signal.signal(signal.SIGINT, lambda *_: (interrupted.append(1), signal.signal(signal.SIGINT, handler),
@@ -269,12 +268,12 @@ def train(s: Settings, out: Path, step: int, policy, reference, encoder, optimiz
         # Each step has its own random numbers, a function of (seed, step): so a resumed run repeats an uninterrupted one.
         rng = np.random.default_rng([s.seed, step])
         torch.manual_seed(int(rng.integers(2**62)))
-        optimizer.param_groups[0]["lr"] = s.lr * min(1, step / 10)
+        optimizer.param_groups[0]["lr"] = s.lr * min(1, step / 10) * (1 - 0.9 * (step - 1) / s.steps)
 
         began = time.perf_counter()                                                 # 1. rollouts
-        chance = rates * (1 - rates) + 0.05 if s.focus else np.ones_like(rates)
-        drawn = rng.choice(rates.size, s.groups, replace=s.groups > rates.size, p=(chance / chance.sum()).ravel())
-        states = [envs.Start(int(i) // envs.N_STATES, int(i) % envs.N_STATES) for i in drawn]
+        total = len(envs.TASKS) * envs.N_STATES
+        states = [envs.Start(int(i) // envs.N_STATES, int(i) % envs.N_STATES)
+                  for i in rng.choice(total, s.groups, replace=s.groups > total)]
         starts = [state for state in states for _ in range(s.group_size)]
         episodes = envs.play(sampler(policy, s.temperature, key), workers, starts)
         rolled = time.perf_counter()
@@ -285,7 +284,6 @@ def train(s: Settings, out: Path, step: int, policy, reference, encoder, optimiz
         by_group = torch.tensor(reward, dtype=torch.float32).view(s.groups, s.group_size)
         advantages = grpo.group_advantages(by_group, scale=s.std_scale)             # 3. advantages (P, G)
         rate = torch.tensor([e.success for e in episodes]).float().view(s.groups, s.group_size).mean(1)
-        rates.flat[drawn] = rate.numpy()
         if s.keep == "mixed":                   # code: filters on the success rate BEFORE the reward is shaped
             advantages = advantages * ((rate >= 0.1) & (rate <= 0.9))[:, None]
         used = (advantages != 0).any(1)
@@ -319,7 +317,7 @@ def train(s: Settings, out: Path, step: int, policy, reference, encoder, optimiz
         if step % 25 == 1:
             tqdm.write("  sample: " + describe(episodes, reward, advantages.flatten(), record, int(rng.integers(len(episodes)))))
         if step % s.save_every == 0 or step == s.steps or interrupted:
-            save(out, s, step, policy, optimizer, rates)
+            save(out, s, step, policy, optimizer)
     bar.close()
     signal.signal(signal.SIGINT, handler)
     return step, result
@@ -334,9 +332,9 @@ def describe(episodes, reward, advantages, record, i: int) -> str:
             f"steps{distance} -> reward {reward[i]:.3f}, advantage {advantages[i]:+.2f}")
 
 
-def save(out: Path, s: Settings, step: int, policy, optimizer, rates: np.ndarray) -> None:
+def save(out: Path, s: Settings, step: int, policy, optimizer) -> None:
     grpo.save_checkpoint(out / "checkpoint", model_tensors=policy.state_dict(), trainer_tensors=grpo.optimizer_tensors(optimizer),
-                         state={"step": step, "settings": asdict(s), "rates": rates.tolist()})
+                         state={"step": step, "settings": asdict(s)})
 
 
 def prepare(s: Settings, given: set[str]) -> tuple[Settings, Path, int, dict | None]:
@@ -351,14 +349,14 @@ def prepare(s: Settings, given: set[str]) -> tuple[Settings, Path, int, dict | N
     out = Path(s.resume)
     model, trainer, state = grpo.load_checkpoint(out / "checkpoint")
     saved = state.get("settings", {})
-    if set(saved) != set(asdict(s)) or "rates" not in state:
+    if set(saved) != set(asdict(s)):
         raise ValueError(f"{out}/checkpoint was written by another version of vla_srpo.py; start a new run with --out")
     for name in sorted(given - FREE):
         if getattr(s, name) != saved.get(name):
             raise ValueError(f"--{name} {getattr(s, name)} differs from the run's {saved.get(name)}; "
                              f"drop the flag, or start a new run with --out")
     s = Settings(**saved | {name: getattr(s, name) for name in given & FREE} | {"out": str(out), "resume": str(out)})
-    return s, out, state["step"], {"model": model, "trainer": trainer, "rates": state["rates"]}
+    return s, out, state["step"], {"model": model, "trainer": trainer}
 
 
 def run(s: Settings, given: set[str]) -> int:
@@ -374,6 +372,7 @@ def run(s: Settings, given: set[str]) -> int:
         fine_tune(demonstrations(s.demos), s.sft_steps, s.sft_lr, s.seed).save_pretrained(s.out)
         print(f"wrote {s.out}; measure it: python eval.py vla --checkpoint {s.out}")
         return 0
+    logging.disable_progress_bar()          # transformers' own bar for loading weights
     policy = vla.load_policy(s.model)
     reference = vla.load_policy(s.model) if s.beta > 0 else None
     encoder = world_model.WorldModel.from_pretrained(s.world_model, batch_size=32) if s.reward == "srpo" else None
@@ -383,9 +382,7 @@ def run(s: Settings, given: set[str]) -> int:
     except OSError as error:
         raise ValueError(f"--out {out} cannot be made ({error.strerror}); choose another folder") from None
     optimizer = grpo.make_optimizer(policy, s.lr, betas=(0.9, 0.99))
-    rates = np.full((len(envs.TASKS), envs.N_STATES), 0.5)
     if saved:
-        rates[:] = saved["rates"]
         policy.load_state_dict(saved["model"])
         grpo.load_optimizer_tensors(optimizer, saved["trainer"])
     key, began = next(iter(policy.norm_stats)), time.time()
@@ -399,7 +396,7 @@ def run(s: Settings, given: set[str]) -> int:
             before = evaluation.evaluate_vla(policy, workers, "heldout", key)
             (out / "before.json").write_text(json.dumps(before, indent=1))
             evaluation.film(policy, film_starts, key, out / "before.gif")
-            save(out, s, 0, policy, optimizer, rates)
+            save(out, s, 0, policy, optimizer)
             print(f"before: {before['success']:.1%} of the held-out initial states solved (greedy)")
         else:
             before = json.loads((out / "before.json").read_text())
@@ -407,7 +404,7 @@ def run(s: Settings, given: set[str]) -> int:
         log = grpo.MetricsLog(out / "metrics.jsonl", resume_step=step or -1)
         if step == 0:
             log.append({"step": 0, "heldout": before["success"]})
-        done, after = train(s, out, step, policy, reference, encoder, optimizer, rates, log, workers)
+        done, after = train(s, out, step, policy, reference, encoder, optimizer, log, workers)
         log.close()
         rows = evaluation.read_metrics(out / "metrics.jsonl")
         evaluation.draw_curves({s.reward: [rows]}, out / "curve.png")

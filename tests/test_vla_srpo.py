@@ -576,7 +576,7 @@ def stopped(tmp_path):
         p.grad = torch.ones_like(p)
     optimizer.step()
     s = Settings(steps=6, reward="binary", lr=1e-3, threads=1, model=str(tmp_path / "policy"))
-    vla_srpo.save(tmp_path / "run", s, 3, policy, optimizer, np.full((4, 50), 0.25))
+    vla_srpo.save(tmp_path / "run", s, 3, policy, optimizer)
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(f'{{"step": {k}}}\n' for k in range(4)))
     return tmp_path / "run", policy, optimizer
 
