@@ -78,7 +78,7 @@ class Settings:
     save_every: int = flag(5, "steps between checkpoints")
     workers: int = flag(2, "simulator processes")
     tables: int = flag(128, "simulated tables over all workers")
-    threads: int = flag(0, "torch threads; 0: all cores")
+    threads: int = flag(1, "torch threads; more than one is many times slower as soon as anything else uses the cores; 0: all")
     stage: str = flag("rl", "sft: only make the starting policy from demonstrations, into --out", choices=["rl", "sft"])
     demos: int = flag(14, "sft: demonstrations per task")
     sft_steps: int = flag(700, "sft: updates of 64 chunks")
