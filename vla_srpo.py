@@ -25,7 +25,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +57,8 @@ class Settings:
     groups: int = flag(32, "P: initial states per step (paper: 64)")
     group_size: int = flag(8, "G: rollouts per initial state (paper: 8)")
     temperature: float = flag(1.6, "of sampling and of the log-probabilities alike (paper: 1.6)")
+    temperature_end: float = flag(0.6, "the temperature falls linearly to this at the last step (paper: stays), so that what is trained "
+                                       "comes near the greedy policy that is evaluated")
     lr: float = flag(5e-4, "AdamW's learning rate: 10 steps of warmup, then linearly to a tenth (paper: 5e-6 at 7B)")
     epochs: int = flag(2, "passes over a step's rollouts (paper: 1)")
     minibatch: int = flag(256, "action chunks per update")
@@ -96,7 +98,7 @@ def check(s: Settings) -> None:
         if not low <= getattr(s, name) < math.inf:
             raise ValueError(f"--{name} must be at least {low}, got {getattr(s, name)}"
                              + (": a group of one has no baseline" if name == "group_size" else ""))
-    for name in ("temperature", "lr", "sft_lr", "max_norm", "clip_low", "clip_high"):
+    for name in ("temperature", "temperature_end", "lr", "sft_lr", "max_norm", "clip_low", "clip_high"):
         if not 0 < getattr(s, name) < math.inf:
             raise ValueError(f"--{name} must be positive and finite, got {getattr(s, name)}")
     if not 0 <= s.alpha < 1:
@@ -268,6 +270,7 @@ def train(s: Settings, out: Path, step: int, policy, reference, encoder, optimiz
         # Each step has its own random numbers, a function of (seed, step): so a resumed run repeats an uninterrupted one.
         rng = np.random.default_rng([s.seed, step])
         torch.manual_seed(int(rng.integers(2**62)))
+        now = replace(s, temperature=s.temperature + (s.temperature_end - s.temperature) * (step - 1) / max(s.steps - 1, 1))
         optimizer.param_groups[0]["lr"] = s.lr * min(1, step / 10) * (1 - 0.9 * (step - 1) / s.steps)
 
         began = time.perf_counter()                                                 # 1. rollouts
@@ -275,7 +278,7 @@ def train(s: Settings, out: Path, step: int, policy, reference, encoder, optimiz
         states = [envs.Start(int(i) // envs.N_STATES, int(i) % envs.N_STATES)
                   for i in rng.choice(total, s.groups, replace=s.groups > total)]
         starts = [state for state in states for _ in range(s.group_size)]
-        episodes = envs.play(sampler(policy, s.temperature, key), workers, starts)
+        episodes = envs.play(sampler(policy, now.temperature, key), workers, starts)
         rolled = time.perf_counter()
 
         reward, record = score(episodes, encoder, s)                                # 2. rewards
@@ -289,7 +292,7 @@ def train(s: Settings, out: Path, step: int, policy, reference, encoder, optimiz
         used = (advantages != 0).any(1)
 
         batch = collate(episodes, advantages.flatten())                             # 4. update
-        stats = update(policy, reference, optimizer, batch, s) if len(batch.mask) else {"updates": 0, "skipped": 0}
+        stats = update(policy, reference, optimizer, batch, now) if len(batch.mask) else {"updates": 0, "skipped": 0}
         if stats["skipped"]:
             tqdm.write(f"step {step}: {stats['skipped']} updates skipped, loss or gradient not finite")
         env_steps = sum(e.steps for e in episodes)
@@ -297,7 +300,7 @@ def train(s: Settings, out: Path, step: int, policy, reference, encoder, optimiz
                "failure_reward": float(by_group.flatten()[[not e.success for e in episodes]].mean()) if rate.mean() < 1 else None,
                "length": env_steps / len(episodes), "groups_used": int(used.sum()), "groups_failed": int((rate == 0).sum()),
                "groups_solved": int((rate == 1).sum()), "entropy": float(np.mean([r[2] for e in episodes for r in e.records])),
-               **stats, "lr": optimizer.param_groups[0]["lr"], "env_steps": env_steps, "tokens": int(batch.mask.sum()),
+               **stats, "lr": optimizer.param_groups[0]["lr"], "temperature": now.temperature, "env_steps": env_steps, "tokens": int(batch.mask.sum()),
                "workers_replaced": workers.replaced, "seconds_rollout": rolled - began, "seconds_reward": scored - rolled,
                "seconds_update": time.perf_counter() - scored}
         if record is not None:
