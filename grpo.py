@@ -63,40 +63,40 @@ def group_advantages(rewards: Tensor, scale: bool = True, eps: float = 1e-6) -> 
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Forward and backward by chunks of rows; kept for the backward: the logits as they came, and two floats a row."""
+    """Forward and backward by chunks of rows; kept for the backward: the logits as they came, and a float a row."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, tokens: Tensor, temperature: float, rows: int):  # (N, V), (N,)
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        logp, entropy, lse = (torch.empty(len(logits), dtype=dtype, device=logits.device) for _ in range(3))
+        logp, entropy = (torch.empty(len(logits), dtype=dtype, device=logits.device) for _ in range(2))
         for i in range(0, len(logits), rows):
             s = slice(i, i + rows)
             z = logits[s].to(dtype) / temperature                               # (rows, V)
-            lse[s] = z.logsumexp(-1)
-            logp[s] = z.gather(-1, tokens[s, None]).squeeze(-1) - lse[s]
-            log_p = z.sub_(lse[s, None])
-            entropy[s] = -(log_p.exp() * log_p.clamp_(min=NEGATIVE)).sum(-1)    # -sum p log p, where 0 log 0 = 0
-        ctx.save_for_backward(logits, tokens, lse, entropy)
-        ctx.set_materialize_grads(False)                                    # whoever ignores the entropy pays nothing for it
+            log_p = z.log_softmax(-1)
+            logp[s] = log_p.gather(-1, tokens[s, None]).squeeze(-1)
+            entropy[s] = -(z.softmax(-1) * log_p.clamp_(min=NEGATIVE)).sum(-1)  # -sum p log p, where 0 log 0 = 0
+        ctx.save_for_backward(logits, tokens, entropy)
+        ctx.set_materialize_grads(False)                                        # whoever ignores the entropy pays nothing for it
         ctx.temperature, ctx.rows = temperature, rows
         return logp, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_logp: Tensor, d_entropy: Tensor):
-        logits, tokens, lse, entropy = ctx.saved_tensors
+    def backward(ctx, d_logp: Tensor | None, d_entropy: Tensor | None):
+        logits, tokens, entropy = ctx.saved_tensors
         if d_logp is None and d_entropy is None:
             return None, None, None, None
         grad = torch.empty_like(logits)
         for i in range(0, len(logits), ctx.rows):
             s = slice(i, i + ctx.rows)
-            log_p = (logits[s].to(lse.dtype) / ctx.temperature).sub_(lse[s, None])          # (rows, V)
-            g = p = log_p.exp()
-            if d_entropy is not None:                                                       # dH/dz = -p (log p + H)
-                g = -p * (log_p.clamp_(min=NEGATIVE) + entropy[s, None]) * d_entropy[s, None]
-            if d_logp is not None:                                                          # dlogp/dz = onehot - p
-                g = g - p * d_logp[s, None] if d_entropy is not None else p.mul_(-d_logp[s, None])
+            z = logits[s].to(entropy.dtype) / ctx.temperature                           # (rows, V)
+            p = z.softmax(-1)
+            g = torch.zeros_like(p)
+            if d_logp is not None:                                                      # dlogp/dz = onehot - p
+                g = p * -d_logp[s, None]
                 g.scatter_add_(-1, tokens[s, None], d_logp[s, None])
+            if d_entropy is not None:                                                   # dH/dz = -p (log p + H)
+                g -= p * (z.log_softmax(-1).clamp_(min=NEGATIVE) + entropy[s, None]) * d_entropy[s, None]
             grad[s] = g.div_(ctx.temperature)
         return grad, None, None, None
 

@@ -16,7 +16,7 @@ from transformers import VJEPA2Config, VJEPA2Model
 import world_model as wm
 
 FIXTURE = Path(__file__).parent / "fixtures" / "vjepa_tiny"
-SMALL = dict(wm.TINY, crop_size=32, patch_size=8, hidden_size=24, pred_hidden_size=12, num_hidden_layers=2)
+SMALL = dict(wm.TINY, frames_per_clip=8, crop_size=32, patch_size=8, hidden_size=24, pred_hidden_size=12, num_hidden_layers=2)
 torch.set_num_threads(1)
 
 
@@ -298,7 +298,7 @@ def test_bad_checkpoints(tmp_path):
 
 @pytest.mark.parametrize("argv, message", [
     (["--videos", "{}/none.npz", "--model", "x"], "none.npz"), (["--videos", "{}/bad.npz", "--model", "x"], "videos"),
-    (["--videos", "{}/short.npz", "--model", "x"], "success"), (["train"], "--videos"),
+    (["--videos", "{}/short.npz", "--model", "x"], "success"), (["train"], "--out"),
     (["train", "--videos", "{}/good.npz", "--out", "{}/m", "--steps", "-1"], "steps")])
 def test_bad_command_lines(tmp_path, argv, message):
     np.savez(tmp_path / "bad.npz", frames=squares(2))
