@@ -13,7 +13,7 @@ Before that the policy is fine-tuned on a few demonstrations; that one is shippe
 Left out: a value network, entropy bonus, dynamic sampling (refilling dropped groups), asynchronous rollouts.
 Paper and published code differ; where they do, the line says so. `--reward binary` is plain GRPO on 0/1 rewards.
 
-    python vla_srpo.py --steps 200                               # the main job: a few minutes on two CPU cores
+    python vla_srpo.py --steps 200                               # the main job: about 17 minutes on two CPU cores
     python vla_srpo.py --steps 200 --reward binary --seed 1      # plain GRPO, to compare with
     python vla_srpo.py --resume out/srpo                         # go on after Ctrl-C, a crash or a power cut
     python vla_srpo.py --stage sft --out weights/tiny_vla
@@ -53,7 +53,7 @@ class Settings:
     steps: int = flag(200, "RL steps")
     reward: str = flag("srpo", "srpo: failures earn progress; binary: 0/1, plain GRPO", choices=["srpo", "binary"])
     variant: str = flag("paper", "progress reward of the paper or of its published code", choices=["paper", "official"])
-    alpha: float = flag(0.8, "paper variant: reward of the best possible failure, below the 1 of a success")
+    alpha: float = flag(0.3, "paper variant: bound on what a failure earns, below the 1 of a success (paper: 0.8 best of 0..1)")
     groups: int = flag(32, "P: initial states per step (paper: 64)")
     group_size: int = flag(8, "G: rollouts per initial state (paper: 8)")
     temperature: float = flag(1.6, "of sampling and of the log-probabilities alike (paper: 1.6)")
