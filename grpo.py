@@ -91,9 +91,8 @@ class _TokenLogprobs(torch.autograd.Function):
             s = slice(i, i + ctx.rows)
             z = logits[s].to(entropy.dtype) / ctx.temperature                           # (rows, V)
             p = z.softmax(-1)
-            g = torch.zeros_like(p)
+            g = torch.zeros_like(p) if d_logp is None else p * -d_logp[s, None]
             if d_logp is not None:                                                      # dlogp/dz = onehot - p
-                g = p * -d_logp[s, None]
                 g.scatter_add_(-1, tokens[s, None], d_logp[s, None])
             if d_entropy is not None:                                                   # dH/dz = -p (log p + H)
                 g -= p * (z.log_softmax(-1).clamp_(min=NEGATIVE) + entropy[s, None]) * d_entropy[s, None]
