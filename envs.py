@@ -35,7 +35,7 @@ TASKS = tuple(f"put the {cube} cube on the {plate} plate" for cube in CUBES for 
 N_STATES = 50                   # initial states per task and split, as in LIBERO
 HORIZON = 56                    # env steps (2.8 s at 20 Hz); the expert needs about 32
 CHUNK = 8                       # actions per policy call, as in OpenVLA-OFT
-SUBSTEPS, TIMESTEP = 10, 0.005  # 20 Hz control
+SUBSTEPS, TIMESTEP = 8, 0.00625  # 20 Hz control
 STEP = 0.04                     # metres the hand's set point moves for an action of 1
 TURN = 0.1                      # radians, likewise
 SUCCESS_RADIUS = 0.05           # metres between the centres of cube and plate (its radius is 0.065)
@@ -54,7 +54,7 @@ XML = f"""
   <visual><quality shadowsize="0" offsamples="0"/><map znear="0.05" zfar="20"/>
     <headlight ambient="0.5 0.5 0.5" diffuse="0.4 0.4 0.4" specular="0 0 0"/><global offwidth="256" offheight="256"/></visual>
   <default>
-    <geom solref="0.01 1" friction="1.2 0.02 0.001" condim="4"/>
+    <geom solref="0.01 1" friction="1.2" condim="3"/>
     <default class="seen"><geom contype="0" conaffinity="0"/></default>
   </default>
   <worldbody>

@@ -199,16 +199,17 @@ def progress_reward(latents: np.ndarray, success: Sequence[bool], task: Sequence
 def _normalise(text: str) -> str:
     r"""The answer as a plain string, from the last \boxed{} if there is one; "" if that box never closes.
 
-    >>> [_normalise(t) for t in (r"The answer is $\boxed{\frac{2}{3}}$.", "(B)", "1,250", r"\boxed{7")]
-    ['2/3', 'b', '1250', '']
+    >>> [_normalise(t) for t in (r"The answer is $\boxed{\frac{2}{3}}$.", "( B )", "1,250", r"1\frac{1}{2}", r"\boxed{7")]
+    ['2/3', 'b', '1250', '1 1/2', '']
     """
     start = text.rfind(r"\boxed{")
     if start >= 0:
         text = _boxed(text[start:]) or ""
-    text = re.sub(r"[\s$]", "", text).lower().rstrip(".")
-    text = re.sub(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}", r"\1/\2", text)
-    if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", text):
-        text = text.replace(",", "")
+    text = text.replace("$", " ").lower()
+    text = re.sub(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}", r" \1/\2 ", text)     # blanks: 1\frac{1}{2} is not 11/2
+    text = re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", text).rstrip(".")                     # "( B )", but not "6 1"
+    if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?|-?\d{1,3}( \d{3})+(\.\d+)?", text):
+        text = re.sub("[ ,]", "", text)
     return re.sub(r"^\(?([a-z])[).]?$", r"\1", text)
 
 

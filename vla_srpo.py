@@ -28,8 +28,11 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: idle threads sleep, or they would fight the simulator for cores
+
 import numpy as np
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging
@@ -59,7 +62,8 @@ class Settings:
     temperature: float = flag(1.6, "of sampling and of the log-probabilities alike (paper: 1.6)")
     temperature_end: float = flag(0.6, "the temperature falls linearly to this at the last step (paper: stays), so that what is trained "
                                        "comes near the greedy policy that is evaluated")
-    lr: float = flag(5e-4, "AdamW's learning rate: 10 steps of warmup, then linearly to a tenth (paper: 5e-6 at 7B)")
+    lr: float = flag(5e-4, "AdamW's learning rate: 10 steps of warmup, then linearly down (paper: 5e-6 at 7B)")
+    lr_end: float = flag(0.3, "to this fraction of it at the last step")
     epochs: int = flag(2, "passes over a step's rollouts (paper: 1)")
     minibatch: int = flag(256, "action chunks per update")
     micro_batch: int = flag(256, "action chunks per forward pass; smaller saves memory, same gradient")
@@ -68,6 +72,8 @@ class Settings:
     target_kl: float = flag(0.02, "end a step's updates when KL(old || new) per token exceeds this; 0: never")
     beta: float = flag(0.0, "weight of the KL to the starting policy (the published code's loss leaves it out)")
     max_norm: float = flag(1.0, "gradient clipping")
+    average: float = flag(0.9, "the policy that is evaluated and saved is a running average of the weights with this decay a step; "
+                               "0: the last weights, and no second copy of them in memory (paper: 0)")
     std_scale: bool = flag(True, "divide advantages by the group's standard deviation (False: Dr. GRPO)")
     keep: str = flag("signal", "groups to train on; signal: rewards differ; mixed: success rate within 0.1..0.9, as published",
                      choices=["signal", "mixed"])
@@ -80,10 +86,10 @@ class Settings:
     save_every: int = flag(5, "steps between checkpoints")
     workers: int = flag(2, "simulator processes")
     tables: int = flag(128, "simulated tables over all workers")
-    threads: int = flag(1, "torch threads; more than one is many times slower as soon as anything else uses the cores; 0: all")
+    threads: int = flag(2, "torch threads; 0: all cores")
     stage: str = flag("rl", "sft: only make the starting policy from demonstrations, into --out", choices=["rl", "sft"])
-    demos: int = flag(14, "sft: demonstrations per task")
-    sft_steps: int = flag(700, "sft: updates of 64 chunks")
+    demos: int = flag(16, "sft: demonstrations per task")
+    sft_steps: int = flag(900, "sft: updates of 64 chunks")
     sft_lr: float = flag(2e-3, "sft: learning rate, cosine")
 
 
@@ -94,13 +100,15 @@ def check(s: Settings) -> None:
     """ValueError, one line, for a setting out of range."""
     for name, low in (("steps", 1), ("groups", 1), ("group_size", 2), ("epochs", 1), ("minibatch", 1), ("micro_batch", 1),
                       ("workers", 1), ("tables", 1), ("demos", 1), ("sft_steps", 1), ("save_every", 1), ("threads", 0),
-                      ("eval_every", 0), ("seed", 0), ("beta", 0), ("target_kl", 0)):
+                      ("eval_every", 0), ("seed", 0), ("beta", 0), ("target_kl", 0), ("lr_end", 0)):
         if not low <= getattr(s, name) < math.inf:
             raise ValueError(f"--{name} must be at least {low}, got {getattr(s, name)}"
                              + (": a group of one has no baseline" if name == "group_size" else ""))
     for name in ("temperature", "temperature_end", "lr", "sft_lr", "max_norm", "clip_low", "clip_high"):
         if not 0 < getattr(s, name) < math.inf:
             raise ValueError(f"--{name} must be positive and finite, got {getattr(s, name)}")
+    if not 0 <= s.average < 1:
+        raise ValueError(f"--average must lie in [0, 1), got {s.average}")
     if not 0 <= s.alpha < 1:
         raise ValueError(f"--alpha must lie in [0, 1), got {s.alpha}: a failure must earn less than a success")
     if s.tables < s.workers:
@@ -256,10 +264,10 @@ def score(episodes: list[envs.Episode], encoder, s: Settings) -> tuple[np.ndarra
                                    group=group)
 
 
-def train(s: Settings, out: Path, step: int, policy, reference, encoder, optimizer, log: grpo.MetricsLog,
+def train(s: Settings, out: Path, step: int, policy, average, reference, encoder, optimizer, log: grpo.MetricsLog,
           workers: envs.Workers) -> tuple[int, dict | None]:
     """Steps `step` + 1 .. s.steps; stops early on Ctrl-C. Returns the last step done and the last held-out evaluation.
-    reference: starting policy, or None if beta is 0; encoder: world model, or None for 0/1 rewards."""
+    average: running average of the policy's weights, or None; reference: starting policy, or None if beta is 0; encoder: world model, or None for 0/1 rewards."""
     key = next(iter(policy.norm_stats))
     interrupted, result = [], None
     handler = signal.signal(signal.SIGINT, lambda *_: (interrupted.append(1), signal.signal(signal.SIGINT, handler),
@@ -271,7 +279,7 @@ def train(s: Settings, out: Path, step: int, policy, reference, encoder, optimiz
         rng = np.random.default_rng([s.seed, step])
         torch.manual_seed(int(rng.integers(2**62)))
         now = replace(s, temperature=s.temperature + (s.temperature_end - s.temperature) * (step - 1) / max(s.steps - 1, 1))
-        optimizer.param_groups[0]["lr"] = s.lr * min(1, step / 10) * (1 - 0.9 * (step - 1) / s.steps)
+        optimizer.param_groups[0]["lr"] = s.lr * min(1, step / 10) * (1 - (1 - s.lr_end) * (step - 1) / s.steps)
 
         began = time.perf_counter()                                                 # 1. rollouts
         total = len(envs.TASKS) * envs.N_STATES
@@ -293,6 +301,8 @@ def train(s: Settings, out: Path, step: int, policy, reference, encoder, optimiz
 
         batch = collate(episodes, advantages.flatten())                             # 4. update
         stats = update(policy, reference, optimizer, batch, now) if len(batch.mask) else {"updates": 0, "skipped": 0}
+        if average is not None:
+            average.update_parameters(policy)
         if stats["skipped"]:
             tqdm.write(f"step {step}: {stats['skipped']} updates skipped, loss or gradient not finite")
         env_steps = sum(e.steps for e in episodes)
@@ -307,7 +317,7 @@ def train(s: Settings, out: Path, step: int, policy, reference, encoder, optimiz
             row |= {"groups_changed": record.n_groups_changed, "clusters": sum(record.clusters.values()),
                     "noise": sum(record.noise.values()), "fallbacks": sum(map(bool, record.fallbacks.values()))}
         if step == s.steps or s.eval_every and step % s.eval_every == 0:
-            result = evaluation.evaluate_vla(policy, workers, "heldout", key)
+            result = evaluation.evaluate_vla(policy if average is None else average.module, workers, "heldout", key)
             row["heldout"] = result["success"]
             tqdm.write(f"step {step:4d}  held-out success {result['success']:.1%} (greedy, {result['episodes']} episodes)")
         log.append(row)
@@ -320,7 +330,7 @@ def train(s: Settings, out: Path, step: int, policy, reference, encoder, optimiz
         if step % 25 == 1:
             tqdm.write("  sample: " + describe(episodes, reward, advantages.flatten(), record, int(rng.integers(len(episodes)))))
         if step % s.save_every == 0 or step == s.steps or interrupted:
-            save(out, s, step, policy, optimizer)
+            save(out, s, step, policy, average, optimizer)
     bar.close()
     signal.signal(signal.SIGINT, handler)
     return step, result
@@ -335,9 +345,10 @@ def describe(episodes, reward, advantages, record, i: int) -> str:
             f"steps{distance} -> reward {reward[i]:.3f}, advantage {advantages[i]:+.2f}")
 
 
-def save(out: Path, s: Settings, step: int, policy, optimizer) -> None:
-    grpo.save_checkpoint(out / "checkpoint", model_tensors=policy.state_dict(), trainer_tensors=grpo.optimizer_tensors(optimizer),
-                         state={"step": step, "settings": asdict(s)})
+def save(out: Path, s: Settings, step: int, policy, average, optimizer) -> None:
+    averaged = {} if average is None else {f"average.{name}": x for name, x in average.state_dict().items()}
+    grpo.save_checkpoint(out / "checkpoint", model_tensors=policy.state_dict(),
+                         trainer_tensors=grpo.optimizer_tensors(optimizer) | averaged, state={"step": step, "settings": asdict(s)})
 
 
 def prepare(s: Settings, given: set[str]) -> tuple[Settings, Path, int, dict | None]:
@@ -385,8 +396,11 @@ def run(s: Settings, given: set[str]) -> int:
     except OSError as error:
         raise ValueError(f"--out {out} cannot be made ({error.strerror}); choose another folder") from None
     optimizer = grpo.make_optimizer(policy, s.lr, betas=(0.9, 0.99))
+    average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(s.average)) if s.average else None
     if saved:
         policy.load_state_dict(saved["model"])
+        if average is not None:
+            average.load_state_dict({name.removeprefix("average."): x for name, x in saved["trainer"].items() if name.startswith("average.")})
         grpo.load_optimizer_tensors(optimizer, saved["trainer"])
     key, began = next(iter(policy.norm_stats)), time.time()
     print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v != "" and k not in ("stage", "demos", "sft_steps", "sft_lr")))
@@ -399,7 +413,7 @@ def run(s: Settings, given: set[str]) -> int:
             before = evaluation.evaluate_vla(policy, workers, "heldout", key)
             (out / "before.json").write_text(json.dumps(before, indent=1))
             evaluation.film(policy, film_starts, key, out / "before.gif")
-            save(out, s, 0, policy, optimizer)
+            save(out, s, 0, policy, average, optimizer)
             print(f"before: {before['success']:.1%} of the held-out initial states solved (greedy)")
         else:
             before = json.loads((out / "before.json").read_text())
@@ -407,18 +421,19 @@ def run(s: Settings, given: set[str]) -> int:
         log = grpo.MetricsLog(out / "metrics.jsonl", resume_step=step or -1)
         if step == 0:
             log.append({"step": 0, "heldout": before["success"]})
-        done, after = train(s, out, step, policy, reference, encoder, optimizer, log, workers)
+        done, after = train(s, out, step, policy, average, reference, encoder, optimizer, log, workers)
         log.close()
         rows = evaluation.read_metrics(out / "metrics.jsonl")
         evaluation.draw_curves({s.reward: [rows]}, out / "curve.png")
         if done < s.steps:
             print(f"stopped after step {done}; go on with: python vla_srpo.py --resume {out}")
             return 130
-        after = after or evaluation.evaluate_vla(policy, workers, "heldout", key)       # a finished run may be resumed too
-        evaluation.film(policy, film_starts, key, out / "after.gif")
+        final = policy if average is None else average.module
+        after = after or evaluation.evaluate_vla(final, workers, "heldout", key)        # a finished run may be resumed too
+        evaluation.film(final, film_starts, key, out / "after.gif")
         (out / "after.json").write_text(json.dumps(after, indent=1))
         shutil.rmtree(out / "policy", ignore_errors=True)
-        policy.save_pretrained(out / "policy")
+        final.save_pretrained(out / "policy")
     finally:
         workers.close()
     print("\nheld-out success, greedy, 95% Wilson intervals\n" + evaluation.table({"before": before, f"after {s.steps} steps": after}))

@@ -307,6 +307,7 @@ def test_verifier_and_token_count_are_called():
     ("7", "7", True), (" $7.0$ ", "7", True), ("17", "7", False), ("0.75", "3/4", True), ("\\dfrac{3}{4}", "0.75", True),
     ("1,250", "1250", True), ("(b)", "B", True), ("B.", "B", True), ("A or B", "B", False), ("Red", "red", True),
     ("der", "red", False), ("\\boxed{\\frac{2}{3}}", "\\frac23", False), ("7/0", "7", False), ("-4", "4", False),
+    ("6 1", "61", False), ("1 1/2", "5.5", False), ("1\\frac{1}{2}", "5.5", False), ("1\\frac{1}{2}", "1 1/2", True), ("- \\frac {1}{2}", "-0.5", True),
     ("9" * 500, "7", False), ("see $\\boxed{1}$, then $\\boxed{7}$", "7", True)])
 def test_plain_verifier(guess, gold, right, monkeypatch):
     monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda name: None)
