@@ -1,0 +1,710 @@
+"""LIBERO and LIBERO-Plus behind the gymnasium interface of envs.py: the benchmark of the paper (arXiv 2511.15605), fast and reproducible.
+
+What is here
+1. `prepare`: imports LIBERO without its question on stdin, finds its assets, and says in one line what is wrong and how to mend it.
+2. `Libero`: one gymnasium environment for any task of a suite. Physics and camera are apart: `advance(action)` steps without an image,
+   `render()` gives the image the stock environment would have given, bit for bit. Another task is another simulator, built in place of
+   the old one, so memory does not grow with the number of tasks.
+3. `Expert`: a scripted demonstrator for libero_object and libero_spatial (reads the simulator's state, which no policy sees).
+4. Commands that measure speed and exactness, measure the expert, and save demonstrations.
+
+Left out on purpose: wrist camera, proprioception and rewards other than success (the paper's policy uses none of them).
+
+    python libero_envs.py bench                                       # speed and exactness beside the stock environment
+    python libero_envs.py expert --suite libero_object --out expert.json
+    python libero_envs.py demos --suite libero_object --tasks 0 1 2 --per-task 10 --out demos.npz
+"""
+import argparse
+import atexit
+import hashlib
+import importlib
+import importlib.metadata
+import itertools
+import json
+import logging
+import os
+import pickle
+import re
+import runpy
+import shutil
+import sys
+import time
+import types
+import zipfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+
+os.environ.setdefault("MUJOCO_GL", "egl")           # robosuite would force it; MUJOCO_GL=osmesa works too
+os.environ.setdefault("LP_NUM_THREADS", "1")        # Mesa's software renderer: threads only get in the workers' way
+GL_HELP = "apt-get install -y --no-install-recommends libegl1 libgl1-mesa-dri libopengl0"
+INSTALL = "pip install --no-deps -r requirements-libero.txt"
+
+SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")        # the papers' four; libero_90 besides
+PROTOCOLS = {"openvla-oft": {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400},
+             "simplevla": dict.fromkeys((*SUITES, "libero_90"), 512)}           # env steps after settling; SRPO's published code: 512 too
+SPLITS = {"train": range(0, 50, 2), "heldout": range(1, 50, 2), "all": range(50)}       # official initial states, by number
+SPLIT_NAMES = {"train": "25 training initial states (even numbers)", "heldout": "25 held-out initial states (odd numbers)",
+               "all": "all 50 initial states, trained and evaluated on alike: the papers' own protocol"}
+DIMENSIONS = {"camera": "Camera Viewpoints", "robot": "Robot Initial States", "language": "Language Instructions",
+              "light": "Light Conditions", "background": "Background Textures", "noise": "Sensor Noise", "layout": "Objects Layout"}
+PERTURBATION = re.compile(r"_(view|table|tb|light|add|noise)_-?\d.*$|_level\d.*$")      # in the names of LIBERO-Plus's tasks
+SETTLE = 10                     # no-op steps before the policy acts: objects drop from a little above the table
+NO_OP = np.array([0, 0, 0, 0, 0, 0, -1.0])
+SUBSTEPS = 25                   # of 2 ms: 20 Hz control
+CAMERA_SUBSTEP = 23             # the stock image shows the scene before this one, 4 ms before the step ends (robosuite's sampling clock)
+CELL = 0.005                    # metres; fast: visual meshes are thinned to one vertex per cell
+ASSET_FOLDERS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures", "turbosquid_objects")
+
+
+# Finding and importing LIBERO
+
+def find_package(plus: str = "") -> Path:
+    """Folder `libero/libero` of the installed LIBERO, or of the LIBERO-Plus copy at `plus`; nothing is imported. RuntimeError."""
+    if plus:
+        found = [p for p in (Path(plus), Path(plus) / "libero", Path(plus) / "libero/libero")
+                 if (p / "benchmark/task_classification.json").is_file()]
+        if not found:
+            raise RuntimeError(f"{plus} holds no LIBERO-Plus (no libero/libero/benchmark/task_classification.json); "
+                               f"clone it and give its folder by --plus or LIBERO_PLUS_PATH")
+        return found[0].resolve()
+    folders = dict.fromkeys(Path(entry or ".").resolve() for entry in sys.path)
+    found = [folder / "libero/libero" for folder in folders if (folder / "libero/libero/__init__.py").is_file()]
+    if len(found) > 1:
+        raise RuntimeError(f"two LIBERO packages are on the path, in {found[0].parents[1]} and {found[1].parents[1]}; "
+                           f"take one off PYTHONPATH or pip uninstall it (LIBERO-Plus is given by --plus or LIBERO_PLUS_PATH)")
+    if not found or (found[0] / "benchmark/task_classification.json").is_file():
+        raise RuntimeError(f"LIBERO is not installed{', only LIBERO-Plus' if found else ''}; run: {INSTALL}")
+    return found[0]
+
+
+def find_assets(package: Path, assets: str = "") -> Path:
+    """LIBERO's meshes and textures: `assets`, else LIBERO_ASSETS, else inside the package, else a snapshot of the hub's data set
+    lerobot/libero-assets, downloaded on first use. RuntimeError if they are nowhere, or not whole."""
+    given = assets or os.environ.get("LIBERO_ASSETS", "")
+    if given or (package / "assets").is_dir() or (package / "benchmark/task_classification.json").is_file():
+        folder = Path(given or package / "assets")
+    else:
+        try:
+            from huggingface_hub import snapshot_download
+            folder = Path(snapshot_download("lerobot/libero-assets", repo_type="dataset"))
+        except Exception as e:      # no network, no access, no disk: whatever it is, the way out is the same
+            raise RuntimeError(f"LIBERO's assets cannot be had from the hub ({type(e).__name__}); put a copy of its data set "
+                               f"lerobot/libero-assets into a folder and name that by LIBERO_ASSETS or --assets") from None
+    missing = [name for name in ASSET_FOLDERS if not (folder / name).is_dir()]
+    if missing:
+        raise RuntimeError(f"LIBERO's assets in {folder} are not whole, {missing[0]}/ is missing; set LIBERO_ASSETS or --assets to "
+                           f"the folder that holds {', '.join(ASSET_FOLDERS)}")
+    return folder.resolve()
+
+
+def write_config(package: Path, assets: Path) -> Path:
+    """LIBERO's config.yaml, without which its import asks on stdin: in LIBERO_CONFIG_PATH where that has one, else in a cache folder."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(os.environ.get("LIBERO_CONFIG_PATH") or
+                  home / "libero_envs" / hashlib.sha256(f"{package} {assets}".encode()).hexdigest()[:12])
+    if not (folder / "config.yaml").is_file():
+        keys = {"benchmark_root": package, "bddl_files": package / "bddl_files", "init_states": package / "init_files",
+                "datasets": package.parent / "datasets", "assets": assets}
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = folder / f"config.{os.getpid()}.tmp"            # several workers may be here at once
+        draft.write_text("".join(f"{key}: {json.dumps(str(value))}\n" for key, value in keys.items()))
+        os.replace(draft, folder / "config.yaml")
+    os.environ["LIBERO_CONFIG_PATH"] = str(folder)
+    return folder
+
+
+@cache
+def prepare(assets: str = "", plus: str = ""):
+    """Make LIBERO ready in this process -> its class ControlEnv. Asks nothing; whatever is wrong is a RuntimeError in one line."""
+    version = importlib.metadata.version("mujoco")
+    if not (3, 2) <= tuple(map(int, version.split(".")[:2])) < (3, 10):
+        raise RuntimeError(f"mujoco {version} is installed, LIBERO runs with 3.2 to 3.9; run: pip install mujoco==3.8.1")
+    if os.environ["MUJOCO_GL"] not in ("egl", "osmesa"):
+        raise RuntimeError(f"MUJOCO_GL={os.environ['MUJOCO_GL']} does not render LIBERO without a screen; set it to egl or osmesa")
+    package = find_package(plus)
+    loaded = getattr(sys.modules.get("libero"), "__path__", None)
+    if loaded and Path(next(iter(loaded))).resolve() != package.parent:
+        raise RuntimeError(f"this process holds {next(iter(loaded))} already and cannot load {package.parent} too; use a process for each")
+    folder = find_assets(package, assets)
+    write_config(package, folder)
+    if not loaded:      # LIBERO-Plus is called `libero` too, and may have no __init__.py: this pins the name to the package that was meant
+        sys.modules["libero"] = types.ModuleType("libero")
+        sys.modules["libero"].__path__ = [str(package.parent)]
+    logging.disable(logging.WARNING)                            # robosuite's advice about its private macros
+    try:
+        importlib.import_module("libero.libero")._assets_path_cache = str(folder)       # its config's `assets` is not read
+        return importlib.import_module("libero.libero.envs.env_wrapper").ControlEnv
+    except ModuleNotFoundError as e:
+        raise RuntimeError(f"LIBERO{'-Plus' * bool(plus)} needs the package {e.name}; run: "
+                           + ("pip install scikit-image wand" if plus else INSTALL)) from None
+    except (AttributeError, ImportError, OSError, RuntimeError) as e:       # all the ways in which a machine can lack OpenGL
+        raise RuntimeError(f"importing LIBERO failed ({type(e).__name__}: {' '.join(str(e).split())[:120]}); if that is OpenGL for "
+                           f"MUJOCO_GL={os.environ['MUJOCO_GL']}, run: {GL_HELP}") from None
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+# Tasks and initial states
+
+@dataclass(frozen=True)
+class Task:
+    suite: str                  # of the four or five; LIBERO-Plus tasks belong to one of them too
+    name: str
+    instruction: str
+    bddl: str                   # path; LIBERO-Plus reads its perturbation from the name, which need not exist as a file
+    states: str                 # path of the initial states
+
+
+@cache
+def tasks(suite: str, plus: str = "") -> tuple[Task, ...]:
+    """Tasks of a suite in the official order; of `libero_plus:DIMENSION`, that dimension's of all four suites. ValueError, RuntimeError."""
+    dimension = suite.removeprefix("libero_plus:") if suite.startswith("libero_plus") else ""
+    if dimension not in ("", *DIMENSIONS) or not dimension and suite not in (*SUITES, "libero_90"):
+        raise ValueError(f"unknown suite {suite!r}; there are {', '.join(SUITES)}, libero_90 and libero_plus:" + "|".join(DIMENSIONS))
+    plus = plus or os.environ.get("LIBERO_PLUS_PATH", "")
+    if dimension and not plus:
+        raise RuntimeError("LIBERO-Plus is not here; clone it and give its folder by --plus or LIBERO_PLUS_PATH")
+    package = find_package(plus if dimension else "")
+    if not dimension:
+        path = package / "benchmark/libero_suite_task_map.py"                   # importing it would import torch
+        return tuple(make_task(package, suite, name) for name in runpy.run_path(str(path))["libero_task_map"][suite])
+    path = package / "benchmark/task_classification.json"
+    try:
+        rows = [(s, row["name"], row["category"]) for s in SUITES for row in json.loads(path.read_text()).get(s, ())]
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
+        raise RuntimeError(f"{path} is not LIBERO-Plus's list of tasks ({type(e).__name__}); clone LIBERO-Plus anew") from None
+    return tuple(make_task(package, s, name, dimension) for s, name, category in rows if category.lower() == DIMENSIONS[dimension].lower())
+
+
+def make_task(package: Path, suite: str, name: str, dimension: str = "") -> Task:
+    """>>> make_task(Path("p"), "libero_10", "KITCHEN_SCENE3_turn_on_the_stove_light_7", "light").instruction
+    'turn on the stove'
+    """
+    bddl, states = package / "bddl_files" / suite, package / "init_files" / suite
+    base = name.partition("_language_")[0]
+    if dimension:       # code: LIBERO-Plus's own evaluator leaves "... light 7" in the instruction of all but the language variants
+        base = PERTURBATION.sub("", base)
+    instruction = re.sub(r"^[A-Z_]*SCENE\d+_", "", base).replace("_", " ")
+    if "_language_" in name:
+        file = bddl / f"{name.partition('_view_')[0]}.bddl"
+        found = re.search(r"\(:language\s+([^)]*)\)", file.read_text()) if file.is_file() else None
+        if not found:
+            raise RuntimeError(f"{file} has no (:language ...); clone LIBERO-Plus anew")
+        instruction = " ".join(found[1].lower().split())
+    if dimension and re.search(r"_add_\d|_level\d", name):
+        states, base = package / "init_files/libero_newobj" / suite, name
+    return Task(suite, name, instruction, str(bddl / f"{name}.bddl"), str(states / f"{base}.pruned_init"))
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads pickled numpy arrays and nothing else: a pickle from elsewhere could otherwise run any code."""
+
+    def find_class(self, module, name):
+        if (module.split(".")[0], name) in (("numpy", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")):
+            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        raise pickle.UnpicklingError(f"{module}.{name} is not part of an array")
+
+
+@cache
+def initial_states(path: str) -> np.ndarray:
+    """Official initial states of a task, float64 (50, 1 + nq + nv): time, qpos, qvel. (1, ...) for LIBERO-Plus's new layouts."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            with archive.open(next(n for n in archive.namelist() if n.endswith("data.pkl"))) as file:
+                states = ArrayUnpickler(file).load()
+    except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, StopIteration, EOFError) as e:
+        raise RuntimeError(f"{path} holds no initial states ({e or type(e).__name__}); run: {INSTALL} --force-reinstall") from None
+    return np.atleast_2d(np.asarray(states, np.float64))
+
+
+# The environment
+
+def thin_meshes(model, cell: float = CELL) -> None:
+    """Cluster the vertices of visual meshes on a grid of `cell` metres and drop the faces that vanish, in place. Meshes that take part in
+    contacts stay as they are, so the physics does not change."""
+    solid = set(model.geom_dataid[(model.geom_contype | model.geom_conaffinity) != 0])
+    for i in set(range(model.nmesh)) - solid:
+        vertices = model.mesh_vert[model.mesh_vertadr[i]:][:model.mesh_vertnum[i]]                      # (V, 3)
+        cells = np.floor((vertices - vertices.min(0)) / cell).astype(np.int64) @ (1, 1 << 20, 1 << 40)  # (V,) one number per cell
+        _, first, inverse = np.unique(cells, return_index=True, return_inverse=True)
+        start, count = model.mesh_faceadr[i], model.mesh_facenum[i]
+        faces = first[inverse][model.mesh_face[start:start + count]]                                    # (F, 3)
+        a, b, c = faces.T
+        kept = np.flatnonzero((a != b) & (b != c) & (a != c))
+        kept = kept[np.sort(np.unique(np.sort(faces[kept], 1) @ (1, 1 << 20, 1 << 40), return_index=True)[1])]
+        for array in (model.mesh_facenormal, model.mesh_facetexcoord):
+            array[start:start + len(kept)] = array[start:start + count][kept]
+        model.mesh_face[start:start + len(kept)], model.mesh_facenum[i] = faces[kept], len(kept)
+
+
+class Libero(gymnasium.Env):
+    """Any task of a suite. Observation {"image": uint8 (size, size, 3)}: the agent's view, rotated by 180 degrees as OpenVLA's data are;
+    action float (7,) in [-1, 1]: (dx, dy, dz, droll, dpitch, dyaw, gripper), +-1 = 5 cm or 0.5 rad, gripper -1 opens, +1 closes;
+    reward 1 on success.
+
+    reset(options={"task": int or instruction, "index": int, "split": ...}) chooses the initial state; task and split default to the
+    constructor's, what is then left out is drawn from `seed`. `index` counts within the split: 0..24, or 0..49 for "all". Two more options:
+    "hard" as below for this reset only, and "image": False for no observation.
+    info: task, instruction, index, split, state (official number), protocol (in words), success. An episode ends at success (terminated) or
+    after `horizon` env steps (truncated; the protocol's unless given), the 10 settling steps not counted.
+
+    hard: build the simulator anew at each reset as the stock environment does; slower, and the same to the last bit (test_libero_envs.py).
+    fast: fewer triangles, no antialiasing, no reflections: other pixels, same physics; not for policies trained on stock images.
+    The simulator is built at the first reset, in whichever process that happens. `advance` and `render` are for action chunks.
+    """
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+
+    def __init__(self, suite: str = "libero_object", task: int | str | None = None, split: str = "train", size: int = 128,
+                 protocol: str = "openvla-oft", horizon: int | None = None, fast: bool = False, hard: bool = False, assets: str = "",
+                 plus: str = "", render_mode: str | None = "rgb_array"):
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"protocol={protocol!r}: use {' or '.join(map(repr, PROTOCOLS))}")
+        if not 16 <= size <= 1024:
+            raise ValueError(f"size={size}: the camera makes images of 16 to 1024 pixels")
+        plus = plus or os.environ.get("LIBERO_PLUS_PATH", "")
+        self.suite, self.tasks, self.split, self.size, self.render_mode = suite, tasks(suite, plus), split, size, render_mode
+        self.plus = plus if suite.startswith("libero_plus") else ""
+        self.protocol, self.fixed_horizon, self.fast, self.hard, self.assets = protocol, horizon, fast, hard, assets
+        self.fixed_task = None if task is None else self.task_id(task)
+        self.states_of(split)                       # refuses an unknown split here rather than at the first reset
+        self.built, self.wrapper, self.renderer = None, None, None
+        self.observation_space = gymnasium.spaces.Dict({"image": gymnasium.spaces.Box(0, 255, (size, size, 3), np.uint8)})
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (7,), np.float32)
+
+    def task_id(self, task) -> int:
+        """Number of a task given by number or (for LIBERO) instruction."""
+        instructions = [t.instruction for t in self.tasks]
+        if isinstance(task, str) and task in instructions:
+            return instructions.index(task)
+        if isinstance(task, (int, np.integer)) and 0 <= task < len(self.tasks):
+            return int(task)
+        raise ValueError(f"unknown task {task!r}; {self.suite} has 0..{len(self.tasks) - 1}: " + "; ".join(instructions[:10]))
+
+    def states_of(self, split: str) -> range:
+        """Official numbers of a split's initial states. LIBERO-Plus: one trial per task, whatever the split."""
+        if split not in SPLITS:
+            raise ValueError(f"split={split!r}: use {', '.join(map(repr, SPLITS))}")
+        return range(1) if self.plus else SPLITS[split]
+
+    def _build(self, task: Task) -> None:
+        """The simulator of one task in place of the one there is."""
+        control_env = prepare(self.assets, self.plus)
+        self.close()
+        import mujoco
+        try:
+            wrapper = control_env(task.bddl, use_camera_obs=False, has_offscreen_renderer=False, hard_reset=False, ignore_done=True)
+        except (OSError, ValueError, AssertionError) as e:
+            raise RuntimeError(f"LIBERO cannot build {task.name}: {' '.join(str(e).split())[:300]}; "
+                               f"set LIBERO_ASSETS or --assets to a complete copy of its assets") from None
+        self.mujoco, self.wrapper, self.env, self.sim, self.built = mujoco, wrapper, wrapper.env, wrapper.env.sim, task
+        self.model, self.data = self.sim.model._model, self.sim.data._data
+        self.shown = mujoco.MjData(self.model)                  # the scene as the camera last saw it
+        self.model.vis.global_.offwidth = self.model.vis.global_.offheight = self.size
+        if self.fast:
+            self.model.vis.quality.offsamples, self.model.mat_reflectance[:] = 0, 0
+            thin_meshes(self.model)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        options = options or {}
+        task, index, split = options.get("task", self.fixed_task), options.get("index"), options.get("split", self.split)
+        numbers = self.states_of(split)
+        task = int(self.np_random.integers(len(self.tasks))) if task is None else self.task_id(task)
+        index = int(self.np_random.integers(len(numbers))) if index is None else int(index)
+        if not 0 <= index < len(numbers):
+            raise ValueError(f"index={index}: the {split} initial states are numbered 0..{len(numbers) - 1}")
+        self.task, self.index, self.used_split, self.state = task, index, split, numbers[index]
+        self.instruction, self.steps, self.success = self.tasks[task].instruction, 0, False
+        self.horizon = self.fixed_horizon or PROTOCOLS[self.protocol][self.tasks[task].suite]
+        states = initial_states(self.tasks[task].states)
+        if self.built != self.tasks[task] or options.get("hard", self.hard):
+            self._build(self.tasks[task])
+        # Fixtures (cabinet, stove) are placed by numpy's global generator, within a centimetre, in every reset. Seeded by the state's
+        # number, an episode does not depend on those before it. Papers' code: seeded once per task, so that it does.
+        from robosuite.utils.errors import RandomizationError
+        held, placed = np.random.get_state(), False
+        np.random.seed(self.state)
+        while not placed:
+            try:
+                placed = self.env.reset() is not None
+            except RandomizationError:                          # objects did not fit; the stock wrapper tries for ever after ANY exception
+                pass
+        np.random.set_state(held)
+        for robot in self.env.robots:                           # the one thing that a soft reset forgets
+            robot.gripper.current_action = np.zeros_like(robot.gripper.current_action)
+        self.wrapper.set_init_state(states[self.state])
+        self._see()
+        for _ in range(SETTLE):
+            self._simulate(NO_OP)
+        return self.observe() if options.get("image", True) else {}, self._info()
+
+    def _see(self) -> None:
+        self.seen = self.data.qpos.copy(), self.model.site_rgba.copy()          # a stove's glow is a site
+
+    def _simulate(self, action: np.ndarray) -> None:
+        """One env step: what robosuite's step does to the physics, to the last bit. There each substep is mj_forward twice, mj_step and every
+        sensor; mj_step1, control and mj_step2 compute the same once."""
+        mujoco, model, data, env, sim = self.mujoco, self.model, self.data, self.env, self.sim
+        sim.forward = lambda: None                              # the controller asks for what mj_step1 has just computed
+        try:
+            for k in range(SUBSTEPS):
+                if k == CAMERA_SUBSTEP:
+                    self._see()
+                mujoco.mj_step1(model, data)
+                env._pre_action(action, k == 0)
+                mujoco.mj_step2(model, data)
+        finally:
+            del sim.forward
+        env._post_process()
+
+    def advance(self, action) -> bool:
+        """One env step of physics, no image. Returns True when the episode has ended."""
+        action = np.asarray(action, np.float64)
+        if action.shape != (7,) or not np.isfinite(action).all():
+            raise ValueError(f"action must be 7 finite numbers, got shape {action.shape}: {action}")
+        self._simulate(action.clip(-1, 1))
+        self.steps += 1
+        self.success = bool(self.env._check_success())
+        return self.success or self.steps >= self.horizon
+
+    def step(self, action):
+        ended = self.advance(action)
+        return self.observe(), float(self.success), self.success, ended and not self.success, self._info()
+
+    def observe(self) -> dict:
+        return {"image": self.render()}
+
+    def render(self) -> np.ndarray:
+        """uint8 (size, size, 3): the stock environment's `agentview_image` after the same actions, rotated by 180 degrees."""
+        mujoco, model, shown = self.mujoco, self.model, self.shown
+        if self.renderer is None:
+            hook, sys.unraisablehook = sys.unraisablehook, lambda _: None       # a half-made context complains as it is deleted
+            try:
+                self.renderer = mujoco.Renderer(model, self.size, self.size)
+            except (AttributeError, ImportError, OSError, RuntimeError, mujoco.FatalError) as e:
+                raise RuntimeError(f"cannot make an OpenGL context with MUJOCO_GL={os.environ['MUJOCO_GL']} ({type(e).__name__}); "
+                                   f"run: {GL_HELP}") from None
+            finally:
+                sys.unraisablehook = hook
+            self.option = mujoco.MjvOption()
+            self.option.geomgroup[0] = 0                        # collision geometry
+            atexit.register(self.close)                         # before mujoco shuts OpenGL down: later, Python would print a traceback
+        shown.qpos[:], now = self.seen[0], model.site_rgba.copy()
+        for compute in (mujoco.mj_kinematics, mujoco.mj_comPos, mujoco.mj_camlight):
+            compute(model, shown)
+        model.site_rgba[:] = self.seen[1]
+        self.renderer.update_scene(shown, "agentview", self.option)
+        model.site_rgba[:] = now
+        image = self.renderer.render()[:, ::-1]                 # row 0 on top, and mirrored: OpenGL's order turned by 180 degrees
+        if getattr(self.wrapper, "noise", 0):                   # LIBERO-Plus spoils images in the wrapper's step: lend it this one
+            stand_in = types.SimpleNamespace(noise=self.wrapper.noise, env=types.SimpleNamespace(
+                step=lambda _: ({"agentview_image": image[::-1, ::-1]}, 0, False, {})))
+            image = np.asarray(type(self.wrapper).step(stand_in, None)[0]["agentview_image"], np.uint8)[::-1, ::-1]
+        return np.ascontiguousarray(image)
+
+    def _info(self) -> dict:
+        states = "LIBERO-Plus, one trial per task" if self.plus else SPLIT_NAMES[self.used_split]
+        return {"task": self.task, "instruction": self.instruction, "index": self.index, "split": self.used_split, "state": self.state,
+                "protocol": f"{self.suite}, {states}, horizon {self.horizon}, {SETTLE} settling steps" + ", fast pixels" * self.fast,
+                "success": self.success}
+
+    def close(self) -> None:
+        if self.renderer is not None:
+            self.renderer.close()
+            atexit.unregister(self.close)
+        if self.wrapper is not None:
+            self.wrapper.close()
+        self.built = self.wrapper = self.renderer = self.env = self.sim = self.model = self.data = self.shown = None
+
+
+# The demonstrator
+
+class Expert:
+    """Scripted demonstrator for `in basket` and `bowl on plate` tasks of a `Libero` that was just reset: hover, descend, close, lift, carry,
+    lower, open; a grasp that slips is tried again elsewhere. It reads the simulator's state. `noise`: standard deviation of what is added to
+    the arm's actions while nothing is near, for diversity.
+    """
+
+    def __init__(self, env: Libero, noise: float = 0.0, rng: np.random.Generator | None = None):
+        goal = env.env.parsed_problem["goal_state"]
+        if len(goal) != 1 or goal[0][0] not in ("in", "on") or "basket" not in goal[0][2] and "plate" not in goal[0][2]:
+            raise ValueError(f"the expert plays libero_object and libero_spatial; it does not know how to {env.instruction}")
+        self.env, self.noise, self.rng = env, noise, rng or np.random.default_rng()
+        self.item, self.into = goal[0][1], goal[0][0] == "in"
+        self.target = env.env.obj_body_id[goal[0][2].removesuffix("_contain_region")]
+        self.body, self.phase, self.wait, self.attempt = env.env.obj_body_id[self.item], 0, 0, 0
+        self.sides = sorted((np.pi / 2, -np.pi / 2, np.pi, 0), key=self.crowded)
+
+    def crowded(self, side: float) -> float:
+        """How little room the outer finger has at this side of the bowl: metres by which its neighbours stick up; far out the arm jams."""
+        env, centre, out = self.env, self.env.data.xpos[self.body], np.array([np.cos(side), np.sin(side), 0])
+        drops = [env.mujoco.mj_ray(env.model, env.data, centre + reach * out + [0, 0, 0.3], np.array([0, 0, -1.0]),
+                                   np.array([1, 0, 0, 0, 0, 0], np.uint8), 1, self.body, np.zeros(1, np.int32))
+                 for reach in np.arange(0.055, 0.12, 0.003)]
+        return round(max(0.3 - min(drops), 0), 2) + 0.01 * (centre[0] + 0.045 * out[0] > 0.1)
+
+    def grasp(self) -> tuple[np.ndarray, float]:
+        """Where to put the fingers (3,), metres, and the direction in which they close, radians."""
+        model, data = self.env.model, self.env.data
+        if not self.into:                                       # the rim of the bowl, 4.5 cm from its centre
+            angle = self.sides[self.attempt % 4]
+            return data.xpos[self.body] + [0.045 * np.cos(angle), 0.045 * np.sin(angle), 0.018], angle
+        turn = data.xmat[self.body].reshape(3, 3)
+        corners = []
+        for name in self.env.env.get_object(self.item).contact_geoms:
+            geom = model.geom(name).id
+            local = model.geom_aabb[geom, :3] + model.geom_aabb[geom, 3:] * np.stack(np.meshgrid(*[(-1, 1)] * 3), -1).reshape(-1, 3)
+            corners.append((data.geom_xpos[geom] + local @ data.geom_xmat[geom].reshape(3, 3).T - data.xpos[self.body]) @ turn)
+        low, high = np.min(np.vstack(corners), 0), np.max(np.vstack(corners), 0)
+        up = np.argmax(np.abs(turn[2]))
+        short, long = sorted((axis for axis in range(3) if axis != up), key=lambda axis: high[axis] - low[axis])
+        point = data.xpos[self.body] + turn @ ((low + high) / 2) + turn[:, long] * 0.025 * (0, 1, -1, 0.5)[self.attempt % 4]
+        point[2] += 0.02 * (high[up] - low[up] > 0.09)
+        return point, np.arctan2(turn[1, short], turn[0, short])
+
+    def __call__(self) -> np.ndarray:
+        """Next action, float64 (7,)."""
+        env, data = self.env, self.env.data
+        hand, item, target = data.site_xpos[env.env.robots[0].eef_site_id], data.xpos[self.body], data.xpos[self.target]
+        point, direction = self.grasp()
+        gap = data.body("gripper0_leftfinger").xpos - data.body("gripper0_rightfinger").xpos
+        turn = (direction - np.arctan2(gap[1], gap[0]) + np.pi / 2) % np.pi - np.pi / 2     # fingers may be swapped
+        goal, grip, gain, free = hand.copy(), -1.0, 12.0, False
+        if self.phase == 0:                                     # hover
+            goal, free = point + [0, 0, 0.12 if self.into else 0.10], True
+            if np.linalg.norm(hand[:2] - point[:2]) < 0.008 and abs(turn) < 0.1:
+                self.phase, self.wait = 1, 40
+        if self.phase == 1:                                     # descend
+            goal, gain, self.wait = point, 18.0, self.wait - 1
+            if abs(hand[2] - point[2]) < 0.006 or self.wait < 0:
+                self.phase, self.wait = 2, 8
+            elif self.wait < 20 and hand[2] > point[2] + 0.03:  # something is in the way
+                self.phase, self.attempt = 0, self.attempt + 1
+        if self.phase == 2:                                     # close
+            goal, grip, self.wait = hand, 1.0, self.wait - 1
+            if self.wait < 0:
+                self.phase, self.offset, self.wait = 3, hand - item, 40
+                self.height = target[2] + 0.26 if self.into else max(item[2], target[2]) + 0.2
+        if self.phase == 3:                                     # lift
+            goal, grip, free, self.wait = np.array([*hand[:2], self.height]), 1.0, True, self.wait - 1
+            if hand[2] > self.height - 0.02 or self.wait < 0:
+                self.phase, self.wait = 4, 60
+        if self.phase in (4, 5) and np.linalg.norm(hand - item - self.offset) > 0.05:        # it slipped out
+            self.phase, self.attempt = 0, self.attempt + 1
+        if self.phase == 4:                                     # carry
+            goal, grip, free, self.wait = np.array([*(target + self.offset)[:2], self.height]), 1.0, True, self.wait - 1
+            if np.linalg.norm(hand[:2] - goal[:2]) < 0.015 or self.wait < 0:
+                self.phase, self.wait = 5, 40
+        if self.phase == 5:                                     # lower
+            goal, grip, self.wait = target + self.offset + [0, 0, 0.10 if self.into else 0.02], 1.0, self.wait - 1
+            if hand[2] < goal[2] + 0.01 or self.wait < 0:
+                self.phase, self.wait = 6, 8
+        if self.phase == 6:                                     # open
+            goal, self.wait = hand, self.wait - 1
+            if self.wait < 0:
+                self.phase, self.wait = 7, 30
+        if self.phase == 7:                                     # rise, and begin again if that was not it
+            goal, self.wait = hand + [0, 0, 0.05], self.wait - 1
+            if self.wait < 0:
+                self.phase, self.attempt = 0, self.attempt + 1
+        action = np.zeros(7)
+        action[:3] = (goal - hand) * [gain, gain, 12.0]
+        action[5] = np.clip(2 * turn, -0.5, 0.5) * (self.phase < 2)
+        if free:
+            action[:6] += self.noise * self.rng.standard_normal(6) * [1, 1, 1, 0, 0, 0.3]
+        action[6] = grip
+        return action.clip(-1, 1)
+
+
+# Commands
+
+def dataset_statistics(actions: np.ndarray, key: str, episodes: int) -> dict:
+    """Env actions (S, 7) -> {key: {"action": ...}}, the layout of a checkpoint's dataset_statistics.json: the gripper there is 1 open,
+    0 closed and masked out of the normalisation."""
+    actions = np.concatenate([actions[:, :6], (1 - actions[:, 6:]) / 2], 1).astype(np.float64)
+    parts = {"mean": actions.mean(0), "std": actions.std(0), "max": actions.max(0), "min": actions.min(0),
+             "q01": np.quantile(actions, 0.01, 0), "q99": np.quantile(actions, 0.99, 0)}
+    return {key: {"action": {name: part.tolist() for name, part in parts.items()} | {"mask": [True] * 6 + [False]},
+                  "num_transitions": len(actions), "num_trajectories": episodes}}
+
+
+def write_whole(path: Path, content) -> None:
+    """A dict as JSON, or a dict of arrays as npz, by the suffix. An interrupted run leaves the old file or the new one, never half of it."""
+    draft = path.with_name(path.name + ".tmp")
+    with open(draft, "wb") as file:
+        np.savez_compressed(file, **content) if path.suffix == ".npz" else file.write(json.dumps(content, indent=1).encode())
+    os.replace(draft, path)
+
+
+def demonstrate(env: Libero, start: dict, args, every: int) -> tuple[Expert, dict]:
+    """One episode -> the expert; images before every `every`-th action (0: none), actions, state."""
+    env.reset(options=start | {"image": False})
+    expert, images, actions, ended = Expert(env, args.noise, np.random.default_rng([args.seed, *start.values()])), [], [], False
+    while not ended:
+        if every and len(actions) % every == 0:
+            images.append(env.render())
+        actions.append(expert())
+        ended = env.advance(actions[-1])
+    return expert, {"images": np.array(images), "actions": np.array(actions, np.float32), "state": env.state}
+
+
+def demos(env: Libero, args) -> None:
+    """Clean successes (no second grasp) of the noisy expert, saved as a dataset -> args.out, an npz:
+    images uint8 (F, size, size, 3): what was seen before every `--every`-th action; actions float32 (S, 7), as the environment takes them;
+    frames, starts int64 (E + 1,): episode e is images[frames[e]:frames[e + 1]] and actions[starts[e]:starts[e + 1]]; task, state int64 (E,);
+    instructions (tasks,). Action statistics are written beside, as OUT.dataset_statistics.json."""
+    out = Path(args.out)
+    if out.exists() or out.suffix != ".npz":
+        raise ValueError(f"--out {out} " + ("exists; choose another, or delete it" if out.exists() else "must end in .npz"))
+    settings = json.dumps({k: getattr(args, k) for k in ("suite", "size", "split", "every", "noise", "fast", "seed", "protocol")})
+    parts = Path(f"{out}.{hashlib.sha256(settings.encode()).hexdigest()[:8]}.parts")    # one file per attempt: a second run goes on from them
+    parts.mkdir(parents=True, exist_ok=True)
+    kept: list[tuple[int, dict]] = []
+    for number, task in enumerate(args.tasks, 1):
+        for attempt in itertools.count():
+            if len(kept) == number * args.per_task:
+                break
+            if attempt == 20 + 5 * args.per_task:
+                raise RuntimeError(f"the expert succeeds too rarely at task {task}; lower --noise, or leave it out of --tasks")
+            part = parts / f"{task}-{attempt}.npz"
+            if not part.exists():
+                start = {"task": task, "index": attempt % len(env.states_of(env.split)), "attempt": attempt}
+                expert, episode = demonstrate(env, start, args, args.every)
+                clean = env.success and not expert.attempt
+                write_whole(part, episode if clean else {})
+                print(f"task {task}, initial state {env.state}: {'kept' if clean else 'dropped'} after {env.steps} steps", flush=True)
+            with np.load(part) as episode:
+                if "actions" in episode:
+                    kept.append((task, dict(episode)))
+    joined = {k: np.concatenate([episode[k] for _, episode in kept]) for k in ("images", "actions")}
+    frames, starts = (np.cumsum([0] + [len(episode[k]) for _, episode in kept]) for k in joined)
+    write_whole(Path(f"{out}.dataset_statistics.json"), dataset_statistics(joined["actions"], f"{args.suite}_no_noops", len(kept)))
+    write_whole(out, joined | {"frames": frames, "starts": starts, "task": np.array([task for task, _ in kept]),
+                               "state": np.array([episode["state"] for _, episode in kept]), "instructions": [t.instruction for t in env.tasks]})
+    shutil.rmtree(parts)
+    print(f"wrote {out}, {len(kept)} episodes, {starts[-1]} actions, {frames[-1]} images, and {out}.dataset_statistics.json")
+
+
+def measure_expert(env: Libero, args) -> None:
+    """The expert once from every initial state of the split -> args.out, JSON; a second run goes on where the first stopped."""
+    out, settings = Path(args.out), {k: getattr(args, k) for k in ("suite", "split", "noise", "seed", "protocol")}
+    result = json.loads(out.read_text()) if out.exists() else {"settings": settings, "episodes": []}
+    if result.get("settings") != settings:
+        raise ValueError(f"{out} was begun with {result.get('settings')}; repeat these settings, or choose another --out")
+    for task in args.tasks:
+        for index, state in enumerate(env.states_of(args.split)[:args.states]):
+            if not any((e["task"], e["state"]) == (task, state) for e in result["episodes"]):
+                expert, _ = demonstrate(env, {"task": task, "index": index}, args, 0)
+                result["episodes"].append({"task": task, "state": state, "success": env.success, "steps": env.steps,
+                                           "grasps": expert.attempt + 1})
+                write_whole(out, result)
+        own = [e for e in result["episodes"] if e["task"] == task]
+        print(f"{sum(e['success'] for e in own):3d}/{len(own)}  {np.mean([e['steps'] for e in own]):4.0f} steps  "
+              f"{env.tasks[task].instruction}; failed from {[e['state'] for e in own if not e['success']]}", flush=True)
+    print(f"{sum(e['success'] for e in result['episodes'])}/{len(result['episodes'])}, the first {args.states} of {SPLIT_NAMES[args.split]}, "
+          f"{args.protocol}; wrote {out}")
+
+
+def bench(env: Libero, args) -> None:
+    """Env steps per second on one core, and exactness, beside the stock environment stepped through the same actions from the same state."""
+    task, size, start = args.tasks[0], args.size, {"task": args.tasks[0], "index": 0}
+    offscreen, rates = sys.modules[prepare(env.assets, env.plus).__module__].OffScreenRenderEnv, {}
+    env.reset(options=start)
+    if args.suite in ("libero_object", "libero_spatial"):
+        actions = demonstrate(env, start, args, 0)[1]["actions"][:args.steps].astype(float)
+    else:
+        actions = np.random.default_rng(0).uniform(-1, 1, (args.steps, 7))
+
+    def rate(name: str, step, base: str = "") -> None:
+        began = time.perf_counter()
+        for i, action in enumerate(actions, 1):
+            step(i, action)
+        rates[name] = len(actions) / (time.perf_counter() - began)
+        print(f"{rates[name]:7.1f} env steps/s  {name}" + (f": {rates[name] / rates[base]:.1f}x" if base else ""), flush=True)
+
+    def stock(name: str, **cameras) -> tuple[list, list]:
+        theirs, images, places = offscreen(bddl_file_name=env.tasks[task].bddl, **cameras), [], []
+        theirs.seed(env.state)
+        theirs.reset()
+        theirs.set_init_state(initial_states(env.tasks[task].states)[env.state])
+        for _ in range(SETTLE):
+            theirs.step(NO_OP)
+        rate(name, lambda i, action: (images.append(theirs.step(action)[0]["agentview_image"][::-1, ::-1]),
+                                      places.append(theirs.sim.data.qpos.copy())))
+        theirs.close()
+        return images, places
+
+    print(f"{args.suite} task {task}, {len(actions)} steps, {size} px; other work on the machine makes these lower bounds")
+    base = f"stock, agent view every step, {size} px"
+    images, places = stock(base, camera_names=["agentview"], camera_heights=size, camera_widths=size)
+    stock("stock, both cameras every step, 256 px: what lerobot's LiberoEnv asks of it", camera_heights=256, camera_widths=256)
+    try:
+        from lerobot.envs.libero import LiberoEnv, _get_suite
+        theirs = LiberoEnv(_get_suite(args.suite), task, args.suite)
+        theirs.reset(seed=0)
+        rate("lerobot's LiberoEnv", lambda i, action: theirs.step(action), base)
+        theirs.close()
+    except ImportError:
+        print("      -              lerobot is not installed, so its LiberoEnv itself is left out")
+    for fast in (False, True):
+        env.fast, mine = fast, []
+        for every, text in ((0, "no camera"), (8, "a frame every 8 steps"), (1, "a frame every step")):
+            env.reset(options=start | {"hard": every == 0})
+            rate(f"ours{', fast' * fast}, {text}", lambda i, action: (env.advance(action), mine.append(
+                (env.render() if every and i % every == 0 else None, env.data.qpos.copy()))), base)
+        frames, theirs = zip(*mine[-len(actions):])
+        off = np.abs(np.array(frames, int) - images)
+        print(f"                     pixels differ from stock by {off.mean():.2f} of 255 on average, {off.max()} at most; "
+              f"qpos by {np.abs(np.array(theirs) - places).max():.1e}")
+    for other in range(len(env.tasks)):
+        began = time.perf_counter()
+        env.reset(options={"task": other, "index": 0})
+        memory = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+        print(f"                     task {other} built and reset in {time.perf_counter() - began:.1f} s, {memory:.2f} GB resident")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="LIBERO: speed, the scripted expert, demonstrations", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, run in (("bench", bench), ("expert", measure_expert), ("demos", demos)):
+        p = commands.add_parser(name, help=run.__doc__.split(" -> ")[0].split("\n")[0], allow_abbrev=False)
+        p.set_defaults(run=run)
+        add = p.add_argument
+        add("--suite", default="libero_object", help="|".join(SUITES) + "|libero_90")
+        add("--tasks", type=int, nargs="+", help="task numbers (default: all; bench: 0)")
+        add("--split", default="all" if name == "expert" else "train", choices=list(SPLITS), help="; ".join(SPLIT_NAMES.values()))
+        add("--protocol", default="openvla-oft", choices=list(PROTOCOLS), help="whose horizons")
+        add("--size", type=int, default=128, help="pixels")
+        add("--assets", default="", help="folder of LIBERO's assets (default: LIBERO_ASSETS, else from the hub)")
+        add("--fast-sim", dest="fast", action="store_true", help="other pixels, same physics, faster")
+        add("--seed", type=int, default=0, help="of the expert's noise")
+        add("--noise", type=float, default=0.5 if name == "demos" else 0.0, help="of the expert, for diversity")
+        add("--out", default={"expert": "expert.json", "demos": "demos.npz"}.get(name), help="expert, demos: file to write")
+        add("--states", type=int, default=50, help="expert: initial states per task, at most")
+        add("--per-task", type=int, default=10, help="demos: episodes to keep per task")
+        add("--every", type=int, default=1, help="demos: an image before every so many actions")
+        add("--steps", type=int, default=120, help="bench: env steps of each measurement, at most")
+    try:
+        for each in (parser, *commands.choices.values()):
+            each.error = lambda message: (_ for _ in ()).throw(ValueError(message))
+        args = parser.parse_args(argv)
+        if min(args.per_task, args.every, args.states, args.steps) < 1:
+            raise ValueError("--per-task, --every, --states and --steps must be 1 or more")
+        env = Libero(args.suite, split=args.split, size=args.size, protocol=args.protocol, fast=args.fast, assets=args.assets)
+        args.tasks = [env.task_id(task) for task in args.tasks or ([0] if args.command == "bench" else range(len(env.tasks)))]
+        args.run(env, args)
+        return 0
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last episode", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
