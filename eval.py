@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 import envs
+import reasoning_eval
 import vla
 
 
@@ -108,12 +109,26 @@ def read_metrics(path: str | Path) -> list[dict]:
 
 def draw_curves(runs: dict[str, list[list[dict]]], out: str | Path) -> None:
     """{label: runs of several seeds, each the rows of a metrics.jsonl} -> PNG: held-out and training success, mean and range."""
+    draw_panels(runs, out, [("heldout", "success, held-out, greedy", 1), ("success", "success, training rollouts (mean of 5 steps)", 5)])
+
+
+def draw_reflection_curves(runs: dict[str, list[list[dict]]], out: str | Path) -> None:
+    """The same for reflection_srpo.py: what the policy does, and what each part of the reward pays it."""
+    heldout = ("first_accuracy", "final_accuracy", "fix_rate", "break_rate", "format_rate", "tokens")
+    parts = ("reward", *(f"part_{name}" for name in ("format", "accuracy", "effectiveness", "reflection", "length")))
+    draw_panels(runs, out, [(f"heldout_{k}", f"{k.replace('_', ' ')}, held-out, greedy", 1) for k in heldout]
+                + [(k, f"{k.replace('_', ' ')}, sampled (mean of 5 steps)", 5) for k in parts], columns=6)
+
+
+def draw_panels(runs: dict[str, list[list[dict]]], out: str | Path, panels: list[tuple[str, str, int]], columns: int = 2) -> None:
+    """Panels (key of a row, title, steps to average over), against the step; a line and a band per label: mean and range of its seeds."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    rows_of_panels = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(rows_of_panels, columns, figsize=(max(10, 3.4 * columns), 3.6 if columns == 2 else 2.8 * rows_of_panels), squeeze=False)
     for color, (label, seeds) in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], runs.items()):
-        for panel, key, window in ((panels[0], "heldout", 1), (panels[1], "success", 5)):
+        for panel, (key, _, window) in zip(axes.flat, panels):
             curves = [{r["step"]: r[key] for r in rows if r.get(key) is not None} for rows in seeds]
             steps = sorted(set.intersection(*map(set, curves)))
             if not steps:
@@ -122,14 +137,17 @@ def draw_curves(runs: dict[str, list[list[dict]]], out: str | Path) -> None:
             kernel = np.ones(min(window, len(steps)))
             values = np.array([np.convolve(v, kernel, "same") / np.convolve(np.ones(len(v)), kernel, "same") for v in values])
             panel.plot(steps, values.mean(0), color=color, label=f"{label} ({len(seeds)} seed{'s' * (len(seeds) > 1)})",
-                       marker="o" if key == "heldout" else None, markersize=3)
+                       marker="o" if window == 1 else None, markersize=3)
             panel.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
-    panels[0].set(title="held-out initial states, greedy", xlabel="RL step", ylabel="success", ylim=(0, 1.02))
-    panels[1].set(title="training rollouts, sampled (mean of 5 steps)", xlabel="RL step")
-    for panel in panels:
+    for panel, (key, title, _) in zip(axes.flat, panels):
+        panel.set_title(title, fontsize=9)
+        panel.set_xlabel("RL step")
         panel.grid(alpha=0.3)
-        panel.axhline(0.95, color="gray", linewidth=0.8, linestyle=":")
-        panel.legend(loc="lower right", fontsize=8)
+        if key in ("heldout", "success") or key.endswith(("accuracy", "rate")) and key.startswith("heldout"):
+            panel.set_ylim(0, 1.02)
+    for panel in axes.flat[:2 if columns == 2 else 1]:
+        if panel.lines:
+            panel.legend(loc="lower right", fontsize=8)
     figure.tight_layout()
     figure.savefig(out, dpi=110)
     plt.close(figure)
@@ -148,6 +166,8 @@ def main() -> None:
     p = commands.add_parser("curves", help="learning curves; runs in folders named LABEL-SEED are averaged by label")
     p.add_argument("metrics", nargs="+", help="metrics.jsonl files")
     p.add_argument("--out", default="curves.png")
+    p.add_argument("--kind", default="vla", choices=["vla", "reflection"], help="which script wrote them")
+    reasoning_eval.add_arguments(commands.add_parser("reasoning", help="MathVista, MathVerse, MathVision, MMMU-Pro"))
     for each in (parser, *commands.choices.values()):
         each.error = lambda message: sys.exit(f"error: {message}")
     args = parser.parse_args()
@@ -155,8 +175,10 @@ def main() -> None:
         runs: dict[str, list] = {}
         for path in args.metrics:
             runs.setdefault(Path(path).absolute().parent.name.rsplit("-", 1)[0], []).append(read_metrics(path))
-        draw_curves(runs, args.out)
+        (draw_curves if args.kind == "vla" else draw_reflection_curves)(runs, args.out)
         return print(f"wrote {args.out}")
+    if args.command == "reasoning":
+        return reasoning_eval.run(args)
     if not 1 <= args.states <= envs.N_STATES:
         raise ValueError(f"--states must be 1..{envs.N_STATES}, got {args.states}")
     policy = vla.load_policy(args.checkpoint)

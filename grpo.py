@@ -18,9 +18,11 @@ import math
 import os
 import random
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -426,7 +428,25 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tens
     return tuple(loaded)
 
 
-# The metrics log
+# Stopping, and the metrics log
+
+@contextmanager
+def ctrl_c() -> Iterator[list]:
+    """Within it, Ctrl-C makes the yielded list true instead of raising, so that a loop can finish its step and save. A second one raises."""
+    interrupted: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def handler(*_):
+        interrupted.append(1)
+        signal.signal(signal.SIGINT, before)
+        print("\nCtrl-C: finishing this step and saving; press again to stop at once", file=sys.stderr)
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
 
 def _jsonable(x):
     """Tensors and numpy values become numbers or lists; NaN and infinities, which JSON does not have, null."""

@@ -451,7 +451,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     import torch
-    import reflection_srpo
+    import vlm
     data = args.data or [BENCHMARKS[name].hub for name in args.benchmark]
     if len(data) != len(args.benchmark):
         raise ValueError(f"--data names {len(data)} folders for {len(args.benchmark)} benchmarks: give one for each, in the same order")
@@ -464,9 +464,9 @@ def run(args: argparse.Namespace) -> None:
     weights = max((file.stat().st_mtime for file in Path(args.model).glob("*.safetensors")), default=None)
     settings = {"model": args.model, "weights_saved": weights, "max_new_tokens": args.max_new_tokens, "dtype": args.dtype,
                 "math_verify": verifier}
-    model, processor = reflection_srpo.load_vlm(args.model, dtype=getattr(torch, args.dtype),
+    model, processor = vlm.load_vlm(args.model, dtype=getattr(torch, args.dtype),
                                                 device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    complete = partial(reflection_srpo.complete, model, processor, max_new_tokens=args.max_new_tokens, temperature=0.0)
+    complete = partial(vlm.complete, model, processor, max_new_tokens=args.max_new_tokens, temperature=0.0)
     out, outcomes = Path(args.out), {}
     try:
         for name, source in zip(args.benchmark, data):

@@ -22,7 +22,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -78,7 +77,7 @@ class Settings:
     keep: str = flag("signal", "groups to train on; signal: rewards differ; mixed: success rate within 0.1..0.9, as published",
                      choices=["signal", "mixed"])
     model: str = flag(str(WEIGHTS / "tiny_vla"), "starting policy: folder or hub id")
-    world_model: str = flag(str(WEIGHTS / "vjepa_tiny"), "V-JEPA 2 encoder: folder or hub id")
+    world_model: str = flag(str(WEIGHTS / "vjepa_tiny"), "V-JEPA 2 encoder: folder or hub id; pixels: mean frames instead of latents, a baseline")
     seed: int = flag(0, "of initial states, sampling and minibatches")
     out: str = flag("", "output folder (default: out/REWARD)")
     resume: str = flag("", "folder of a run to go on with; its settings are taken over, others given must agree")
@@ -269,70 +268,66 @@ def train(s: Settings, out: Path, step: int, policy, average, reference, encoder
     """Steps `step` + 1 .. s.steps; stops early on Ctrl-C. Returns the last step done and the last held-out evaluation.
     average: running average of the policy's weights, or None; reference: starting policy, or None if beta is 0; encoder: world model, or None for 0/1 rewards."""
     key = next(iter(policy.norm_stats))
-    interrupted, result = [], None
-    handler = signal.signal(signal.SIGINT, lambda *_: (interrupted.append(1), signal.signal(signal.SIGINT, handler),
-                            tqdm.write("Ctrl-C: finishing this step and saving; press again to stop at once")))
-    bar = tqdm(total=s.steps, initial=step, desc=s.reward, unit="step", dynamic_ncols=True, mininterval=1)
-    while step < s.steps and not interrupted:
-        step += 1
-        # Each step has its own random numbers, a function of (seed, step): so a resumed run repeats an uninterrupted one.
-        rng = np.random.default_rng([s.seed, step])
-        torch.manual_seed(int(rng.integers(2**62)))
-        now = replace(s, temperature=s.temperature + (s.temperature_end - s.temperature) * (step - 1) / max(s.steps - 1, 1))
-        optimizer.param_groups[0]["lr"] = s.lr * min(1, step / 10) * (1 - (1 - s.lr_end) * (step - 1) / s.steps)
+    result = None
+    with grpo.ctrl_c() as interrupted, tqdm(total=s.steps, initial=step, desc=s.reward, unit="step", dynamic_ncols=True, mininterval=1) as bar:
+        while step < s.steps and not interrupted:
+            step += 1
+            # Each step has its own random numbers, a function of (seed, step): so a resumed run repeats an uninterrupted one.
+            rng = np.random.default_rng([s.seed, step])
+            torch.manual_seed(int(rng.integers(2**62)))
+            now = replace(s, temperature=s.temperature + (s.temperature_end - s.temperature) * (step - 1) / max(s.steps - 1, 1))
+            optimizer.param_groups[0]["lr"] = s.lr * min(1, step / 10) * (1 - (1 - s.lr_end) * (step - 1) / s.steps)
 
-        began = time.perf_counter()                                                 # 1. rollouts
-        total = len(envs.TASKS) * envs.N_STATES
-        states = [envs.Start(int(i) // envs.N_STATES, int(i) % envs.N_STATES)
-                  for i in rng.choice(total, s.groups, replace=s.groups > total)]
-        starts = [state for state in states for _ in range(s.group_size)]
-        episodes = envs.play(sampler(policy, now.temperature, key), workers, starts)
-        rolled = time.perf_counter()
+            began = time.perf_counter()                                                 # 1. rollouts
+            total = len(envs.TASKS) * envs.N_STATES
+            states = [envs.Start(int(i) // envs.N_STATES, int(i) % envs.N_STATES)
+                      for i in rng.choice(total, s.groups, replace=s.groups > total)]
+            starts = [state for state in states for _ in range(s.group_size)]
+            episodes = envs.play(sampler(policy, now.temperature, key), workers, starts)
+            rolled = time.perf_counter()
 
-        reward, record = score(episodes, encoder, s)                                # 2. rewards
-        scored = time.perf_counter()
+            reward, record = score(episodes, encoder, s)                                # 2. rewards
+            scored = time.perf_counter()
 
-        by_group = torch.tensor(reward, dtype=torch.float32).view(s.groups, s.group_size)
-        advantages = grpo.group_advantages(by_group, scale=s.std_scale)             # 3. advantages (P, G)
-        rate = torch.tensor([e.success for e in episodes]).float().view(s.groups, s.group_size).mean(1)
-        if s.keep == "mixed":                   # code: filters on the success rate BEFORE the reward is shaped
-            advantages = advantages * ((rate >= 0.1) & (rate <= 0.9))[:, None]
-        used = (advantages != 0).any(1)
+            by_group = torch.tensor(reward, dtype=torch.float32).view(s.groups, s.group_size)
+            advantages = grpo.group_advantages(by_group, scale=s.std_scale)             # 3. advantages (P, G)
+            rate = torch.tensor([e.success for e in episodes]).float().view(s.groups, s.group_size).mean(1)
+            if s.keep == "mixed":                   # code: filters on the success rate BEFORE the reward is shaped
+                advantages = advantages * ((rate >= 0.1) & (rate <= 0.9))[:, None]
+            used = (advantages != 0).any(1)
 
-        batch = collate(episodes, advantages.flatten())                             # 4. update
-        stats = update(policy, reference, optimizer, batch, now) if len(batch.mask) else {"updates": 0, "skipped": 0}
-        if average is not None:
-            average.update_parameters(policy)
-        if stats["skipped"]:
-            tqdm.write(f"step {step}: {stats['skipped']} updates skipped, loss or gradient not finite")
-        env_steps = sum(e.steps for e in episodes)
-        row = {"step": step, "success": float(rate.mean()), "reward": float(reward.mean()),
-               "failure_reward": float(by_group.flatten()[[not e.success for e in episodes]].mean()) if rate.mean() < 1 else None,
-               "length": env_steps / len(episodes), "groups_used": int(used.sum()), "groups_failed": int((rate == 0).sum()),
-               "groups_solved": int((rate == 1).sum()), "entropy": float(np.mean([r[2] for e in episodes for r in e.records])),
-               **stats, "lr": optimizer.param_groups[0]["lr"], "temperature": now.temperature, "env_steps": env_steps, "tokens": int(batch.mask.sum()),
-               "workers_replaced": workers.replaced, "seconds_rollout": rolled - began, "seconds_reward": scored - rolled,
-               "seconds_update": time.perf_counter() - scored}
-        if record is not None:
-            row |= {"groups_changed": record.n_groups_changed, "clusters": sum(record.clusters.values()),
-                    "noise": sum(record.noise.values()), "fallbacks": sum(map(bool, record.fallbacks.values()))}
-        if step == s.steps or s.eval_every and step % s.eval_every == 0:
-            result = evaluation.evaluate_vla(policy if average is None else average.module, workers, "heldout", key)
-            row["heldout"] = result["success"]
-            tqdm.write(f"step {step:4d}  held-out success {result['success']:.1%} (greedy, {result['episodes']} episodes)")
-        log.append(row)
-        bar.set_postfix(success=f"{row['success']:.0%}", reward=f"{row['reward']:.2f}")
-        bar.update()
-        if step % 5 == 0 or step == 1:
-            tqdm.write(f"step {step:4d}  success {row['success']:5.1%}  reward {row['reward']:.3f}  groups used {row['groups_used']:2d}"
-                       f"/{s.groups}  kl {stats.get('old_kl', 0):.4f}  entropy {row['entropy']:.2f}  rollout {row['seconds_rollout']:.1f} s"
-                       f"  reward {row['seconds_reward']:.1f} s  update {row['seconds_update']:.1f} s")
-        if step % 25 == 1:
-            tqdm.write("  sample: " + describe(episodes, reward, advantages.flatten(), record, int(rng.integers(len(episodes)))))
-        if step % s.save_every == 0 or step == s.steps or interrupted:
-            save(out, s, step, policy, average, optimizer)
-    bar.close()
-    signal.signal(signal.SIGINT, handler)
+            batch = collate(episodes, advantages.flatten())                             # 4. update
+            stats = update(policy, reference, optimizer, batch, now) if len(batch.mask) else {"updates": 0, "skipped": 0}
+            if average is not None:
+                average.update_parameters(policy)
+            if stats["skipped"]:
+                tqdm.write(f"step {step}: {stats['skipped']} updates skipped, loss or gradient not finite")
+            env_steps = sum(e.steps for e in episodes)
+            row = {"step": step, "success": float(rate.mean()), "reward": float(reward.mean()),
+                   "failure_reward": float(by_group.flatten()[[not e.success for e in episodes]].mean()) if rate.mean() < 1 else None,
+                   "length": env_steps / len(episodes), "groups_used": int(used.sum()), "groups_failed": int((rate == 0).sum()),
+                   "groups_solved": int((rate == 1).sum()), "entropy": float(np.mean([r[2] for e in episodes for r in e.records])),
+                   **stats, "lr": optimizer.param_groups[0]["lr"], "temperature": now.temperature, "env_steps": env_steps, "tokens": int(batch.mask.sum()),
+                   "workers_replaced": workers.replaced, "seconds_rollout": rolled - began, "seconds_reward": scored - rolled,
+                   "seconds_update": time.perf_counter() - scored}
+            if record is not None:
+                row |= {"groups_changed": record.n_groups_changed, "clusters": sum(record.clusters.values()),
+                        "noise": sum(record.noise.values()), "fallbacks": sum(map(bool, record.fallbacks.values()))}
+            if step == s.steps or s.eval_every and step % s.eval_every == 0:
+                result = evaluation.evaluate_vla(policy if average is None else average.module, workers, "heldout", key)
+                row["heldout"] = result["success"]
+                tqdm.write(f"step {step:4d}  held-out success {result['success']:.1%} (greedy, {result['episodes']} episodes)")
+            log.append(row)
+            bar.set_postfix(success=f"{row['success']:.0%}", reward=f"{row['reward']:.2f}")
+            bar.update()
+            if step % 5 == 0 or step == 1:
+                tqdm.write(f"step {step:4d}  success {row['success']:5.1%}  reward {row['reward']:.3f}  groups used {row['groups_used']:2d}"
+                           f"/{s.groups}  kl {stats.get('old_kl', 0):.4f}  entropy {row['entropy']:.2f}  rollout {row['seconds_rollout']:.1f} s"
+                           f"  reward {row['seconds_reward']:.1f} s  update {row['seconds_update']:.1f} s")
+            if step % 25 == 1:
+                tqdm.write("  sample: " + describe(episodes, reward, advantages.flatten(), record, int(rng.integers(len(episodes)))))
+            if step % s.save_every == 0 or step == s.steps or interrupted:
+                save(out, s, step, policy, average, optimizer)
     return step, result
 
 
@@ -389,7 +384,11 @@ def run(s: Settings, given: set[str]) -> int:
     logging.disable_progress_bar()          # transformers' own bar for loading weights
     policy = vla.load_policy(s.model)
     reference = vla.load_policy(s.model) if s.beta > 0 else None
-    encoder = world_model.WorldModel.from_pretrained(s.world_model, batch_size=32) if s.reward == "srpo" else None
+    encoder = None
+    if s.reward == "srpo":
+        pixels = s.world_model == "pixels"
+        encoder = world_model.WorldModel.from_pretrained(WEIGHTS / "vjepa_tiny" if pixels else s.world_model, batch_size=32)
+        encoder = world_model.PixelModel(encoder) if pixels else encoder
     envs.Tabletop().reset()                 # whatever is wrong with the models or OpenGL shows before anything is written
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@
 Left out: V-JEPA 2's image and action-conditioned stages and its augmentations (a fixed camera needs none).
 
     python world_model.py                                                       # curves of successes and failures -> PNG
+    python world_model.py compare                                               # trained, random weights, pixels: the benchmark's numbers
     python world_model.py --videos rollouts.npz --model facebook/vjepa2-vitg-fpc64-384 --out curves.png
     python world_model.py train --out weights/vjepa_tiny    # the tiny encoder from scratch, on the built-in simulator's videos
 
@@ -89,7 +90,7 @@ class WorldModel:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         self.model = model.to(self.device).eval().requires_grad_(False)
-        self.config, self.resize, self.batch_size = model.config, resize, batch_size
+        self.config, self.resize, self.batch_size, self.width = model.config, resize, batch_size, model.config.hidden_size
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path, dtype: torch.dtype | None = None, device: str | None = None,
@@ -163,13 +164,24 @@ class WorldModel:
         0 where the rollout began, 1 at a reference. This scale is ours: how the paper maps d_t to R_t was not verified.
         """
         references = np.atleast_2d(np.asarray(references, dtype=np.float64))
-        if references.ndim != 2 or references.shape[1] != self.config.hidden_size or len(references) == 0:
-            raise ValueError(f"references must be (C, {self.config.hidden_size}) with C >= 1, got {references.shape}")
+        if references.ndim != 2 or references.shape[1] != self.width or len(references) == 0:
+            raise ValueError(f"references must be (C, {self.width}) with C >= 1, got {references.shape}")
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
         steps = np.unique(np.append(np.arange(1, len(video) + 1, every), len(video)))
         distance = cdist(self.encode([video[:t] for t in steps]), references).min(1)  # (K,) SRPO-VLA: nearest centre
         return steps, np.clip(1 - distance / max(distance[0], 1e-12), 0, 1)
+
+
+class PixelModel(WorldModel):
+    """The baseline of the paper's benchmark: the mean preprocessed frame in place of the latent, N videos -> (N, 3 * crop * crop)."""
+
+    def __init__(self, like: WorldModel):
+        super().__init__(like.model, like.resize, like.dtype, str(like.device), like.batch_size)
+        self.width = 3 * self.config.crop_size ** 2
+
+    def encode(self, videos: list) -> torch.Tensor:
+        return torch.cat([self.pixels([video], i).mean(1).flatten(1).cpu() for i, video in enumerate(videos)])
 
 
 # Curves -> the five numbers of the paper's progress-reward benchmark
@@ -369,8 +381,8 @@ def simulator_rollouts(episodes: int = 120, seed: int = 0) -> tuple[list, np.nda
     return videos, np.array(success), np.array(task)
 
 
-def draw(videos: list, success: np.ndarray, task: np.ndarray, model: WorldModel, out: str) -> dict[str, float]:
-    """Progress curves to a PNG, one panel per task; returns the benchmark's numbers, means over tasks. Reference: the mean
+def draw(videos: list, success: np.ndarray, task: np.ndarray, model: WorldModel, out: str | None) -> dict[str, float]:
+    """Progress curves to a PNG (None: none), one panel per task; returns the benchmark's numbers, means over tasks. Reference: the mean
     of the task's OTHER successes (one centre, the published code's fallback; rewards.py does the clustering)."""
     import matplotlib
     matplotlib.use("Agg")
@@ -393,14 +405,15 @@ def draw(videos: list, success: np.ndarray, task: np.ndarray, model: WorldModel,
         panel.title.set_fontsize(9)
     panels[0][0].set_ylabel("progress (green: success)")
     figure.tight_layout()
-    figure.savefig(out, dpi=120)
+    if out:
+        figure.savefig(out, dpi=120)
     plt.close(figure)
     return {key: float(np.mean([score[key] for score in scores])) for key in scores[0]}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Latent progress of rollouts under a V-JEPA 2 world model.")
-    parser.add_argument("command", nargs="?", choices=("draw", "train"), default="draw")
+    parser.add_argument("command", nargs="?", choices=("draw", "compare", "train"), default="draw")
     parser.add_argument("--videos", help="rollouts.npz; without it the built-in simulator is played")
     parser.add_argument("--model", default=str(SHIPPED), help="draw: folder or hub id")
     parser.add_argument("--out", help="draw: PNG (progress.png), train: folder")
@@ -424,6 +437,19 @@ def main(argv: list[str] | None = None) -> None:
             share = separation(model.encode(videos).numpy(), success, task)
             print(f"success nearer than failure in {share:.3f} of pairs (0.5 is blind)")
             print(f"wrote {args.out or 'progress.png'}")
+            return
+        if args.command == "compare":
+            if success is None:
+                raise ValueError(f"{args.videos}: comparing needs `success`")
+            trained = WorldModel.from_pretrained(args.model, batch_size=32)
+            torch.manual_seed(args.seed)
+            models = {"trained": trained, "random weights": WorldModel(VJEPA2Model(trained.config), trained.resize, batch_size=32),
+                      "pixels": PixelModel(trained)}
+            print(f"{len(videos)} rollouts, {success.sum()} successes; means over tasks\n{'':15} nearer " + " ".join(f"{k:>12}" for k in
+                  ("spearman", "monotonicity", "mmd", "js", "smd")))
+            for name, model in models.items():
+                scores = draw(videos, success, task, model, None)
+                print(f"{name:15} {separation(model.encode(videos).numpy(), success, task):6.3f} " + " ".join(f"{x:12.3f}" for x in scores.values()))
             return
         began = time.time()
 

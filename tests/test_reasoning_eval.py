@@ -516,16 +516,16 @@ def test_table_and_the_papers_figures():
 
 @pytest.fixture
 def command(monkeypatch, tmp_path):
-    """`eval.py reasoning`'s part of this module, with a scripted model in place of reflection_srpo.py's."""
+    """`eval.py reasoning`'s part of this module, with a scripted model in place of vlm.py's."""
     loaded, model = [], Scripted(SCRIPT)
-    fake = types.ModuleType("reflection_srpo")
+    fake = types.ModuleType("vlm")
     fake.load_vlm = lambda path, dtype, device: (loaded.append((path, str(dtype), device)), ("model", "processor"))[1]
 
     def complete(vlm, processor, images, prompts, *, max_new_tokens, temperature=0.0):
         assert (vlm, processor, temperature) == ("model", "processor", 0.0) and max_new_tokens >= 1
         return model(images, prompts)
     fake.complete = complete
-    monkeypatch.setitem(sys.modules, "reflection_srpo", fake)
+    monkeypatch.setitem(sys.modules, "vlm", fake)
     parser = argparse.ArgumentParser()
     re_eval.add_arguments(parser)
 
@@ -554,7 +554,7 @@ def test_run_mmmu_pro_pools_its_halves(command, tmp_path, monkeypatch, capsys):
     write_parquet(tmp_path / "hub" / "vision" / "test-0.parquet", MMMU_VISION, [row])
     write_parquet(tmp_path / "hub" / "standard (10 options)" / "test-0.parquet", MMMU_STANDARD,
                   [mmmu("test_Art_1", "Question 1? <image 1>", ["x", "y"], "A", {1: png()})])
-    monkeypatch.setattr(sys.modules["reflection_srpo"], "complete", lambda *a, **k: [Completion("\\boxed{B}") for _ in a[3]])
+    monkeypatch.setattr(sys.modules["vlm"], "complete", lambda *a, **k: [Completion("\\boxed{B}") for _ in a[3]])
     command("--benchmark", "mmmu-pro-standard", "mmmu-pro-vision", "--data", tmp_path / "hub", tmp_path / "hub", "--prompt", "plain")
     result = json.loads((command.out / "result.json").read_text())
     assert [result[k]["all"]["right"]["accuracy"] for k in ("mmmu-pro-standard", "mmmu-pro-vision", "mmmu-pro")] == [0, 1, 0.5]

@@ -564,6 +564,7 @@ def refused(argv: list, words: list[str], folder: Path, capsys) -> None:
     (["--lr", "nan"], ["--lr", "nan"]),
     (["--temperature", "-1"], ["--temperature", "positive"]),
     (["--alpha", "1"], ["--alpha", "[0, 1)"]),
+    (["--average", "1"], ["--average", "[0, 1)"]),
     (["--clip_low", "1.5"], ["--clip_low", "below 1"]),
     (["--workers", "0"], ["--workers", "at least 1"]),
     (["--seed", "-3"], ["--seed", "at least 0"]),

@@ -151,6 +151,20 @@ def naive_metrics(curves, success):
             "smd": (sum(s) / len(s) - sum(f) / len(f)) / math.sqrt((var(s) + var(f)) / (len(s) + len(f) - 2))}
 
 
+def test_pixel_baseline_is_the_mean_normalised_frame(small, tmp_path, capsys):
+    video = squares(1)[0]
+    clip = video[wm.sample_frames(len(video), 8)] / 255
+    expected = ((clip - wm.MEAN) / wm.STD).mean(0).transpose(2, 0, 1).ravel()
+    pixels = wm.PixelModel(small)
+    torch.testing.assert_close(pixels.encode([video])[0], torch.tensor(expected, dtype=torch.float32), atol=1e-5, rtol=1e-5)
+    assert pixels.progress(video, pixels.encode([video]).numpy())[1][-1] == pytest.approx(1)
+    np.savez(tmp_path / "r.npz", videos=squares(6), success=[1, 1, 1, 0, 0, 0])
+    small.save_pretrained(tmp_path / "model")
+    wm.main(["compare", "--videos", str(tmp_path / "r.npz"), "--model", str(tmp_path / "model")])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("trained", "random weights", "pixels", "spearman")) and "nan" not in printed
+
+
 def test_metrics_against_naive_loops():
     rng = np.random.default_rng(0)
     curves = [rng.random(rng.integers(2, 12)) for _ in range(15)]

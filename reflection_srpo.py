@@ -1,0 +1,591 @@
+"""Reflection-aware SRPO for multimodal reasoning (arXiv 2506.01713): a model learns to answer, reflect, and answer again.
+
+Stage 1, cold start: fine-tuning on first answers, a teacher's reflections and corrected answers (reflection_data.py makes them).
+Stage 2, one step, numbered as in `reinforce`:
+  1. Sample G responses <think> <answer> <reflection> <think> <answer> to each of P prompts.
+  2. Reward: format, first answer, what the reflection made of it, a well-formed reflection, length (rewards.py).
+  3. Advantages are normalised within the G responses to a prompt; groups whose rewards are all equal are dropped.
+  4. A clipped policy-gradient update on the tokens of the responses (grpo.py).
+
+Without arguments both stages run on small pictures of arrows (arrows.py) with a Qwen2.5-VL of 0.2 M parameters from random weights. The same file
+trains the real one; --paper sets the paper's values, other flags override them. Left out: vLLM (generation is transformers'), sequence
+packing, a value network.
+
+    python reflection_srpo.py                                           # both stages on a laptop
+    python reflection_srpo.py --resume out/reflection                   # go on after Ctrl-C or a crash
+    python reflection_srpo.py study --out runs/reflection               # what each reward does to behaviour, 3 seeds, one picture
+    python reflection_srpo.py data --model Qwen/Qwen2.5-VL-7B-Instruct --rows rows.jsonl --images DIR --out data/ --teacher-url URL --teacher-model NAME
+    python reflection_srpo.py sft --paper --model Qwen/Qwen2.5-VL-7B-Instruct --data data/reflections.jsonl --out out/sft
+    python reflection_srpo.py rl --paper --model out/sft/policy --data rows.jsonl --images DIR --out out/rl
+"""
+import argparse
+import copy
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: idle threads sleep instead of keeping cores busy
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import HfArgumentParser
+from transformers.utils import logging
+
+import eval as evaluation
+import grpo
+import reflection_data
+import rewards
+import arrows
+import vlm
+from reflection_data import Row
+
+REWARDS = ("paper", "openrlhf", "verl", "outcome", "no_length")
+
+
+def flag(default, text: str, **more):
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass
+class Settings:
+    model: str = flag("", "folder or hub id of a vision-language model (default: a tiny Qwen2.5-VL with random weights)")
+    data: str = flag("arrows", "arrows, or rows as reflection_data.py reads them: JSONL, parquet, dataset of the hub; for sft with targets")
+    images: str = flag("", "folder the rows' image paths start from (default: the data's own)")
+    eval_data: str = flag("", "held-out rows (default: of arrows 400 new ones, of other data none)")
+    prompt: str = flag("query", "query: the question alone, for the tiny model; reflection: with instructions", choices=["query", "reflection"])
+    max_pixels: int = flag(reflection_data.MAX_PIXELS, "larger pictures are scaled down to this area")
+    max_prompt: int = flag(1024, "rows with longer prompts, in tokens, image tokens included, are set aside (paper: 1024)")
+    max_new_tokens: int = flag(56, "longest response, in tokens (paper: 2048)")
+    sft_rows: int = flag(6400, "sft on arrows: rows to draw")
+    sft_epochs: float = flag(4.0, "sft: passes over the rows (paper: 1)")
+    sft_batch: int = flag(64, "sft: rows per update")
+    sft_lr: float = flag(4e-3, "sft: learning rate, 10%% warmup, cosine (paper: 1e-5)")
+    steps: int = flag(150, "RL steps (paper: about 500)")
+    reward: str = flag("paper", "paper, or of its published codes openrlhf and verl; outcome: 1 for a right final answer; no_length: paper's "
+                                "without the length term", choices=list(REWARDS))
+    prompts: int = flag(32, "P: prompts per step (paper: 128)")
+    group_size: int = flag(8, "G: responses per prompt (paper: 8)")
+    temperature: float = flag(1.0, "of sampling and of the log-probabilities alike (paper: 1.0)")
+    lr: float = flag(1e-3, "rl: learning rate after 10 steps of warmup (paper: 1e-6)")
+    minibatch: int = flag(128, "responses per update; 0: all of a step in one (strictly on-policy)")
+    epochs: int = flag(1, "passes over a step's responses")
+    clip_low: float = flag(0.2, "ratio is clipped below 1 - this")
+    clip_high: float = flag(0.2, "and above 1 + this (paper: 0.2 on both sides)")
+    beta: float = flag(0.0, "weight of the KL to the starting policy (the paper writes the term, its script sets 0)")
+    aggregate: str = flag("sequence", "mean of each response's tokens, then over responses; token: over all tokens; constant: Dr. GRPO",
+                          choices=["sequence", "token", "constant"])
+    std_scale: bool = flag(True, "divide advantages by the group's standard deviation (False: Dr. GRPO)")
+    keep: str = flag("signal", "groups to train on; signal: rewards differ; mixed: mean reward within 0.1..0.9, as published",
+                     choices=["signal", "mixed"])
+    mask_truncated: bool = flag(False, "responses cut off at --max_new_tokens get no gradient")
+    max_norm: float = flag(1.0, "gradient clipping")
+    freeze_vision: bool = flag(False, "the vision tower and projector stay as they are, in sft and rl (paper: so; a random tower must learn)")
+    lora_rank: int = flag(0, "train LoRA adapters of this rank on the language model; 0: all weights")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, a third more time")
+    dtype: str = flag("float32", "of the weights; bfloat16 keeps fp32 master weights in the optimiser", choices=["float32", "bfloat16"])
+    device: str = flag("", "default: cuda if there is one")
+    micro_tokens: int = flag(16384, "tokens per forward pass, padding included; smaller saves memory, same gradient")
+    rollout_batch: int = flag(256, "responses generated at a time")
+    seed: int = flag(0, "of weights, data, sampling")
+    out: str = flag("out/reflection", "output folder")
+    resume: str = flag("", "folder of a run to go on with; its settings are taken over, others given must agree")
+    eval_every: int = flag(25, "steps between held-out evaluations, greedy; 0: only before and after")
+    save_every: int = flag(25, "steps between checkpoints")
+    threads: int = flag(2, "torch threads; 0: all cores")
+
+
+# The paper's settings, where they differ from the small ones above
+PAPER = dict(prompt="reflection", max_new_tokens=2048, sft_epochs=1.0, sft_lr=1e-5, steps=500, prompts=128, lr=1e-6, minibatch=0,
+             keep="mixed", freeze_vision=True, gradient_checkpointing=True, dtype="bfloat16", rollout_batch=128, eval_every=50)
+FREE = {"out", "resume", "threads", "eval_every", "save_every", "rollout_batch", "micro_tokens"}    # may change on resume
+
+
+def check(s: Settings) -> None:
+    """ValueError, one line, for a setting out of range."""
+    for name, low in (("steps", 0), ("prompts", 1), ("group_size", 2), ("epochs", 1), ("minibatch", 0), ("sft_rows", 1), ("sft_batch", 1),
+                      ("max_new_tokens", 1), ("max_prompt", 1), ("micro_tokens", 1), ("rollout_batch", 1), ("save_every", 1), ("eval_every", 0),
+                      ("threads", 0), ("seed", 0), ("beta", 0), ("lora_rank", 0), ("max_pixels", reflection_data.MIN_PIXELS)):
+        if not low <= getattr(s, name) < math.inf:
+            raise ValueError(f"--{name} must be at least {low}, got {getattr(s, name)}"
+                             + (": a group of one has no baseline" if name == "group_size" else ""))
+    for name in ("temperature", "lr", "sft_lr", "sft_epochs", "max_norm", "clip_low", "clip_high"):
+        if not 0 < getattr(s, name) < math.inf:
+            raise ValueError(f"--{name} must be positive and finite, got {getattr(s, name)}")
+    if not s.clip_low < 1:
+        raise ValueError(f"--clip_low must be below 1, got {s.clip_low}")
+
+
+# Rewards and what is measured
+
+def score(response: str, answer: str, kind: str, processor: vlm.Processor) -> rewards.ReflectionRecord:
+    """`rewards.reflection_reward`, or one of the two ablations. Lengths are in tokens, tags not counted: a response that writes twice
+    what its first attempt wrote meets the length target, however few words there are."""
+    record = rewards.reflection_reward(response, answer, variant=kind if kind in ("openrlhf", "verl") else "paper",
+                                       count_tokens=lambda text: processor.count(rewards.TAG.sub(" ", text)))
+    if kind == "outcome":
+        record.total = float(record.final_correct)
+    if kind == "no_length":
+        record.total, record.length = record.total - record.length, 0.0
+    return record
+
+
+def behaviour(records: list[rewards.ReflectionRecord], completions: list[vlm.Completion]) -> dict[str, float]:
+    """Means over responses: what the policy does (rates), and what it is paid for (reward and its parts)."""
+    first, final = (np.array([getattr(r, name) for r in records]) for name in ("first_correct", "final_correct"))
+    parts = {name: float(np.mean([getattr(r, name) for r in records])) for name in ("format", "accuracy", "effectiveness", "reflection", "length")}
+    return {"first_accuracy": float(first.mean()), "final_accuracy": float(final.mean()),
+            "fix_rate": float(final[~first].mean()) if not first.all() else None,           # wrong -> right, among the wrong
+            "break_rate": float((~final[first]).mean()) if first.any() else None,           # right -> wrong, among the right
+            "format_rate": float(np.mean([r.format > 0 for r in records])), "tokens": float(np.mean([c.tokens for c in completions])),
+            "truncated": float(np.mean([c.truncated for c in completions])), "reward": float(np.mean([r.total for r in records])),
+            **{f"part_{name}": x for name, x in parts.items()}}
+
+
+def evaluate(model, processor: vlm.Processor, rows: list[Row], s: Settings, rejected: "Rejections") -> dict:
+    """Greedy decoding of every row -> `behaviour`, with Wilson intervals of both accuracies."""
+    rows, prompts = encode(rows, s, processor, rejected)
+    completions = [c for i in range(0, len(rows), s.rollout_batch)
+                   for c in vlm.generate(model, processor, prompts[i:i + s.rollout_batch], s.max_new_tokens)]
+    records = [score(c.text, row.answer, s.reward, processor) for row, c in zip(rows, completions)]
+    result = behaviour(records, completions)
+    return result | {"rows": len(rows), **{f"{name}_interval": evaluation.wilson(round(result[f"{name}_accuracy"] * len(rows)), len(rows))
+                                           for name in ("first", "final")}}
+
+
+class Rejections:
+    """Rows that cannot be used, written to a file as they are met, each once."""
+
+    def __init__(self, path: Path):
+        self.path, self.seen = path, {line["id"] for line in reflection_data.read_lines(path)}
+
+    def add(self, row: Row | reflection_data.Rejected, reason: str) -> None:
+        if row.id not in self.seen:
+            self.seen.add(row.id)
+            with self.path.open("a") as file:
+                file.write(json.dumps({"id": row.id, "source": row.source, "reason": reason}) + "\n")
+            tqdm.write(f"{row.source}: {reason}; set aside in {self.path}")
+
+
+def encode(rows: list[Row], s: Settings, processor: vlm.Processor, rejected: Rejections) -> tuple[list[Row], list[vlm.Prompt]]:
+    """The rows that can be used, and their prompts."""
+    kept, prompts = [], []
+    for row in rows:
+        try:
+            images = [reflection_data.fit_image(reflection_data.load_image(row, i), max_pixels=s.max_pixels) for i in range(len(row.images))]
+            prompt = processor.prompt(images, reflection_data.reflection_prompt(row.query) if s.prompt == "reflection" else row.query)
+            room = min(s.max_prompt, processor.context - s.max_new_tokens)
+            if len(prompt.ids) > room:
+                raise ValueError(f"a prompt of {len(prompt.ids)} tokens, and there is room for {room}; see --max_prompt and --max_pixels")
+            kept.append(row), prompts.append(prompt)
+        except ValueError as error:
+            rejected.add(row, str(error))
+    if not kept:
+        raise ValueError(f"none of {len(rows)} rows can be used; {rejected.path} says why")
+    return kept, prompts
+
+
+# Stage 1
+
+def supervised(s: Settings, out: Path, model, processor, rows: list[Row], step: int, optimizer) -> int:
+    """Cross-entropy on the targets' tokens, mean over the tokens of a batch. Returns the last step done."""
+    steps = math.ceil(len(rows) * s.sft_epochs / s.sft_batch)
+    order = np.concatenate([np.random.default_rng([s.seed, epoch]).permutation(len(rows)) for epoch in range(math.ceil(s.sft_epochs))])
+    log, rejected = grpo.MetricsLog(out / "sft.jsonl", resume_step=step), Rejections(out / "rejected.jsonl")
+    model.train()
+    with grpo.ctrl_c() as interrupted, tqdm(total=steps, initial=step, desc="SFT", unit="step", mininterval=1) as bar:
+        while step < steps and not interrupted:
+            warmup = max(1, round(0.1 * steps))
+            optimizer.param_groups[0]["lr"] = s.sft_lr * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            some, prompts = encode([rows[i] for i in order[step * s.sft_batch:(step + 1) * s.sft_batch]], s, processor, rejected)
+            targets = [processor.target(row.target) for row in some]
+            tokens, total = sum(map(len, targets)), 0.0
+            for part in vlm.micro_batches([len(p.ids) + len(t) for p, t in zip(prompts, targets)], s.micro_tokens):
+                inputs, ids, mask = processor.batch([prompts[i] for i in part], [targets[i] for i in part], model.device)
+                logp, _ = grpo.token_logprobs(vlm.completion_logits(model, inputs, ids.shape[1]), ids)      # (B, n)
+                loss = -(logp * mask).sum() / tokens
+                loss.backward()
+                total += loss.item()
+            norm, stepped = grpo.clip_and_step(optimizer, model, s.max_norm)
+            step += 1
+            log.append({"step": step, "loss": total, "grad_norm": norm, "skipped": not stepped, "lr": optimizer.param_groups[0]["lr"]})
+            bar.set_postfix(loss=f"{total:.3f}")
+            bar.update()
+            if step % s.save_every == 0 or step == steps or interrupted:
+                save(out, s, "sft", step, model, optimizer)
+    log.close()
+    return step if interrupted else steps
+
+
+# Stage 2
+
+@dataclass
+class Batch:
+    """A step's responses that have an advantage, N of them."""
+    prompts: list[vlm.Prompt]
+    completions: list[torch.Tensor]     # (n_i,) int64
+    advantages: torch.Tensor            # (N,) float32
+
+
+def logprobs(model, processor, prompts, completions, temperature: float):
+    """(log-probabilities, entropy, mask) of the completions' tokens, each (B, n)."""
+    inputs, ids, mask = processor.batch(prompts, completions, model.device)
+    return (*grpo.token_logprobs(vlm.completion_logits(model, inputs, ids.shape[1]), ids, temperature), mask)
+
+
+def reference_logprobs(model, reference, *arguments):
+    """Under the starting policy: the model with its adapters off, or a copy that waits on the CPU."""
+    with torch.no_grad():
+        if reference is None:
+            with model.disable_adapter():
+                return logprobs(model, *arguments)[0]
+        try:
+            return logprobs(reference.to(model.device), *arguments)[0]
+        finally:
+            reference.to("cpu")
+
+
+def update(model, reference, processor, optimizer, batch: Batch, s: Settings) -> dict:
+    """Clipped updates over a step's batch. Returns statistics over all of them; one with a non-finite loss or gradient is skipped."""
+    n, stats, entropies, norms, skipped = len(batch.completions), [], [], [], 0
+    size = s.minibatch or n
+    lengths = [len(p.ids) + len(c) for p, c in zip(batch.prompts, batch.completions)]
+    pick = lambda part: ([batch.prompts[i] for i in part], [batch.completions[i] for i in part])
+    old = None
+    if s.epochs * math.ceil(n / size) > 1:      # else the only update starts at ratio 1, and its own log-probabilities serve
+        old = [None] * n
+        with torch.no_grad():
+            for part in vlm.micro_batches(lengths, s.micro_tokens):
+                logp, _, _ = logprobs(model, processor, *pick(part), s.temperature)
+                for i, row in zip(part, logp):
+                    old[i] = row[:len(batch.completions[i])]
+    for _ in range(s.epochs):
+        for rows in torch.randperm(n).split(size):
+            counts = torch.tensor([len(batch.completions[i]) for i in rows])
+            normalizer = grpo.loss_normalizer(torch.arange(int(counts.max())) < counts[:, None], s.aggregate, s.max_new_tokens)
+            seen = []
+            for part in vlm.micro_batches([lengths[i] for i in rows], s.micro_tokens):
+                part = rows[part].tolist()
+                logp, entropy, mask = logprobs(model, processor, *pick(part), s.temperature)                # (B, n)
+                before = old and torch.nn.utils.rnn.pad_sequence([old[i] for i in part], batch_first=True)
+                ref = reference_logprobs(model, reference, processor, *pick(part), s.temperature) if s.beta else None
+                loss, stat = grpo.policy_loss(logp, before, batch.advantages[part].to(logp.device), mask, ref_logp=ref, beta=s.beta,
+                                              clip=(s.clip_low, s.clip_high), aggregate=s.aggregate, normalizer=normalizer)
+                loss.backward()
+                seen.append(stat)
+                entropies.append(float((entropy.detach() * mask).sum() / mask.sum()))
+            stats.append(grpo.merge_stats(seen))
+            if math.isfinite(stats[-1]["loss"]):
+                norm, stepped = grpo.clip_and_step(optimizer, model, s.max_norm)
+            else:
+                norm, stepped = math.nan, False
+                optimizer.zero_grad()
+            norms += [norm] if stepped else []
+            skipped += not stepped
+    mean = {k: float(np.mean([x[k] for x in stats])) for k in ("loss", "old_kl", "ref_kl", "clip_low", "clip_high")}
+    return mean | {"ratio_max": max(x["ratio_max"] for x in stats), "entropy": float(np.mean(entropies)), "updates": len(norms),
+                   "skipped": skipped, "grad_norm": float(np.mean(norms)) if norms else 0.0}
+
+
+def reinforce(s: Settings, out: Path, model, reference, processor, rows: list[Row], heldout: list[Row], step: int, optimizer, before: dict) -> int:
+    """Steps `step` + 1 .. s.steps; stops early on Ctrl-C. Returns the last step done."""
+    log, rejected = grpo.MetricsLog(out / "metrics.jsonl", resume_step=step or -1), Rejections(out / "rejected.jsonl")
+    if step == 0:
+        log.append({"step": 0, **{f"heldout_{k}": x for k, x in before.items()}})
+    with grpo.ctrl_c() as interrupted, tqdm(total=s.steps, initial=step, desc=f"RL, {s.reward}", unit="step", mininterval=1) as bar:
+        while step < s.steps and not interrupted:
+            step += 1
+            # Each step has its own random numbers, a function of (seed, step): so a resumed run repeats an uninterrupted one.
+            rng = np.random.default_rng([s.seed, step])
+            torch.manual_seed(int(rng.integers(2**62)))
+            optimizer.param_groups[0]["lr"] = s.lr * min(1, step / 10)
+
+            began = time.perf_counter()                                                 # 1. responses
+            chosen, prompts = encode([rows[i] for i in rng.choice(len(rows), min(s.prompts, len(rows)), replace=False)], s, processor, rejected)
+            repeated = [p for p in prompts for _ in range(s.group_size)]
+            completions = [c for i in range(0, len(repeated), s.rollout_batch)
+                           for c in vlm.generate(model, processor, repeated[i:i + s.rollout_batch], s.max_new_tokens, s.temperature)]
+            sampled = time.perf_counter()
+
+            answers = [row.answer for row in chosen for _ in range(s.group_size)]       # 2. rewards
+            records = [score(c.text, answer, s.reward, processor) for c, answer in zip(completions, answers)]
+            reward = torch.tensor([r.total for r in records]).view(-1, s.group_size)    # (P, G)
+            scored = time.perf_counter()
+
+            advantages = grpo.group_advantages(reward, scale=s.std_scale)               # 3. advantages (P, G)
+            if s.keep == "mixed":
+                advantages = advantages * ((reward.mean(1) >= 0.1) & (reward.mean(1) <= 0.9))[:, None]
+            used, flat = (advantages != 0).any(1), advantages.flatten()
+            keep = [i for i, c in enumerate(completions) if flat[i] != 0 and not (s.mask_truncated and c.truncated)]
+
+            model.train()                                                               # 4. update
+            batch = Batch([repeated[i] for i in keep], [completions[i].ids for i in keep], flat[keep])
+            stats = update(model, reference, processor, optimizer, batch, s) if keep else {"updates": 0, "skipped": 0}
+            if stats["skipped"]:
+                tqdm.write(f"step {step}: {stats['skipped']} updates skipped, loss or gradient not finite")
+            tokens = sum(c.tokens for c in completions)
+            row = {"step": step, **behaviour(records, completions), "reward_std": float(reward.std()), "groups_used": int(used.sum()),
+                   "groups": len(used), **stats, "lr": optimizer.param_groups[0]["lr"], "sampled_tokens": tokens,
+                   "seconds_rollout": sampled - began, "seconds_reward": scored - sampled, "seconds_update": time.perf_counter() - scored}
+            if heldout and (step == s.steps or s.eval_every and step % s.eval_every == 0):
+                row |= {f"heldout_{k}": x for k, x in evaluate(model, processor, heldout, s, rejected).items()}
+                tqdm.write(f"step {step:4d}  held-out, greedy: first answer {row['heldout_first_accuracy']:.1%}, "
+                           f"final {row['heldout_final_accuracy']:.1%}")
+            log.append(row)
+            bar.set_postfix(first=f"{row['first_accuracy']:.0%}", final=f"{row['final_accuracy']:.0%}", reward=f"{row['reward']:.2f}")
+            bar.update()
+            if step % 10 == 0 or step == 1:
+                tqdm.write(f"step {step:4d}  first {row['first_accuracy']:5.1%}  final {row['final_accuracy']:5.1%}  reward {row['reward']:.3f}  "
+                           f"groups used {row['groups_used']:2d}/{row['groups']}  tokens {row['tokens']:.0f}  rollout {row['seconds_rollout']:.1f} s"
+                           f"  update {row['seconds_update']:.1f} s")
+            if step % 25 == 1:
+                i = int(rng.integers(len(completions)))
+                tqdm.write("  sample: " + describe(chosen[i // s.group_size], completions[i], records[i], float(flat[i])))
+            if step % s.save_every == 0 or step == s.steps or interrupted:
+                save(out, s, "rl", step, model, optimizer)
+    log.close()
+    return step
+
+
+def describe(row: Row, completion: vlm.Completion, record: rewards.ReflectionRecord, advantage: float) -> str:
+    """One response with its reward, part by part."""
+    parts = " + ".join(f"{name} {getattr(record, name):.2f}" for name in ("format", "accuracy", "effectiveness", "reflection", "length"))
+    return (f"{row.query!r}, answer {row.answer}\n    {completion.text}{' ...' if completion.truncated else ''}\n"
+            f"    reward {record.total:.2f} ({parts}), advantage {advantage:+.2f}")
+
+
+# Models, checkpoints, the whole job
+
+def load(s: Settings, path: str | Path):
+    """(model ready for training, processor)."""
+    device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, processor = vlm.load_vlm(path, getattr(torch, s.dtype), device)
+    if s.freeze_vision:
+        model.model.visual.requires_grad_(False)                # the tower and, in `merger`, the projector
+    if s.lora_rank:
+        from peft import LoraConfig, get_peft_model
+        config = LoraConfig(r=s.lora_rank, lora_alpha=2 * s.lora_rank, target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj")
+        model = get_peft_model(model, config)
+    if s.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model, processor
+
+
+def trainable(model) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save(out: Path, s: Settings, stage: str, step: int, model, optimizer) -> None:
+    grpo.save_checkpoint(out / "checkpoint", model_tensors=trainable(model), trainer_tensors=grpo.optimizer_tensors(optimizer),
+                         state={"stage": stage, "step": step, "settings": asdict(s)})
+
+
+def save_policy(model, processor, path: Path) -> None:
+    """A checkpoint folder that `--model` and eval.py load; LoRA adapters are merged into it, and saved alone beside it."""
+    if hasattr(model, "merge_and_unload"):
+        model.save_pretrained(path.with_name(path.name + "_adapter"))
+        model = copy.deepcopy(model).merge_and_unload()
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+
+
+def read_rows(data: str, images: str, rejected: Rejections) -> list[Row]:
+    rows, bad = reflection_data.read_rows(data, images or None)
+    for item in bad:
+        rejected.add(item, item.reason)
+    return rows
+
+
+def prepare(s: Settings, given: set[str]) -> tuple[Settings, Path, dict | None]:
+    """Settings, output folder, and the checkpoint to go on from. Nothing is written if anything is wrong."""
+    if not s.resume:
+        if "resume" in given:
+            raise ValueError("--resume is empty; give the folder of a run")
+        if (Path(s.out) / "checkpoint" / "state.json").exists():
+            raise ValueError(f"{s.out} holds a run already; go on with --resume {s.out}, or choose another --out")
+        return s, Path(s.out), None
+    out = Path(s.resume)
+    model, trainer, state = grpo.load_checkpoint(out / "checkpoint")
+    saved = state.get("settings", {})
+    if set(saved) != set(asdict(s)):
+        raise ValueError(f"{out}/checkpoint was written by another version of reflection_srpo.py; start a new run with --out")
+    for name in sorted(given - FREE):
+        if getattr(s, name) != saved.get(name):
+            raise ValueError(f"--{name} {getattr(s, name)} differs from the run's {saved.get(name)}; drop the flag, or start a new run with --out")
+    s = Settings(**saved | {name: getattr(s, name) for name in given & FREE} | {"out": str(out), "resume": str(out)})
+    return s, out, state | {"model": model, "trainer": trainer}
+
+
+def run(stage: str, s: Settings, given: set[str] = frozenset()) -> int:
+    """stage: sft, rl, or all, which is one after the other on arrows. Returns the exit code."""
+    check(s)
+    s, out, saved = prepare(s, given)
+    if stage == "all" and s.data != "arrows":
+        raise ValueError("--data needs a stage: python reflection_srpo.py sft ... (rows with targets) or rl ...")
+    if stage != "all" and not s.model:
+        raise ValueError(f"{stage} needs --model: a folder or hub id")
+    torch.set_num_threads(s.threads or os.cpu_count())
+    logging.disable_progress_bar()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be made ({error.strerror}); choose another folder") from None
+    rejected = Rejections(out / "rejected.jsonl")
+    began, base = time.time(), s.model or str(out / "base")
+    if not s.model and not (out / "base" / "config.json").exists():
+        torch.manual_seed(s.seed)
+        arrows.tiny_vlm(out / "base")
+    model, processor = load(s, base if saved is None or saved["stage"] == "sft" or stage == "rl" else out / "sft")
+    optimizer = grpo.make_optimizer(model, s.lr, betas=(0.9, 0.99))
+    step = 0
+    if saved:
+        model.load_state_dict(saved["model"], strict=False)
+        grpo.load_optimizer_tensors(optimizer, saved["trainer"])
+        step = saved["step"]
+    print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v != ""))
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(map(torch.Tensor.numel, trainable(model).values())):,} of them trained, "
+          f"on {model.device}; results go to {out}/" + (f"; resumed after step {step} of {saved['stage']}" if saved else ""))
+    if s.data == "arrows":
+        heldout = arrows.dataset(400, seed=10**6)
+    else:
+        heldout = read_rows(s.eval_data, s.images, rejected) if s.eval_data else []
+
+    if stage != "rl" and (saved is None or saved["stage"] == "sft"):
+        rows = arrows.dataset(s.sft_rows, s.seed, targets=True) if s.data == "arrows" else read_rows(s.data, s.images, rejected)
+        if missing := [row.source for row in rows if not row.target]:
+            raise ValueError(f"{missing[0]} has no target to imitate; make targets with: python reflection_srpo.py data")
+        done = supervised(s, out, model, processor, rows, step, optimizer)
+        if done < math.ceil(len(rows) * s.sft_epochs / s.sft_batch):
+            print(f"stopped after step {done}; go on with: python reflection_srpo.py {stage if stage != 'all' else ''} --resume {out}")
+            return 130
+        save_policy(model, processor, out / ("sft" if stage == "all" else "policy"))
+        print(f"fine-tuned in {time.time() - began:.0f} s")
+        if stage == "sft":
+            print(f"wrote {out}/policy/, {out}/sft.jsonl")
+            return 0
+        # Anew from the saved folder, as a run resumed here would be: adapters, if any, start over from the merged weights
+        model, processor = load(s, out / "sft")
+        optimizer, step = grpo.make_optimizer(model, s.lr, betas=(0.9, 0.99)), 0
+
+    if step == 0:
+        before = evaluate(model, processor, heldout, s, rejected) if heldout else {}
+        (out / "before.json").write_text(json.dumps(before, indent=1))
+        save(out, s, "rl", 0, model, optimizer)
+    before = json.loads((out / "before.json").read_text())
+    reference = None
+    if s.beta and not s.lora_rank:
+        reference, _ = load(s, (out / "sft") if stage == "all" else base)
+        reference.to("cpu").requires_grad_(False).eval()
+    rows = arrows.dataset(s.steps * s.prompts, s.seed + 1000) if s.data == "arrows" else read_rows(s.data, s.images, rejected)
+    done = reinforce(s, out, model, reference, processor, rows, heldout, step, optimizer, before)
+    metrics = evaluation.read_metrics(out / "metrics.jsonl")
+    evaluation.draw_reflection_curves({s.reward: [metrics]}, out / "curves.png")
+    if done < s.steps:
+        print(f"stopped after step {done}; go on with: python reflection_srpo.py {stage if stage != 'all' else ''} --resume {out}")
+        return 130
+    save_policy(model, processor, out / "policy")
+    if heldout:
+        after = {k.removeprefix("heldout_"): x for k, x in metrics[-1].items() if k.startswith("heldout_")}
+        (out / "after.json").write_text(json.dumps(after, indent=1))
+        print(f"\n{len(heldout)} held-out questions, greedy, 95% Wilson intervals\n"
+              + table({"after SFT": before, f"after {s.steps} RL steps": after}))
+    print(f"{time.time() - began:.0f} s; wrote " + ", ".join(f"{out}/{name}" for name in ("metrics.jsonl", "curves.png", "policy/", "checkpoint/")))
+    return 0
+
+
+def table(results: dict[str, dict]) -> str:
+    """{column title: result of `evaluate`} -> an aligned text table."""
+    lines = [f"{'':16}" + "".join(f"{title:>26}" for title in results)]
+    for name in ("first", "final"):
+        lines.append(f"{name + ' answer right':16}" + "".join(
+            f"{r[f'{name}_accuracy']:10.1%} [{r[f'{name}_interval'][0]:.1%}, {r[f'{name}_interval'][1]:.1%}]".rjust(26) for r in results.values()))
+    for name, title in (("fix_rate", "wrong -> right"), ("break_rate", "right -> wrong"), ("format_rate", "format holds")):
+        lines.append(f"{title:16}" + "".join(f"{'-' if r[name] is None else format(r[name], '.1%'):>26}" for r in results.values()))
+    return "\n".join([*lines, f"{'tokens':16}" + "".join(f"{r['tokens']:26.1f}" for r in results.values())])
+
+
+# Other commands
+
+def study(s: Settings, kinds: list[str], seeds: int) -> int:
+    """Cold start once per seed, then RL with each reward from there; one picture. What is finished is not done again."""
+    out, runs = Path(s.out), {}
+    for seed in range(seeds):
+        for kind in kinds:
+            folder = out / f"{kind}-{seed}"
+            base = replace(s, seed=seed, reward=kind, out=str(folder), model="" if kind == kinds[0] else str(out / f"{kinds[0]}-{seed}" / "sft"))
+            if not (folder / "after.json").exists():
+                if (folder / "checkpoint").exists():
+                    base = replace(base, resume=str(folder))
+                print(f"\n{folder}")
+                if code := run("all" if kind == kinds[0] else "rl", base):
+                    return code
+            runs.setdefault(kind, []).append(evaluation.read_metrics(folder / "metrics.jsonl"))
+    evaluation.draw_reflection_curves(runs, out / "curves.png")
+    names = ("first_accuracy", "final_accuracy", "fix_rate", "break_rate", "format_rate", "tokens")
+    print(f"\nheld-out, greedy, after {s.steps} steps: mean of {seeds} seeds\n{'reward':12}" + "".join(f"{name.split('_')[0]:>8}" for name in names))
+    for kind, several in runs.items():
+        means = [np.mean([x for rows in several if (x := rows[-1][f"heldout_{name}"]) is not None] or [math.nan]) for name in names]
+        print(f"{kind:12}" + "".join(f"{x:8.1%}" for x in means[:-1]) + f"{means[-1]:8.1f}")
+    print(f"wrote {out}/curves.png")
+    return 0
+
+
+def data(argv: list[str]) -> int:
+    """Stage 1's data: first answers of a local model, reflections of a teacher (reflection_data.py)."""
+    parser = argparse.ArgumentParser(prog="reflection_srpo.py data", description=reflection_data.__doc__.split("\n")[0])
+    parser.error = lambda message: (_ for _ in ()).throw(ValueError(message))
+    parser.add_argument("--model", required=True, help="folder or hub id: it gives the first answers")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--max-new-tokens", type=int, default=1024)
+    parser.add_argument("--max-pixels", type=int, default=reflection_data.MAX_PIXELS)
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the first answers; 0: greedy")
+    reflection_data.add_arguments(parser)
+    args = parser.parse_args(argv)
+
+    def load_model():
+        model, processor = vlm.load_vlm(args.model, getattr(torch, args.dtype), "cuda" if torch.cuda.is_available() else "cpu")
+
+        def generate(rows: list[Row], texts: list[str]) -> list[str]:
+            images = [[reflection_data.fit_image(reflection_data.load_image(r, i), max_pixels=args.max_pixels) for i in range(len(r.images))]
+                      for r in rows]
+            return [c.text for c in vlm.complete(model, processor, images, texts, args.max_new_tokens, args.temperature)]
+        return generate
+
+    return reflection_data.run(args, load_model, {"model": args.model})
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    stage, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("all", argv)
+    parser = HfArgumentParser(Settings, prog="reflection_srpo.py [data | sft | rl | study]", description="Reflection-aware SRPO", allow_abbrev=False)
+    parser.error = lambda message: (_ for _ in ()).throw(ValueError(message))
+    parser.add_argument("--paper", action="store_true", help="the paper's settings, but for flags given")
+    if stage == "study":
+        parser.add_argument("--seeds", type=int, default=3)
+        parser.add_argument("--rewards", nargs="+", default=["paper", "openrlhf", "outcome", "no_length"], choices=REWARDS)
+    try:
+        if stage == "data":
+            return data(argv)
+        if stage not in ("all", "sft", "rl", "study"):
+            raise ValueError(f"no command {stage!r}; there are data, sft, rl and study, and none for the small run")
+        if "--paper" in argv:
+            parser.set_defaults(**PAPER)
+        s, more, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        if unknown:
+            raise ValueError(f"unknown argument {unknown[0]}; see --help")
+        given = {a[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for a in argv if a.startswith("--")} - {"paper", "seeds", "rewards"}
+        return study(s, more.rewards, more.seeds) if stage == "study" else run(stage, s, given)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; if the run had saved a checkpoint, go on with --resume FOLDER", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""reflection_srpo.py on a tiny Qwen2.5-VL: gradients against naive ones, both stages end to end, resuming, bad input."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import arrows
+import grpo
+import reflection_srpo as rs
+import rewards
+import arrows
+import vlm
+
+ROOT = Path(rs.__file__).parent
+SMALL = ["--sft_rows", "96", "--sft_epochs", "1", "--sft_batch", "32", "--steps", "3", "--prompts", "4", "--group_size", "4", "--minibatch", "8",
+         "--eval_every", "2", "--save_every", "1", "--threads", "1", "--max_new_tokens", "24"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    arrows.tiny_vlm(folder, width=32)
+    return folder
+
+
+@pytest.fixture
+def batch(base):
+    """(settings, model, processor, a batch of random completions of different lengths with advantages)."""
+    s = rs.Settings(model=str(base), minibatch=0)
+    model, processor = rs.load(s, base)
+    torch.manual_seed(1)
+    rows, prompts = rs.encode(arrows.dataset(6, 0), s, processor, None)
+    completions = [torch.randint(7, len(arrows.WORDS), (n,)) for n in (3, 1, 7, 4, 5, 2)]
+    return s, model, processor, rs.Batch(prompts, completions, torch.tensor([1.0, -1.0, 0.5, 2.0, -0.3, 0.7]))
+
+
+def gradient(model) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def updated(batch, monkeypatch, **changes) -> torch.Tensor:
+    """The gradient that `update` hands to the optimiser."""
+    s, model, processor, data = batch
+    seen = []
+    monkeypatch.setattr(grpo, "clip_and_step", lambda optimizer, model, norm: (seen.append(gradient(model)), optimizer.zero_grad(), (1.0, True))[-1])
+    rs.update(model, None, processor, grpo.make_optimizer(model, 1e-3), data, replace(s, **changes))
+    return torch.stack(seen).mean(0)
+
+
+def test_the_gradient_is_reinforce_s(batch, monkeypatch):
+    """One update, ratio 1: the gradient of -sum_i A_i mean_t log p_it / N, a row at a time through the whole forward pass. Prompt tokens have no part."""
+    s, model, processor, data = batch
+    ours = updated(batch, monkeypatch)
+    for prompt, completion, advantage in zip(data.prompts, data.completions, data.advantages):
+        inputs, _, _ = processor.batch([prompt], [completion])
+        logp = model(**inputs).logits[0].log_softmax(-1)
+        loss = -advantage * sum(logp[len(prompt.ids) - 1 + t, token] for t, token in enumerate(completion)) / len(completion) / len(data.prompts)
+        loss.backward()
+    torch.testing.assert_close(ours, gradient(model), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
+def test_micro_batches_do_not_change_the_gradient(batch, monkeypatch, aggregate):
+    whole = updated(batch, monkeypatch, aggregate=aggregate)
+    torch.testing.assert_close(updated(batch, monkeypatch, aggregate=aggregate, micro_tokens=1), whole, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(updated(batch, monkeypatch, aggregate=aggregate, micro_tokens=90), whole, atol=1e-6, rtol=1e-4)
+
+
+def test_gradient_checkpointing_does_not_change_the_gradient(batch, monkeypatch, base):
+    s, _, processor, data = batch
+    plain = updated(batch, monkeypatch)
+    model, _ = rs.load(replace(s, gradient_checkpointing=True), base)
+    model.train()
+    assert sum(getattr(m, "gradient_checkpointing", False) for m in model.modules()) >= 3          # both language layers and the tower's
+    torch.testing.assert_close(updated((s, model, processor, data), monkeypatch), plain, atol=1e-6, rtol=1e-4)
+
+
+def test_what_follows_the_end_token_gets_no_gradient(batch, monkeypatch):
+    """A completion in a batch with longer ones has the gradient it has alone."""
+    s, model, processor, data = batch
+    first = replace(data, advantages=torch.tensor([1.0, 0, 0, 0, 0, 0]))
+    alone = rs.Batch(data.prompts[:1], data.completions[:1], torch.tensor([1.0]))
+    together = updated((s, model, processor, first), monkeypatch) * 6            # mean over 6 responses
+    torch.testing.assert_close(updated((s, model, processor, alone), monkeypatch), together, atol=1e-5, rtol=1e-4)
+
+
+def test_later_updates_are_clipped_round_the_first_policy(batch, monkeypatch):
+    """With several minibatches the old log-probabilities are those from before all of them: ratios start at 1 and leave it."""
+    s, model, processor, data = batch
+    stats = rs.update(model, None, processor, grpo.make_optimizer(model, 1e-2), data, replace(s, minibatch=2, epochs=3))
+    assert stats["updates"] == 9 and stats["ratio_max"] > 1.01
+    _, model, _, _ = batch
+    once = rs.update(model, None, processor, grpo.make_optimizer(model, 1e-2), data, s)
+    assert once["updates"] == 1 and once["ratio_max"] == 1
+
+
+def test_the_kl_pulls_towards_the_reference(batch, base):
+    """The reference is the starting policy: KL 0 at first, positive after a step; with LoRA it is the model with its adapters off."""
+    pytest.importorskip("peft")
+    for rank in (0, 4):
+        s = replace(batch[0], beta=0.1, lora_rank=rank, lr=1e-2)
+        model, processor = rs.load(s, base)
+        reference = None if rank else rs.load(s, base)[0]
+        optimizer = grpo.make_optimizer(model, s.lr)
+        kl = [rs.update(model, reference, processor, optimizer, batch[3], s)["ref_kl"] for _ in range(3)]
+        assert abs(kl[0]) < 1e-6 < kl[1] < kl[2]
+
+
+def test_lora_trains_adapters_of_the_language_model_alone(base, tmp_path):
+    pytest.importorskip("peft")
+    model, processor = rs.load(rs.Settings(lora_rank=4), base)
+    names = set(rs.trainable(model))
+    assert names and all("lora_" in name and "language_model" in name for name in names)
+    with torch.no_grad():
+        for p in rs.trainable(model).values():
+            p.add_(torch.randn_like(p) * 0.05)
+    prompt = processor.prompt([], "from a2 go 6 ?")
+    inputs, _, _ = processor.batch([prompt])
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    rs.save_policy(model, processor, tmp_path / "policy")
+    merged, _ = vlm.load_vlm(tmp_path / "policy")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+    assert (tmp_path / "policy_adapter" / "adapter_model.safetensors").stat().st_size < (tmp_path / "policy" / "model.safetensors").stat().st_size
+
+
+def test_a_frozen_tower_stays_as_it_is(base):
+    model, _ = rs.load(rs.Settings(freeze_vision=True), base)
+    assert not any("visual" in name for name in rs.trainable(model)) and any("language_model" in name for name in rs.trainable(model))
+
+
+def test_supervised_gradient_is_cross_entropy_on_the_response(base, tmp_path, monkeypatch):
+    """Against torch's cross-entropy with the prompt's labels at -100, one padded batch through the model's own loss."""
+    rows = arrows.dataset(4, 3, targets=True)
+    s = rs.Settings(sft_epochs=1, sft_batch=4, micro_tokens=1)
+    model, processor = rs.load(s, base)
+    seen = []
+    monkeypatch.setattr(grpo, "clip_and_step", lambda optimizer, model, norm: (seen.append(gradient(model)), optimizer.zero_grad(), (1.0, True))[-1])
+    rs.supervised(s, tmp_path, model, processor, rows, 0, grpo.make_optimizer(model, 1e-3))
+    _, prompts = rs.encode(rows, s, processor, None)
+    inputs, ids, mask = processor.batch(prompts, [processor.target(row.target) for row in rows])
+    labels = inputs["input_ids"].clone()
+    labels[:, :-ids.shape[1]] = -100
+    labels[:, -ids.shape[1]:][~mask] = -100
+    logits = model(**inputs).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+    torch.testing.assert_close(seen[0], gradient(model), atol=1e-6, rtol=1e-4)
+
+
+def test_ablated_rewards(base):
+    """outcome: 1 for a right final answer and nothing else; no_length: the paper's without its length term. Unreadable is never right."""
+    _, processor = rs.load(rs.Settings(), base)
+    response = "<think> a 1 </think> <answer> 1 </answer> <reflection> check a </reflection> <think> a 2 </think> <answer> 2 </answer>"
+    paper = rewards.reflection_reward(response, "2", count_tokens=lambda t: processor.count(rewards.TAG.sub(" ", t)))
+    assert rs.score(response, "2", "paper", processor).total == paper.total and paper.length > 0
+    assert rs.score(response, "2", "no_length", processor).total == pytest.approx(paper.total - paper.length)
+    assert [rs.score(response, answer, "outcome", processor).total for answer in ("2", "1")] == [1, 0]
+    for garbage in ("", "<answer>", "2", "</answer> 2 <answer>", "<think> 2 </think>"):
+        for kind in rs.REWARDS:
+            record = rs.score(garbage, "2", kind, processor)
+            assert record.accuracy <= 0 and not record.final_correct and record.total <= 0
+
+
+def run(*arguments, **more) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "reflection_srpo.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, **more)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    done = run(*SMALL, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout + done.stderr
+
+
+def metrics(out: Path) -> list[dict]:
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("seconds")} for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_both_stages_end_to_end(finished):
+    out, printed = finished
+    rows = metrics(out)
+    assert [r["step"] for r in rows] == [0, 1, 2, 3] and "heldout_final_accuracy" in rows[2] and "heldout_final_accuracy" in rows[3]
+    assert len((out / "sft.jsonl").read_text().splitlines()) == 3
+    assert all((out / name).exists() for name in ("curves.png", "before.json", "after.json", "base", "sft", "policy/model.safetensors", "checkpoint"))
+    assert "sample: 'from a2 go 6 ?'" in printed and "final answer right" in printed and "(format" in printed
+    model, processor = vlm.load_vlm(out / "policy")                                     # a checkpoint like any other
+    assert vlm.complete(model, processor, [[]], ["from a2 go 6 ?"], 4)[0].tokens <= 4
+
+
+@pytest.mark.parametrize("stage, moment", [("sft", '"step": 2'), ("rl", '"step": 2')])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished, tmp_path, stage, moment):
+    whole, _ = finished
+    process = subprocess.Popen([sys.executable, "reflection_srpo.py", *SMALL, "--out", str(tmp_path / "out")], cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    state, deadline = tmp_path / "out" / "checkpoint" / "state.json", time.time() + 120
+    while not (state.exists() and (text := state.read_text()) and f'"stage": "{stage}"' in text and moment in text):
+        assert time.time() < deadline and process.poll() is None, "it never got there"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = run("--resume", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "out") == metrics(whole)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    process = subprocess.Popen([sys.executable, "reflection_srpo.py", *SMALL, "--steps", "500", "--out", str(tmp_path / "out")], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.time() + 120
+    while not (tmp_path / "out" / "metrics.jsonl").exists() or len(metrics(tmp_path / "out")) < 3:
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and f"--resume {tmp_path / 'out'}" in printed
+    step = json.loads((tmp_path / "out" / "checkpoint" / "state.json").read_text())["step"]
+    assert step == metrics(tmp_path / "out")[-1]["step"]
+
+
+def test_rl_on_rows_of_a_file_sets_unusable_ones_aside(base, tmp_path, capsys):
+    """A missing picture, an empty question, a row without answer, a broken line, too long a question: named, saved, and the run goes on."""
+    assert subprocess.run([sys.executable, "arrows.py", "--out", str(tmp_path / "data"), "--rows", "6"], cwd=ROOT).returncode == 0
+    lines = (tmp_path / "data" / "rows.jsonl").read_text().splitlines()
+    good = json.loads(lines[0])
+    lines += [json.dumps(good | {"image": "nowhere.png"}), json.dumps(good | {"query": " "}), json.dumps({"query": "q", "image": good["image"]}), "{",
+              json.dumps(good | {"query": "how many " * 600})]
+    (tmp_path / "data" / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    code = rs.main(["rl", "--model", str(base), "--data", str(tmp_path / "data" / "rows.jsonl"), "--steps", "2", "--prompts", "7", "--group_size", "2",
+                    "--max_new_tokens", "6", "--threads", "1", "--out", str(tmp_path / "out")])
+    assert code == 0
+    reasons = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert [r["source"].split(":")[1] for r in reasons] == ["7", "8", "9", "10", "11"]
+    for r, words in zip(reasons, ("missing image", "empty question", "no answer", "broken JSON", "room for 1024")):
+        assert words in r["reason"]
+    assert "rows.jsonl:7" in capsys.readouterr().err + "rows.jsonl:7"
+    assert metrics(tmp_path / "out")[-1]["step"] == 2
+
+
+def test_data_command_with_a_local_model(base, tmp_path, capsys):
+    """First answers of a random model have no tags, so every row is rejected with that reason; nothing is lost, nothing crashes."""
+    assert subprocess.run([sys.executable, "arrows.py", "--out", str(tmp_path / "data"), "--rows", "3"], cwd=ROOT).returncode == 0
+    code = rs.main(["data", "--model", str(base), "--dtype", "float32", "--max-new-tokens", "5", "--rows", str(tmp_path / "data" / "rows.jsonl"),
+                    "--out", str(tmp_path / "out")])
+    assert code == 0 and "rejected: 3" in capsys.readouterr().out
+    assert len((tmp_path / "out" / "first_answers.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["fly"], ["fly", "data, sft, rl and study"]),
+    (["--reward", "best"], ["--reward", "best"]),
+    (["--group_size", "1"], ["--group_size", "no baseline"]),
+    (["--temperature", "0"], ["--temperature", "positive"]),
+    (["--clip_low", "1"], ["--clip_low", "below 1"]),
+    (["--nonsense", "1"], ["--nonsense"]),
+    (["--resume", "nowhere"], ["nowhere", "no checkpoint"]),
+    (["--data", "rows.jsonl"], ["--data", "stage"]),
+    (["rl"], ["rl", "--model"]),
+    (["rl", "--model", "nowhere/at/all"], ["nowhere/at/all"]),
+    (["sft", "--model", "BASE", "--data", "missing.jsonl"], ["missing.jsonl", "does not exist"]),
+    (["sft", "--model", "BASE", "--data", "ROWS"], ["no target", "reflection_srpo.py data"])], ids=" ".join)
+def test_bad_flags_are_one_line(argv, words, base, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    if "ROWS" in argv:
+        arrows.dataset(1, 0)[0]
+        (tmp_path / "a.png").write_bytes(arrows.dataset(1, 0)[0].images[0])
+        rows.write_text(json.dumps({"query": "q", "image": "a.png", "answer": "1"}) + "\n")
+    argv = [str(base) if a == "BASE" else str(rows) if a == "ROWS" else a for a in argv]
+    assert rs.main([*argv, "--out", str(tmp_path / "out")] if argv[0] != "--resume" else argv) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and all(word in error for word in words)
+
+
+def test_resume_with_other_settings_and_a_taken_folder(finished, capsys):
+    out, _ = finished
+    assert rs.main(["--resume", str(out), "--lr", "0.5"]) == 2 and "--lr 0.5 differs from the run's 0.001" in capsys.readouterr().err
+    assert rs.main([*SMALL, "--out", str(out)]) == 2 and f"--resume {out}" in capsys.readouterr().err
+
+
+def test_paper_settings_yield_to_flags(monkeypatch):
+    seen = []
+    monkeypatch.setattr(rs, "run", lambda stage, s, given: seen.append((stage, s)) or 0)
+    assert rs.main(["rl", "--paper", "--model", "m", "--data", "d", "--lr", "2e-6"]) == 0
+    [(stage, s)] = seen
+    assert stage == "rl" and s.lr == 2e-6 and s.prompts == 128 and s.dtype == "bfloat16" and s.freeze_vision and s.gradient_checkpointing
+
+
+def test_study_draws_one_picture_and_skips_what_is_done(tmp_path, capsys):
+    arguments = ["study", *SMALL, "--steps", "1", "--seeds", "2", "--rewards", "paper", "outcome", "--out", str(tmp_path / "study")]
+    assert rs.main(arguments) == 0
+    assert (tmp_path / "study" / "curves.png").stat().st_size > 10_000
+    assert sorted(p.name for p in (tmp_path / "study").iterdir()) == ["curves.png", "outcome-0", "outcome-1", "paper-0", "paper-1"]
+    capsys.readouterr()
+    began = time.time()
+    assert rs.main(arguments) == 0 and time.time() - began < 10 and "settings:" not in capsys.readouterr().out

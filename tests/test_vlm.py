@@ -1,0 +1,165 @@
+"""vlm.py against transformers: a Qwen2.5-VL and a Qwen3-VL of the real architectures, tiny, through the real loading path."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+import arrows
+import grpo
+import reflection_data
+import rewards
+import vlm
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+def loaded(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    arrows.tiny_vlm(folder)
+    if request.param == "qwen3_vl":         # the same tokenizer and image processor round another model
+        config = vlm.AutoConfig.from_pretrained(folder)
+        text = dict(vocab_size=len(arrows.WORDS), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                    head_dim=16, eos_token_id=config.text_config.eos_token_id, pad_token_id=config.text_config.pad_token_id,
+                    rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True})
+        vision = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=4, patch_size=8, out_hidden_size=64, deepstack_visual_indexes=[0],
+                      num_position_embeddings=64)
+        more = {k: getattr(config, k) for k in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
+        Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **more)).save_pretrained(folder)
+    return vlm.load_vlm(folder)
+
+
+def picture(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(width * height).integers(0, 255, (height, width, 3), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def prompts(loaded):
+    """Different lengths, pictures of different sizes, two pictures in one prompt, none in another."""
+    _, processor = loaded
+    turns = [([picture(64, 64)], "from a2 go 6 ?"), ([picture(96, 48)], "how many ?"), ([picture(64, 64), picture(80, 80)], "red ?"), ([], "from a2 go 6 ?")]
+    return [processor.prompt(*turn) for turn in turns]
+
+
+def test_a_place_holder_per_image_token(loaded, prompts):
+    _, processor = loaded
+    held = [int((p.ids == processor.image_token).sum()) for p in prompts]
+    assert held == [16, 18, 16 + 25, 0]             # an image token covers 16 x 16 pixels
+    assert prompts[0].pixels.shape[0] == 64 and prompts[2].grid.tolist() == [[1, 8, 8], [1, 10, 10]]
+
+
+def test_place_holders_in_the_text_are_refused(loaded):
+    with pytest.raises(ValueError, match="1 pictures, but the prompt holds 2 place holders"):
+        loaded[1].prompt([picture(64, 64)], "how <|image_pad|> many")
+
+
+def test_padded_batch_gives_the_log_probabilities_of_single_rows(loaded, prompts):
+    model, processor = loaded
+    completions = [torch.tensor([9, 20, 21, 2]), torch.tensor([30]), torch.tensor([5, 11, 12]), torch.tensor([2])]     # 5: an image place holder as a word
+    inputs, ids, mask = processor.batch(prompts, completions)
+    with torch.no_grad():
+        together, _ = grpo.token_logprobs(vlm.completion_logits(model, inputs, ids.shape[1]), ids)
+        for i, (prompt, completion) in enumerate(zip(prompts, completions)):
+            inputs, ids, _ = processor.batch([prompt], [completion])
+            logits = model(**inputs).logits[0, len(prompt.ids) - 1:-1]                                    # every position, then the last ones
+            alone = logits.log_softmax(-1).gather(-1, completion[:, None])[:, 0]
+            assert mask[i].sum() == len(completion)
+            torch.testing.assert_close(together[i][mask[i]], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_generation_with_a_cache_equals_one_without(loaded, prompts):
+    """Greedy decoding, and a naive loop that runs the whole sequence anew for each token."""
+    model, processor = loaded
+    completions = vlm.generate(model, processor, prompts, 12)
+    for prompt, completion in zip(prompts, completions):
+        ids = torch.empty(0, dtype=torch.long)
+        for _ in range(12):
+            inputs, _, _ = processor.batch([prompt], [ids])
+            with torch.no_grad():
+                ids = torch.cat([ids, model(**inputs).logits[0, -1:].argmax(-1)])
+            if ids[-1] == processor.tokenizer.eos_token_id:
+                break
+        assert completion.ids.tolist() == ids.tolist()
+
+
+def test_sampling_follows_the_distribution_that_log_probabilities_are_of(loaded, prompts):
+    """Frequencies of the first token at temperature 1.5, against softmax(logits / 1.5); a top-k of the checkpoint would show."""
+    model, processor = loaded
+    n = 4000
+    torch.manual_seed(1)
+    drawn = [int(c.ids[0]) for c in vlm.generate(model, processor, [prompts[3]] * n, 1, temperature=1.5)]
+    inputs, _, _ = processor.batch([prompts[3]], [torch.tensor([0])])
+    with torch.no_grad():
+        p = (vlm.completion_logits(model, inputs, 1)[0, 0] / 1.5).softmax(-1)
+    frequency = torch.bincount(torch.tensor(drawn), minlength=len(p)) / n
+    assert (frequency - p).abs().max() < 5 * (p.max() * (1 - p.max()) / n) ** 0.5
+
+
+def test_the_end_token_is_found_by_position(loaded, prompts, monkeypatch):
+    """Sequences are cut after the first end token, also where padding looks like it; those without one are truncated."""
+    model, processor = loaded
+    end, length = processor.tokenizer.eos_token_id, len(prompts[3].ids)
+    sampled = torch.tensor([[11, 12, end, end, end], [11, end, 12, end, 13], [11, 12, 13, 14, 15], [end, end, end, end, end]])
+    monkeypatch.setattr(model, "generate", lambda input_ids, **_: torch.cat([input_ids, sampled], 1))
+    completions = vlm.generate(model, processor, [prompts[3]] * 4, 5)
+    assert [c.tokens for c in completions] == [3, 2, 5, 1] and [c.truncated for c in completions] == [False, False, True, False]
+    assert all(end not in processor.tokenizer.convert_tokens_to_ids(c.text.split()) for c in completions) and length
+
+
+def test_too_long_a_prompt_is_named(loaded, prompts):
+    model, processor = loaded
+    with pytest.raises(ValueError, match=f"{len(prompts[0].ids)} tokens and {processor.context} new ones exceed"):
+        vlm.generate(model, processor, prompts[:1], processor.context)
+
+
+def test_sampling_penalties_of_the_checkpoint_are_dropped(tmp_path):
+    arrows.tiny_vlm(tmp_path)
+    model, _ = vlm.load_vlm(tmp_path)
+    model.generation_config.update(top_k=1, top_p=0.1, repetition_penalty=1.05, temperature=0.1, do_sample=True)
+    model.generation_config.save_pretrained(tmp_path)
+    config = vlm.load_vlm(tmp_path)[0].generation_config
+    assert (config.top_k, config.top_p, config.repetition_penalty) not in [(1, 0.1, 1.05)] and config.repetition_penalty in (None, 1.0)
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path):
+    with pytest.raises((OSError, ValueError), match=str(tmp_path)):
+        vlm.load_vlm(tmp_path)
+
+
+@pytest.mark.parametrize("budget", [1, 10, 100])
+def test_micro_batches_hold_every_row_once_within_the_budget(budget):
+    lengths = np.random.default_rng(0).integers(1, 30, 50).tolist()
+    batches = list(vlm.micro_batches(lengths, budget))
+    assert sorted(i for b in batches for i in b) == list(range(50))
+    assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= budget for b in batches)
+
+
+def test_answers_follow_the_arrows_in_the_pixels():
+    """Arrows read off the picture (a triangle's mass lies away from its tip) lead from the cell asked to the answer."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        scene = arrows.draw(rng)
+        pixels = np.asarray(reflection_data.load_image(scene.row))
+        arrow = np.any([(pixels == color).all(-1) for color in arrows.COLORS.values()], 0)
+        cell = arrows.NAMES.index(scene.row.query.split()[1])
+        for _ in range(arrows.HOPS):
+            row, column = divmod(cell, arrows.SIDE)
+            y, x = np.nonzero(arrow[row * 16:row * 16 + 16, column * 16:column * 16 + 16])
+            tip = np.array([(y.min() + y.max()) / 2 - y.mean(), (x.min() + x.max()) / 2 - x.mean()])
+            axis = np.abs(tip).argmax()
+            cell += int(np.sign(tip[axis])) * (arrows.SIDE if axis == 0 else 1)
+        assert arrows.NAMES[cell] == scene.row.answer
+
+
+def test_the_teacher_errs_as_it_says():
+    """Its form always holds; final answers are right exactly when the second look began on the path; shares follow SURE, NOTICE, TRUST."""
+    rng, records, checked = np.random.default_rng(0), [], 0
+    for _ in range(2000):
+        scene = arrows.draw(rng)
+        records.append(rewards.reflection_reward(arrows.teach(scene, rng), scene.row.answer))
+        checked += f"check from {arrows.NAMES[scene.start]} " in arrows.teach(scene, rng)
+    final = np.mean([r.final_correct for r in records])
+    assert all(r.format == 0.5 for r in records) and final >= arrows.SURE + (1 - arrows.SURE) * arrows.NOTICE - 0.03
+    assert np.mean([r.first_correct for r in records]) < final < 0.97
+    expected = arrows.SURE * (1 - arrows.TRUST) + (1 - arrows.SURE) * arrows.NOTICE
+    assert abs(checked / 2000 - expected) < 0.06                                    # a path may also come by its start again
