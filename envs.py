@@ -3,7 +3,7 @@
 What is here
 1. `Tabletop`: a gripper on a gantry, two cubes, two plates, one camera. Four tasks named by an instruction, each with 50 training and 50
    held-out initial states that never overlap. 7-dimensional actions in [-1, 1] with LIBERO's meaning: (dx, dy, dz, droll, dpitch, dyaw, gripper).
-2. `Suite`: which tasks, how many initial states, how to make the environment; `libero_envs.suite` makes one of the real benchmark.
+2. `Suite`: which tasks, how many initial states, how to make the environment; `libero_envs.make_suite` makes one of the real benchmark.
 3. `ActionChunk`: one step = one chunk of 8 actions, cut short at success; one frame rendered per chunk instead of eight.
 4. `TableBatch`: many chunked tables in one process, and `Workers`: one gymnasium `AsyncVectorEnv` per process, replaced when it dies.
 5. `Expert`: the scripted demonstrator (reads the simulator's state, which the policy never sees).
@@ -325,6 +325,7 @@ class Suite:
     tables: int = 128                                   # that the processes share; 0: one each
     by_task: bool = False                               # a simulator holds one task, and another costs seconds
     protocol: str = ""                                  # in words, for what is printed
+    labels: tuple[str, ...] = ()                        # line of a table that each task counts in (default: its instruction)
 
     def starts(self, split: str, states: int | None = None) -> list[Start]:
         """The first `states` (default: all) initial states of every task."""
