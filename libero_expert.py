@@ -28,14 +28,15 @@ from libero_envs import PROTOCOLS, SPLIT_NAMES, SPLITS, Libero
 class Expert:
     """Scripted demonstrator for `in basket` and `bowl on plate` tasks of a `Libero` that was just reset: hover, descend, close, lift, carry,
     lower, open; a grasp that slips is tried again elsewhere. It reads the simulator's state. `noise`: standard deviation of what is added to
-    the arm's actions while nothing is near, for diversity.
+    the arm's actions while nothing is near. It changes slowly and comes in bursts, so that the hand is centimetres off for a while and the
+    data show the way back; noise drawn anew at each step averages out before the arm has moved.
     """
 
     def __init__(self, env: Libero, noise: float = 0.0, rng: np.random.Generator | None = None):
         goal = env.env.parsed_problem["goal_state"]
         if len(goal) != 1 or goal[0][0] not in ("in", "on") or "basket" not in goal[0][2] and "plate" not in goal[0][2]:
             raise ValueError(f"the expert plays libero_object and libero_spatial; it does not know how to {env.instruction}")
-        self.env, self.noise, self.rng = env, noise, rng or np.random.default_rng()
+        self.env, self.noise, self.rng, self.drift = env, noise, rng or np.random.default_rng(), np.zeros(4)
         self.item, self.into = goal[0][1], goal[0][0] == "in"
         self.target = env.env.obj_body_id[goal[0][2].removesuffix("_contain_region")]
         self.body, self.phase, self.wait, self.attempt = env.env.obj_body_id[self.item], 0, 0, 0
@@ -81,7 +82,7 @@ class Expert:
             if np.linalg.norm(hand[:2] - point[:2]) < 0.008 and abs(turn) < 0.1:
                 self.phase, self.wait = 1, 40
         if self.phase == 1:                                     # descend
-            goal, gain, self.wait = point, 18.0, self.wait - 1
+            goal, gain, free, self.wait = point, 18.0, hand[2] > point[2] + 0.05, self.wait - 1
             if abs(hand[2] - point[2]) < 0.006 or self.wait < 0:
                 self.phase, self.wait = 2, 8
             elif self.wait < 20 and hand[2] > point[2] + 0.03:  # something is in the way
@@ -118,8 +119,9 @@ class Expert:
         action[5] = np.clip(2 * turn, -0.5, 0.5) * (self.phase < 2)
         action[6] = grip
         self.intended = action.clip(-1, 1)
-        disturbance = self.noise * self.rng.standard_normal(6) * [1, 1, 1, 0, 0, 0.3] if free else np.zeros(6)
-        return (action + [*disturbance, 0]).clip(-1, 1)
+        self.drift = 0.9 * self.drift + self.noise * 0.19 ** 0.5 * self.rng.standard_normal(4)      # standard deviation: noise
+        action[[0, 1, 2, 5]] += self.drift * [1, 1, 1, 0.3] * (free and self.env.steps % 30 < 15)
+        return action.clip(-1, 1)
 
 
 # Data
@@ -158,7 +160,7 @@ def demonstrate(env: Libero, start: dict, noise: float = 0.0, seed: int = 0, eve
                     "task": np.array(env.task), "state": np.array(env.state)}
 
 
-def collect(env: Libero, tasks: list[int], per_task: int, folder: Path, noise: float = 0.5, seed: int = 0,
+def collect(env: Libero, tasks: list[int], per_task: int, folder: Path, noise: float = 0.3, seed: int = 0,
             every: int = 1) -> list[dict[str, np.ndarray]]:
     """`per_task` clean successes (no second grasp) of each task from the environment's split -> episodes as from `demonstrate`. One file per
     attempt in `folder`: what is there already is not played again. RuntimeError where the expert hardly ever succeeds."""
@@ -237,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
         add("--protocol", default="openvla-oft", choices=list(PROTOCOLS), help="whose horizons")
         add("--assets", default="", help="folder of LIBERO's assets (default: LIBERO_ASSETS, else from the hub)")
         add("--seed", type=int, default=0, help="of the expert's noise")
-        add("--noise", type=float, default=0.0 if run is measure else 0.5, help="of the expert, for diversity")
+        add("--noise", type=float, default=0.0 if run is measure else 0.3, help="of the expert, for diversity")
         add("--out", default="expert.json" if run is measure else "demos.npz", help="file to write")
         if run is measure:
             add("--states", type=int, default=50, help="initial states per task, at most")

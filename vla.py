@@ -478,12 +478,12 @@ def policy_frames(policy, images: np.ndarray) -> np.ndarray:
 
 
 def find_key(norm_stats: dict, suite: str) -> str:
-    """The statistics a checkpoint has for a suite: `SUITE_no_noops` or `SUITE`, else the only ones there are. ValueError lists them."""
-    for key in (f"{suite}_no_noops", suite, *(norm_stats if len(norm_stats) == 1 else ())):
+    """The statistics a checkpoint has for a suite: `SUITE_no_noops` or `SUITE`; for LIBERO-Plus the only ones there are. ValueError."""
+    for key in (f"{suite}_no_noops", suite, *(norm_stats if len(norm_stats) == 1 and "plus" in suite else ())):
         if key in norm_stats:
             return key
     raise ValueError(f"the policy has action statistics for {', '.join(sorted(norm_stats)) or 'nothing'}, not for {suite}; "
-                     f"choose a checkpoint for {suite}, or name one of them by --key")
+                     f"choose a checkpoint for it (eval.py: or name one of these by --key)")
 
 
 # Checkpoint files and checks

@@ -158,7 +158,7 @@ def libero_demonstrations(s: Settings, tasks: tuple[int, ...], every: int = 2) -
     """The same from LIBERO's scripted expert, a frame every `every` steps: noisy execution, clean labels. Episodes are kept in
     cache/demos and never played twice."""
     env = libero_envs.Libero(s.suite, split="train" if s.split == "disjoint" else "all", size=s.size, fast=s.fast_sim, assets=s.assets)
-    folder = Path(__file__).parent / "cache" / "demos" / f"{s.suite}-{env.split}-{s.size}px{'-fast' * s.fast_sim}-every{every}"
+    folder = Path("cache/demos") / f"{s.suite}-{env.split}-{s.size}px{'-fast' * s.fast_sim}-every{every}"
     data = {"image": [], "task": [], "actions": []}
     for episode in libero_expert.collect(env, list(tasks), s.demos, folder, every=every):
         actions = np.concatenate([episode["intended"], np.tile([0, 0, 0, 0, 0, 0, -1.0], (envs.CHUNK, 1))])
