@@ -103,7 +103,7 @@ class Settings:
     demos: int = flag(16, "sft: demonstrations per task")
     sft_steps: int = flag(900, "sft: updates of 64 chunks")
     sft_lr: float = flag(2e-3, "sft: learning rate, cosine")
-    size: int = flag(96, "sft on LIBERO: pixels of the camera images")
+    size: int = flag(64, "sft on LIBERO: pixels of the camera images")
 
 
 FREE = {"out", "resume", "workers", "threads", "eval_every", "save_every", "assets"}  # may change on resume (threads: other rounding)
