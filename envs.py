@@ -3,9 +3,10 @@
 What is here
 1. `Tabletop`: a gripper on a gantry, two cubes, two plates, one camera. Four tasks named by an instruction, each with 50 training and 50
    held-out initial states that never overlap. 7-dimensional actions in [-1, 1] with LIBERO's meaning: (dx, dy, dz, droll, dpitch, dyaw, gripper).
-2. `ActionChunk`: one step = one chunk of 8 actions, cut short at success; one frame rendered per chunk instead of eight.
-3. `TableBatch`: many chunked tables in one process, and `Workers`: one gymnasium `AsyncVectorEnv` per process, replaced when it dies.
-4. `Expert`: the scripted demonstrator (reads the simulator's state, which the policy never sees).
+2. `Suite`: which tasks, how many initial states, how to make the environment; `libero_envs.make_suite` makes one of the real benchmark.
+3. `ActionChunk`: one step = one chunk of 8 actions, cut short at success; one frame rendered per chunk instead of eight.
+4. `TableBatch`: many chunked tables in one process, and `Workers`: one gymnasium `AsyncVectorEnv` per process, replaced when it dies.
+5. `Expert`: the scripted demonstrator (reads the simulator's state, which the policy never sees).
 
 Left out on purpose: domain randomisation, proprioception and wrist camera (the paper's policy sees one agent-view image and the instruction).
 
@@ -306,10 +307,39 @@ class ActionChunk(gymnasium.Wrapper):
 
 @dataclass(frozen=True)
 class Start:
-    """One initial state: `index` 0..49 of a task's `split`."""
+    """One initial state: `index` (from 0) of a task's `split`."""
     task: int
     index: int
     split: str = "train"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A set of tasks as training and evaluation need to know it: the built-in one, or LIBERO's (libero_envs.py)."""
+    name: str
+    instructions: tuple[str, ...]                       # by task number
+    tasks: tuple[int, ...]                              # the numbers played
+    states: dict[str, int]                              # initial states per task of each split
+    make: Callable[..., gymnasium.Env] = Tabletop       # make(size=, horizon=): an environment with advance() and observe() too
+    horizon: int | None = HORIZON                       # env steps; None: make's own business
+    tables: int = 128                                   # that the processes share; 0: one each
+    by_task: bool = False                               # a simulator holds one task, and another costs seconds
+    protocol: str = ""                                  # in words, for what is printed
+    labels: tuple[str, ...] = ()                        # line of a table that each task counts in (default: its instruction)
+
+    def starts(self, split: str, states: int | None = None) -> list[Start]:
+        """The first `states` (default: all) initial states of every task."""
+        return [Start(task, index, split) for task in self.tasks for index in range(min(states or self.states[split], self.states[split]))]
+
+    def workers(self, processes: int, size: int, tables: int = 0) -> "Workers":
+        """Its environments with images of `size` pixels, in worker processes."""
+        return Workers(processes, tables or self.tables or processes,
+                       partial(TableBatch, size=size, horizon=self.horizon, make=self.make))
+
+
+def tabletop(tasks: tuple[int, ...] = ()) -> Suite:
+    """The built-in tasks, or some of them by number."""
+    return Suite("tabletop", TASKS, tuple(map(task_id, tasks or range(len(TASKS)))), dict.fromkeys(("train", "heldout"), N_STATES))
 
 
 class TableBatch(gymnasium.Env):
@@ -319,8 +349,8 @@ class TableBatch(gymnasium.Env):
     advances the active ones. Observation: {"image": uint8 (n, size, size, 3)}; info: executed (n,) int, success (n,) and ended (n,) bool.
     """
 
-    def __init__(self, n: int, size: int = 64, horizon: int = HORIZON):
-        self.tables = [ActionChunk(Tabletop(size=size, horizon=horizon)) for _ in range(n)]
+    def __init__(self, n: int, size: int = 64, horizon: int | None = HORIZON, make: Callable[..., gymnasium.Env] = Tabletop):
+        self.tables = [ActionChunk(make(size=size, horizon=horizon)) for _ in range(n)]
         self.observation_space = gymnasium.spaces.Dict({"image": gymnasium.spaces.Box(0, 255, (n, size, size, 3), np.uint8)})
         self.action_space = gymnasium.spaces.Dict({"chunk": gymnasium.spaces.Box(-1.0, 1.0, (n, CHUNK, 7), np.float32),
                                                    "active": gymnasium.spaces.MultiBinary(n)})
@@ -465,19 +495,25 @@ class Episode:
         return np.stack(self.images)
 
 
-def play(act: Callable, workers: Workers, starts: list[Start], progress: Callable[[int], None] = lambda n: None) -> list[Episode]:
-    """One episode from each start, in that order. Tables take the next start as soon as they are free, and every policy
-    call covers all running tables: act(images uint8 (B, size, size, 3), instructions [B]) -> (actions (B, 8, 7), B records).
+def play(act: Callable, workers: Workers, starts: list[Start], finished: Callable[[Episode], None] = lambda episode: None,
+         suite: Suite | None = None) -> list[Episode]:
+    """One episode from each start, in that order. Tables take the next start as soon as they are free (the next of their last task, if
+    another task would need another simulator), and every policy call covers all running tables:
+    act(images uint8 (B, size, size, 3), instructions [B]) -> (actions (B, 8, 7), B records). `finished` is told of each episode's end.
     """
-    episodes, waiting, running = [Episode(s) for s in starts], list(range(len(starts)))[::-1], {}
+    suite = suite or tabletop()
+    episodes, waiting, running, last = [Episode(s) for s in starts], list(range(len(starts)))[::-1], {}, {}
     while waiting or running:
         free = [t for t in range(workers.tables) if t not in running][:len(waiting)]
-        running |= {t: episodes[waiting.pop()] for t in free}
+        for t in free:
+            own = next((i for i in reversed(waiting) if suite.by_task and starts[i].task == last.get(t)), waiting[-1])
+            waiting.remove(own)
+            running[t], last[t] = episodes[own], starts[own].task
         if free:
             for t, image in workers.reset({t: running[t].start for t in free}).items():
                 running[t].images.append(image)
         tables = sorted(running)
-        actions, records = act(np.stack([running[t].images[-1] for t in tables]), [TASKS[running[t].start.task] for t in tables])
+        actions, records = act(np.stack([running[t].images[-1] for t in tables]), [suite.instructions[running[t].start.task] for t in tables])
         for t, record in zip(tables, records):
             running[t].records.append(record)
         for t, (image, executed, success, ended) in workers.step(dict(zip(tables, actions))).items():
@@ -485,8 +521,7 @@ def play(act: Callable, workers: Workers, starts: list[Start], progress: Callabl
             episode.images.append(image), episode.executed.append(executed)
             episode.success = success
             if ended:
-                del running[t]
-                progress(1)
+                finished(running.pop(t))
     return episodes
 
 

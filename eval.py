@@ -2,10 +2,14 @@
 
     python eval.py vla --checkpoint out/srpo/policy                     # success per task, training and held-out initial states
     python eval.py vla --checkpoint out/srpo/policy --split heldout --gifs 2
+    python eval.py vla --checkpoint FOLDER_OR_ID --suite libero_object --split all      # LIBERO: 10 tasks x 50 trials
+    python eval.py vla --checkpoint FOLDER_OR_ID --suite libero_plus --plus FOLDER      # LIBERO-Plus: a line per dimension
+    python eval.py paper --checkpoint libero_spatial=FOLDER_OR_ID libero_object=FOLDER_OR_ID    # the paper's table, and ours below
     python eval.py curves runs/tabletop/*/metrics.jsonl --out runs/tabletop/curves.png
 
 Policies act greedily, as in the papers' evaluations. Every initial state of a task is played once; 95% intervals are Wilson's.
-The papers train and evaluate on the same 50 initial states of LIBERO; here `heldout` states never occur in training.
+The papers train and evaluate on the same 50 initial states of LIBERO (`--split all`); here `heldout` states never occur in training.
+LIBERO takes hours: finished episodes are written down one by one, and the same command goes on where it was interrupted.
 """
 import argparse
 import json
@@ -15,10 +19,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import envs
+import libero_envs
 import reasoning_eval
 import vla
+
+# Success in percent: libero_spatial, _object, _goal, _10 and their mean (arXiv 2511.15605, from notes on the paper; SimpleVLA-RL, RLinf: theirs)
+PAPER = {"OpenVLA-OFT, one demonstration a task": (63.6, 54.9, 59.6, 17.3, 48.9), "+ offline SRPO": (92.5, 96.8, 92.0, 88.7, 92.5),
+         "+ online SRPO": (98.8, 100.0, 99.4, 98.6, 99.2), "SimpleVLA-RL, GRPO on 0/1 rewards": (98.2, 98.7, 98.8, 91.7, 96.9),
+         "RLinf, GRPO, wrist camera, proprioception": (99.4, 99.8, 98.8, 94.0, 98.0)}
 
 
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -38,28 +49,59 @@ def greedy(policy, key: str):
     """act() of `envs.play`: the most likely bin of every token."""
     def act(images, instructions):
         with torch.no_grad():
-            bins = policy(*policy.prompt_ids(instructions), policy.pixel_values(images[:, None])).argmax(-1)
+            bins = policy(*policy.prompt_ids(instructions), policy.pixel_values(vla.policy_frames(policy, images))).argmax(-1)
         return vla.to_env_actions(policy.decode(bins, key)), [None] * len(bins)
     return act
 
 
-def evaluate_vla(policy, workers: envs.Workers, split: str, key: str, states: int = envs.N_STATES) -> dict:
-    """The first `states` initial states of every task, once each, greedily.
+def evaluate_vla(policy, workers: envs.Workers, split: str, key: str, states: int | None = None, suite: envs.Suite | None = None,
+                 gifs: Path | None = None, log: Path | None = None) -> dict:
+    """The first `states` (default: all) initial states of every task, once each, greedily.
 
+    gifs: folder for the first success and the first failure of each task, in the frames that the policy saw. log: a JSONL file that gets
+    a line for each finished episode; those it holds already are not played again.
     -> {"split", "success": mean, "interval", "episodes", "tasks": {instruction: {"success", "interval", "successes", "episodes",
     "steps", "failed": indices}}}
     """
-    starts = [envs.Start(task, index, split) for task in range(len(envs.TASKS)) for index in range(states)]
-    episodes, tasks = envs.play(greedy(policy, key), workers, starts), {}
-    for task, instruction in enumerate(envs.TASKS):
-        own = [e for e in episodes if e.start.task == task]
-        wins = sum(e.success for e in own)
-        tasks[instruction] = {"success": wins / len(own), "interval": wilson(wins, len(own)), "successes": wins, "episodes": len(own),
-                              "steps": float(np.mean([e.steps for e in own])),
-                              "failed": [e.start.index for e in own if not e.success]}
-    wins = sum(e.success for e in episodes)
-    return {"split": split, "success": wins / len(episodes), "interval": wilson(wins, len(episodes)), "episodes": len(episodes),
-            "tasks": tasks}
+    suite = suite or envs.tabletop()
+    rows = finished_episodes(log) if log else []
+    seen = {(row["task"], row["index"]) for row in rows}
+    starts = [start for start in suite.starts(split, states) if (start.task, start.index) not in seen]
+    bar = tqdm(total=len(seen) + len(starts), initial=len(seen), desc=f"{suite.name} {split}", unit="episode", disable=not log)
+
+    def finished(episode: envs.Episode) -> None:
+        start, gif = episode.start, gifs and gifs / f"task{episode.start.task}-{'success' if episode.success else 'failure'}.gif"
+        if gif and not gif.exists():
+            gif.parent.mkdir(parents=True, exist_ok=True)
+            envs.save_gif(str(gif), [*episode.images, *framed(episode.images[-1], episode.success)], fps=5)
+        rows.append({"task": start.task, "index": start.index, "success": episode.success, "steps": episode.steps})
+        if log:
+            with open(log, "a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+        episode.images.clear()                                  # 500 episodes of 256 px frames would fill the memory
+        bar.update()
+    envs.play(greedy(policy, key), workers, starts, finished, suite)
+    bar.close()
+    rows.sort(key=lambda row: (row["task"], row["index"]))
+    own: dict[str, list] = {}
+    for row in rows:
+        own.setdefault((suite.labels or suite.instructions)[row["task"]], []).append(row)
+    return {"split": split, **rate(sum(row["success"] for row in rows), len(rows)), "tasks": {
+        label: rate(sum(row["success"] for row in each), len(each))
+        | {"steps": float(np.mean([row["steps"] for row in each])), "failed": [row["index"] for row in each if not row["success"]]}
+        for label, each in own.items()}}
+
+
+def rate(successes: int, n: int) -> dict:
+    return {"success": successes / n, "interval": wilson(successes, n), "successes": successes, "episodes": n}
+
+
+def finished_episodes(log: Path) -> list[dict]:
+    """Rows of an evaluation's JSONL without its first, the settings; a last line that was cut off is dropped from the file."""
+    text = log.read_text()
+    if not text.endswith("\n"):
+        log.write_text(text[:text.rfind("\n") + 1])
+    return read_metrics(log)[1:]
 
 
 def table(results: dict[str, dict]) -> str:
@@ -87,11 +129,16 @@ def film(policy, starts: list[envs.Start], key: str, path: Path, size: int = 128
                 if ended:
                     break
             image = table_.render()
-        last = frames[-1].copy()
-        for edge in (np.s_[:4], np.s_[-4:], np.s_[:, :4], np.s_[:, -4:]):
-            last[edge] = (40, 160, 60) if table_.success else (200, 40, 40)
-        frames += [last] * 6
+        frames += framed(frames[-1], table_.success)
     envs.save_gif(str(path), frames)
+
+
+def framed(image: np.ndarray, success: bool) -> list[np.ndarray]:
+    """The image six times with a green or red border."""
+    last = image.copy()
+    for edge in (np.s_[:4], np.s_[-4:], np.s_[:, :4], np.s_[:, -4:]):
+        last[edge] = (40, 160, 60) if success else (200, 40, 40)
+    return [last] * 6
 
 
 def read_metrics(path: str | Path) -> list[dict]:
@@ -153,16 +200,95 @@ def draw_panels(runs: dict[str, list[list[dict]]], out: str | Path, panels: list
     plt.close(figure)
 
 
+def find_suite(name: str, tasks: list[int] = (), **libero) -> envs.Suite:
+    """`tabletop` or a suite of LIBERO; for the latter the keywords of `libero_envs.make_suite`."""
+    return envs.tabletop(tuple(tasks)) if name == "tabletop" else libero_envs.make_suite(name, tuple(tasks), **libero)
+
+
+def try_suite(suite: envs.Suite, size: int) -> None:
+    """One reset in this process, so that whatever is wrong with OpenGL or assets is one line, before anything is written."""
+    env = suite.make(size=size, horizon=suite.horizon)
+    env.reset(options={"task": suite.tasks[0], "index": 0})
+    env.close()
+
+
+def measure_suite(policy, name: str, checkpoint: str, out: Path, args) -> dict[str, dict]:
+    """A policy on one suite: prints the table, writes result.json and GIFs into `out` -> {split: result of `evaluate_vla`}."""
+    libero = name != "tabletop"
+    suite = find_suite(name, args.tasks, **dict(protocol=args.protocol, horizon=args.horizon, fast=args.fast_sim, assets=args.assets,
+                                                plus=args.plus) if libero else {})
+    key, size = args.key or vla.find_key(policy.norm_stats, name), vla.camera_size(policy)
+    vla.action_stats(policy.norm_stats, key)                    # refuses an unknown key
+    splits = args.split or (["all"] if "plus" in name else ["heldout"] if libero else ["train", "heldout"])
+    if unknown := set(splits) - set(suite.states):
+        raise ValueError(f"--split {unknown.pop()}: {name} has {', '.join(suite.states)}")
+    logs = {split: out / f"{split}.jsonl" if libero else None for split in splits}
+    settings = {"checkpoint": checkpoint, "suite": name, "key": key, "protocol": suite.protocol}
+    for log in (log for log in logs.values() if log and log.exists()):
+        if (begun := read_metrics(log)[0]) != settings:
+            raise ValueError(f"{log} was begun with {begun}; repeat these settings, or choose another --out")
+    try_suite(suite, size)
+    out.mkdir(parents=True, exist_ok=True)
+    workers, results = suite.workers(args.workers, size, args.tables), {}
+    try:
+        for split, log in logs.items():
+            if libero:
+                print(f"{name}: {'one trial a task' if 'plus' in name else libero_envs.SPLIT_NAMES[split]}; {suite.protocol}")
+                if not log.exists():
+                    log.write_text(json.dumps(settings) + "\n")
+            results[split] = evaluate_vla(policy, workers, split, key, args.states, suite, out / split if libero and args.gifs else None, log)
+    finally:
+        workers.close()
+    print(table(results))
+    (out / "result.json").write_text(json.dumps(results, indent=1) + "\n")
+    for split in splits if args.gifs and not libero else ():
+        film(policy, [envs.Start(t, i, split) for t in suite.tasks for i in range(args.gifs)], key, out / f"{split}.gif")
+    print(f"wrote {out}/result.json" + (f" and GIFs in {out}" if args.gifs else ""))
+    return results
+
+
+def load(checkpoint: str, device: str):
+    """A policy for evaluation: OpenVLA on a GPU in bf16, as published."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return vla.load_policy(checkpoint, torch.bfloat16 if device.startswith("cuda") else torch.float32, device)
+
+
+def paper_table(ours: dict[str, dict]) -> str:
+    """{suite: result of `evaluate_vla`} -> the paper's rows and ours, percent; the mean only where all four suites are there."""
+    lines = [f"{'success, %':44}" + "".join(f"{name.removeprefix('libero_'):>9}" for name in (*libero_envs.SUITES, "mean"))]
+    lines += [f"{name:44}" + "".join(f"{x:9.1f}" for x in row) for name, row in PAPER.items()]
+    own = [100 * ours[name]["success"] if name in ours else math.nan for name in libero_envs.SUITES]
+    lines.append(f"{'ours, ' + ', '.join(sorted({r['split'] + ' states' for r in ours.values()})):44}"
+                 + "".join(f"{'-':>9}" if math.isnan(x) else f"{x:9.1f}" for x in (*own, np.mean(own))))
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure a policy, or draw learning curves.")
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("vla", help="success per task on training and held-out initial states")
-    p.add_argument("--checkpoint", required=True, help="folder of a policy, or hub id")
-    p.add_argument("--split", nargs="+", default=["train", "heldout"], choices=["train", "heldout"])
-    p.add_argument("--states", type=int, default=envs.N_STATES, help="initial states per task, 1..50")
-    p.add_argument("--gifs", type=int, default=1, help="episodes per task to film")
-    p.add_argument("--out", default="", help="folder for result.json and the GIFs (default: beside the checkpoint)")
-    p.add_argument("--workers", type=int, default=2)
+    for name, text in (("vla", "success per task and initial state, of one policy"), ("paper", "the paper's LIBERO table, a policy for each suite")):
+        p = commands.add_parser(name, help=text)
+        if name == "vla":
+            p.add_argument("--checkpoint", required=True, help="folder of a policy, or hub id")
+            p.add_argument("--suite", nargs="+", default=["tabletop"], help="tabletop, " + ", ".join(libero_envs.SUITES) + ", libero_90, "
+                           "libero_plus:DIMENSION; libero_plus for its seven dimensions")
+        else:
+            p.add_argument("--checkpoint", required=True, nargs="+", metavar="SUITE=CHECKPOINT", help="as many as you have")
+        p.add_argument("--tasks", type=int, nargs="+", default=[], help="task numbers (default: all)")
+        p.add_argument("--split", nargs="+", default=["all"] if name == "paper" else None, choices=["train", "heldout", "all"],
+                       help="initial states (default: tabletop train and heldout, LIBERO heldout); all: the papers' own protocol")
+        p.add_argument("--states", type=int, default=envs.N_STATES, help="initial states per task, 1..50")
+        p.add_argument("--gifs", type=int, default=1, help="episodes per task to film; LIBERO: 0 none, else first success and failure")
+        p.add_argument("--out", default="", help="folder for result.json and the GIFs (default: beside the checkpoint)")
+        p.add_argument("--workers", type=int, default=2, help="simulator processes")
+        p.add_argument("--tables", type=int, default=0, help="simulators over all processes; 0: tabletop 128, LIBERO one per process")
+        p.add_argument("--protocol", default="openvla-oft", choices=list(libero_envs.PROTOCOLS), help="LIBERO: whose horizons")
+        p.add_argument("--horizon", type=int, default=0, help="LIBERO: env steps instead of the protocol's")
+        p.add_argument("--fast-sim", action="store_true", help="LIBERO: other pixels, same physics; only for policies trained so")
+        p.add_argument("--assets", default="", help="LIBERO: folder of its assets (default: LIBERO_ASSETS, else from the hub)")
+        p.add_argument("--plus", default="", help="folder of a LIBERO-Plus copy (default: LIBERO_PLUS_PATH)")
+        p.add_argument("--key", default="", help="of the action statistics (default: the suite's)")
+        p.add_argument("--device", default="", help="default: cuda if there is one")
     p = commands.add_parser("curves", help="learning curves; runs in folders named LABEL-SEED are averaged by label")
     p.add_argument("metrics", nargs="+", help="metrics.jsonl files")
     p.add_argument("--out", default="curves.png")
@@ -181,20 +307,26 @@ def main() -> None:
         return reasoning_eval.run(args)
     if not 1 <= args.states <= envs.N_STATES:
         raise ValueError(f"--states must be 1..{envs.N_STATES}, got {args.states}")
-    policy = vla.load_policy(args.checkpoint)
-    key = next(iter(policy.norm_stats))
-    out = Path(args.out or Path(args.checkpoint).with_name("eval"))
-    out.mkdir(parents=True, exist_ok=True)
-    workers = envs.Workers(args.workers, 128)
-    try:
-        results = {split: evaluate_vla(policy, workers, split, key, args.states) for split in args.split}
-    finally:
-        workers.close()
-    print(table(results))
-    (out / "result.json").write_text(json.dumps(results, indent=1) + "\n")
-    for split in args.split if args.gifs else ():
-        film(policy, [envs.Start(t, i, split) for t in range(len(envs.TASKS)) for i in range(args.gifs)], key, out / f"{split}.gif")
-    print(f"wrote {out}/result.json" + (f" and GIFs in {out}" if args.gifs else ""))
+    if args.command == "paper":
+        pairs = dict(pair.partition("=")[::2] for pair in args.checkpoint)
+        if unknown := [name for name, checkpoint in pairs.items() if name not in libero_envs.SUITES or not checkpoint]:
+            raise ValueError(f"--checkpoint {unknown[0]}: write SUITE=CHECKPOINT, with SUITE one of {', '.join(libero_envs.SUITES)}")
+    else:
+        names = [n for name in args.suite for n in ([f"libero_plus:{d}" for d in libero_envs.DIMENSIONS] if name == "libero_plus" else [name])]
+        pairs = dict.fromkeys(names, args.checkpoint)
+    loaded, policy, results = None, None, {}
+    for name, checkpoint in pairs.items():
+        if checkpoint != loaded:
+            policy, loaded = load(checkpoint, args.device), checkpoint
+        beside = Path(checkpoint).with_name("eval") if Path(checkpoint).is_dir() else Path("out/eval") / Path(checkpoint).name
+        out = Path(args.out or beside)
+        results[name] = measure_suite(policy, name, checkpoint, out if name == "tabletop" else out / name.replace(":", "-"), args)
+    ours = {name: next(iter(each.values())) for name, each in results.items()}
+    if args.command == "paper":
+        print("\n" + paper_table(ours))
+    elif len(ours) > 1:
+        total = rate(*(sum(result[count] for result in ours.values()) for count in ("successes", "episodes")))
+        print("\n" + table({"by suite": {"tasks": ours} | total}))
 
 
 if __name__ == "__main__":
@@ -202,3 +334,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on with LIBERO's unfinished episodes")

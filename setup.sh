@@ -8,9 +8,10 @@ PYTHON=${PYTHON:-python3}
   { echo "error: Python 3.11 or newer is needed, $PYTHON is $("$PYTHON" --version); set PYTHON=python3.11" >&2; exit 1; }
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv ||
   { echo "error: no virtual environment could be made; run: apt-get install -y python3-venv" >&2; exit 1; }
-if ! cmp -s requirements.txt .venv/installed.txt; then
+if ! cat requirements.txt requirements-libero.txt | cmp -s - .venv/installed.txt; then
   .venv/bin/python -m pip install --quiet -r requirements.txt
-  cp requirements.txt .venv/installed.txt
+  .venv/bin/python -m pip install --quiet --no-deps -r requirements-libero.txt
+  cat requirements.txt requirements-libero.txt > .venv/installed.txt
 fi
 if [ "$(uname)" = Linux ] && ! .venv/bin/python -c 'import envs; envs.Tabletop().reset()' 2>/dev/null; then
   packages="libegl1 libgl1-mesa-dri libopengl0"

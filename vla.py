@@ -118,12 +118,13 @@ def from_env_actions(actions: np.ndarray) -> np.ndarray:
 
 # Images: one camera frame -> what the published evaluation feeds the model
 
-def preprocess(frame: np.ndarray) -> np.ndarray:
-    """Camera frame (H, W, 3) uint8, as LIBERO renders it -> (224, 224, 3) uint8; store frames in this form (150 KB)."""
+def preprocess(frame: np.ndarray, rotate: bool = True) -> np.ndarray:
+    """Camera frame (H, W, 3) uint8, as LIBERO renders it -> (224, 224, 3) uint8; store frames in this form (150 KB).
+    rotate=False for frames that are upright already, as those of libero_envs.py are."""
     frame = np.asarray(frame)
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
         raise ValueError(f"frame must be uint8 (H, W, 3), got {frame.dtype} {frame.shape}; use 0..255, channels last")
-    return centre_crop(resize(jpeg_round_trip(frame[::-1, ::-1])))  # LIBERO renders upside down: rotate by 180
+    return centre_crop(resize(jpeg_round_trip(frame[::-1, ::-1] if rotate else frame)))     # LIBERO renders upside down
 
 
 def jpeg_round_trip(frame: np.ndarray) -> np.ndarray:
@@ -464,6 +465,25 @@ def load_policy(path: str | Path, dtype: torch.dtype = torch.float32, device=Non
     folder = local_folder(path)
     tiny = read_json(folder / "config.json").get("model_type") == "tiny_vla"
     return (TinyVLA if tiny else OpenVLA).from_pretrained(folder, dtype, device)
+
+
+def camera_size(policy) -> int:
+    """Pixels of the camera images that a policy wants: OpenVLA's are rendered at 256, as in the published evaluation, and resized."""
+    return 256 if isinstance(policy, OpenVLA) else policy.config["size"]
+
+
+def policy_frames(policy, images: np.ndarray) -> np.ndarray:
+    """Upright camera images uint8 (B, size, size, 3) -> frames for `pixel_values`, (B, 1, ...): OpenVLA's through `preprocess`."""
+    return np.stack([preprocess(image, rotate=False) for image in images])[:, None] if isinstance(policy, OpenVLA) else images[:, None]
+
+
+def find_key(norm_stats: dict, suite: str) -> str:
+    """The statistics a checkpoint has for a suite: `SUITE_no_noops` or `SUITE`; for LIBERO-Plus the only ones there are. ValueError."""
+    for key in (f"{suite}_no_noops", suite, *(norm_stats if len(norm_stats) == 1 and "plus" in suite else ())):
+        if key in norm_stats:
+            return key
+    raise ValueError(f"the policy has action statistics for {', '.join(sorted(norm_stats)) or 'nothing'}, not for {suite}; "
+                     f"choose a checkpoint for it (eval.py: or name one of these by --key)")
 
 
 # Checkpoint files and checks

@@ -17,6 +17,8 @@ Paper and published code differ; where they do, the line says so. `--reward bina
     python vla_srpo.py --steps 200 --reward binary --seed 1      # plain GRPO, to compare with
     python vla_srpo.py --resume out/srpo                         # go on after Ctrl-C, a crash or a power cut
     python vla_srpo.py --stage sft --out weights/tiny_vla
+    python vla_srpo.py --stage sft --suite libero_object --tasks 0 1 2 --fast_sim --demos 10 --out out/libero_sft       # LIBERO itself
+    python vla_srpo.py --suite libero_object --tasks 0 1 2 --fast_sim --model out/libero_sft --groups 8
 """
 import json
 import math
@@ -39,6 +41,8 @@ from transformers.utils import logging
 import envs
 import eval as evaluation
 import grpo
+import libero_envs
+import libero_expert
 import rewards
 import vla
 import world_model
@@ -84,22 +88,31 @@ class Settings:
     eval_every: int = flag(20, "steps between held-out evaluations, greedy, all initial states; 0: only before and after")
     save_every: int = flag(5, "steps between checkpoints")
     workers: int = flag(2, "simulator processes")
-    tables: int = flag(128, "simulated tables over all workers")
+    tables: int = flag(0, "simulators over all workers; 0: 128, or with LIBERO one per worker")
     threads: int = flag(2, "torch threads; 0: all cores")
+    suite: str = flag("tabletop", "tabletop, " + ", ".join(libero_envs.SUITES) + " or libero_90")
+    tasks: list[int] = field(default_factory=list, metadata={"help": "task numbers (default: all)"})
+    split: str = flag("disjoint", "disjoint: trained on one half of the initial states, evaluated on the other; all: trained and evaluated on "
+                                  "all 50 of LIBERO's, the papers' own protocol", choices=["disjoint", "all"])
+    protocol: str = flag("openvla-oft", "LIBERO: whose horizons", choices=list(libero_envs.PROTOCOLS))
+    horizon: int = flag(0, "LIBERO: env steps of an episode at most; 0: the protocol's")
+    fast_sim: bool = flag(False, "LIBERO: other pixels, same physics, faster; for policies trained so")
+    assets: str = flag("", "LIBERO: folder of its assets (default: LIBERO_ASSETS, else from the hub)")
     stage: str = flag("rl", "sft: only make the starting policy from demonstrations, into --out", choices=["rl", "sft"])
     demos: int = flag(16, "sft: demonstrations per task")
     sft_steps: int = flag(900, "sft: updates of 64 chunks")
     sft_lr: float = flag(2e-3, "sft: learning rate, cosine")
+    size: int = flag(64, "sft on LIBERO: pixels of the camera images")
 
 
-FREE = {"out", "resume", "workers", "threads", "eval_every", "save_every"}  # may change on resume (threads: other rounding)
+FREE = {"out", "resume", "workers", "threads", "eval_every", "save_every", "assets"}  # may change on resume (threads: other rounding)
 
 
 def check(s: Settings) -> None:
     """ValueError, one line, for a setting out of range."""
     for name, low in (("steps", 1), ("groups", 1), ("group_size", 2), ("epochs", 1), ("minibatch", 1), ("micro_batch", 1),
-                      ("workers", 1), ("tables", 1), ("demos", 1), ("sft_steps", 1), ("save_every", 1), ("threads", 0),
-                      ("eval_every", 0), ("seed", 0), ("beta", 0), ("target_kl", 0), ("lr_end", 0)):
+                      ("workers", 1), ("tables", 0), ("demos", 1), ("sft_steps", 1), ("save_every", 1), ("threads", 0),
+                      ("horizon", 0), ("eval_every", 0), ("seed", 0), ("beta", 0), ("target_kl", 0), ("lr_end", 0)):
         if not low <= getattr(s, name) < math.inf:
             raise ValueError(f"--{name} must be at least {low}, got {getattr(s, name)}"
                              + (": a group of one has no baseline" if name == "group_size" else ""))
@@ -110,7 +123,7 @@ def check(s: Settings) -> None:
         raise ValueError(f"--average must lie in [0, 1), got {s.average}")
     if not 0 <= s.alpha < 1:
         raise ValueError(f"--alpha must lie in [0, 1), got {s.alpha}: a failure must earn less than a success")
-    if s.tables < s.workers:
+    if 0 < s.tables < s.workers:
         raise ValueError(f"--tables {s.tables} is less than --workers {s.workers}: each worker needs one")
     if not s.clip_low < 1:
         raise ValueError(f"--clip_low must be below 1, got {s.clip_low}")
@@ -140,18 +153,34 @@ def demonstrations(per_task: int, noise: float = 0.1, seed: int = 0) -> dict[str
     return {name: np.stack(rows) for name, rows in data.items()}
 
 
-def fine_tune(data: dict[str, np.ndarray], steps: int, lr: float, seed: int = 0) -> vla.TinyVLA:
-    """A TinyVLA from random weights, by cross-entropy on the demonstrations' action tokens."""
+def libero_demonstrations(s: Settings, tasks: tuple[int, ...], every: int = 2) -> dict[str, np.ndarray]:
+    """The same from LIBERO's scripted expert, a frame every `every` steps: noisy execution, clean labels. Episodes are kept in
+    cache/demos and never played twice."""
+    env = libero_envs.Libero(s.suite, split="train" if s.split == "disjoint" else "all", size=s.size, fast=s.fast_sim, assets=s.assets)
+    folder = Path("cache/demos") / f"{s.suite}-{env.split}-{s.size}px{'-fast' * s.fast_sim}-every{every}"
+    data = {"image": [], "task": [], "actions": []}
+    for episode in libero_expert.collect(env, list(tasks), s.demos, folder, every=every):
+        actions = np.concatenate([episode["intended"], np.tile([0, 0, 0, 0, 0, 0, -1.0], (envs.CHUNK, 1))])
+        data["image"] += list(episode["images"])
+        data["task"] += [int(episode["task"])] * len(episode["images"])
+        data["actions"] += [actions[t * every:t * every + envs.CHUNK] for t in range(len(episode["images"]))]
+    env.close()
+    return {name: np.stack(rows) for name, rows in data.items()}
+
+
+def fine_tune(data: dict[str, np.ndarray], steps: int, lr: float, seed: int = 0, key: str = "tabletop",
+              instructions: tuple[str, ...] = envs.TASKS) -> vla.TinyVLA:
+    """A TinyVLA from random weights, by cross-entropy on the demonstrations' action tokens; `key` names their statistics."""
     torch.manual_seed(seed)
     actions = vla.from_env_actions(data["actions"])
     flat = actions.reshape(-1, 7)
     stats = {"q01": np.quantile(flat, 0.01, 0).tolist(), "q99": np.quantile(flat, 0.99, 0).tolist(),
              "mask": [True] * 6 + [False]}
-    policy = vla.TinyVLA({"tabletop": {"action": stats, "num_transitions": len(flat), "num_trajectories": 0}})
+    policy = vla.TinyVLA({key: {"action": stats, "num_transitions": len(flat), "num_trajectories": 0}}, size=data["image"].shape[1])
     optimizer = grpo.make_optimizer(policy, lr)
-    ids, mask = policy.prompt_ids(list(envs.TASKS))
+    ids, mask = policy.prompt_ids(list(instructions))
     task, images = torch.from_numpy(data["task"]), torch.from_numpy(data["image"])
-    bins = policy.encode(actions, "tabletop").flatten(1)                            # (N, 56)
+    bins = policy.encode(actions, key).flatten(1)                            # (N, 56)
     bar = tqdm(range(steps), desc="SFT", mininterval=1)
     for step in bar:
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -171,7 +200,7 @@ def sampler(policy, temperature: float, key: str):
     """act() of `envs.play`: samples every token; a call's record is (bins (56,), log-probabilities (56,), entropy)."""
     def act(images: np.ndarray, instructions: list[str]):
         with torch.no_grad():
-            logits = policy(*policy.prompt_ids(instructions), policy.pixel_values(images[:, None]))     # (B, 56, 256)
+            logits = policy(*policy.prompt_ids(instructions), policy.pixel_values(vla.policy_frames(policy, images)))     # (B, 56, 256)
             cumulative = (logits / temperature).softmax(-1).cumsum(-1)
             # inverse of the cumulative distribution: several times faster than torch.multinomial on a CPU
             u = torch.rand(*logits.shape[:2], 1, device=logits.device) * cumulative[..., -1:]
@@ -185,7 +214,7 @@ def sampler(policy, temperature: float, key: str):
 @dataclass
 class Batch:
     """The executed chunks of one step's rollouts that have an advantage; a row is a policy call, N of them."""
-    images: torch.Tensor        # (N, 64, 64, 3) uint8
+    images: torch.Tensor        # (N, size, size, 3) uint8
     instructions: list[str]
     bins: torch.Tensor          # (N, 56) int64
     logp: torch.Tensor          # (N, 56) float32, under the policy and the temperature they were sampled at
@@ -194,7 +223,7 @@ class Batch:
     trajectory: torch.Tensor    # (N,) int64, the rollout a chunk belongs to
 
 
-def collate(episodes: list[envs.Episode], advantages: torch.Tensor) -> Batch:
+def collate(episodes: list[envs.Episode], advantages: torch.Tensor, instructions: tuple[str, ...] = envs.TASKS) -> Batch:
     """Rollouts and their advantages (N,) -> the rows to train on. Old log-probabilities are those of sampling, because one
     model does both; the published code recomputes them, because its sampler is another program."""
     rows = [(i, e, j) for i, e in enumerate(episodes) if advantages[i] != 0 for j in range(len(e.executed))]
@@ -203,7 +232,7 @@ def collate(episodes: list[envs.Episode], advantages: torch.Tensor) -> Batch:
         return Batch(empty, [], empty.long(), empty, empty.bool(), torch.empty(0), torch.empty(0, dtype=torch.long))
     executed = torch.tensor([e.executed[j] for _, e, j in rows])
     return Batch(images=torch.from_numpy(np.stack([e.images[j] for _, e, j in rows])),
-                 instructions=[envs.TASKS[e.start.task] for _, e, _ in rows],
+                 instructions=[instructions[e.start.task] for _, e, _ in rows],
                  bins=torch.stack([e.records[j][0] for _, e, j in rows]),
                  logp=torch.stack([e.records[j][1] for _, e, j in rows]),
                  mask=torch.arange(vla.ACTION_TOKENS) // vla.ACTION_DIM < executed[:, None],
@@ -222,7 +251,8 @@ def update(policy, reference, optimizer, batch: Batch, s: Settings) -> dict:
         for rows in torch.randperm(len(batch.mask)).split(s.minibatch):
             normalizer, seen = rollouts * len(rows) / len(batch.mask), []           # expectation: the whole batch's gradient
             for part in rows.split(s.micro_batch):
-                inputs = (*policy.prompt_ids([batch.instructions[i] for i in part]), policy.pixel_values(batch.images[part][:, None]))
+                frames = policy.pixel_values(vla.policy_frames(policy, batch.images[part]))
+                inputs = (*policy.prompt_ids([batch.instructions[i] for i in part]), frames)
                 bins, old, adv, mask = (x[part].to(device) for x in (batch.bins, batch.logp, batch.advantage, batch.mask))
                 logp, _ = grpo.token_logprobs(policy(*inputs), bins, s.temperature)
                 ref = None
@@ -263,11 +293,11 @@ def score(episodes: list[envs.Episode], encoder, s: Settings) -> tuple[np.ndarra
                                    group=group)
 
 
-def train(s: Settings, out: Path, step: int, policy, average, reference, encoder, optimizer, log: grpo.MetricsLog,
+def train(s: Settings, suite: envs.Suite, out: Path, step: int, policy, average, reference, encoder, optimizer, log: grpo.MetricsLog,
           workers: envs.Workers) -> tuple[int, dict | None]:
     """Steps `step` + 1 .. s.steps; stops early on Ctrl-C. Returns the last step done and the last held-out evaluation.
     average: running average of the policy's weights, or None; reference: starting policy, or None if beta is 0; encoder: world model, or None for 0/1 rewards."""
-    key = next(iter(policy.norm_stats))
+    key, (trained, heldout) = vla.find_key(policy.norm_stats, suite.name), splits(s)
     result = None
     with grpo.ctrl_c() as interrupted, tqdm(total=s.steps, initial=step, desc=s.reward, unit="step", dynamic_ncols=True, mininterval=1) as bar:
         while step < s.steps and not interrupted:
@@ -279,11 +309,9 @@ def train(s: Settings, out: Path, step: int, policy, average, reference, encoder
             optimizer.param_groups[0]["lr"] = s.lr * min(1, step / 10) * (1 - (1 - s.lr_end) * (step - 1) / s.steps)
 
             began = time.perf_counter()                                                 # 1. rollouts
-            total = len(envs.TASKS) * envs.N_STATES
-            states = [envs.Start(int(i) // envs.N_STATES, int(i) % envs.N_STATES)
-                      for i in rng.choice(total, s.groups, replace=s.groups > total)]
-            starts = [state for state in states for _ in range(s.group_size)]
-            episodes = envs.play(sampler(policy, now.temperature, key), workers, starts)
+            pool = suite.starts(trained)
+            starts = [pool[i] for i in rng.choice(len(pool), s.groups, replace=s.groups > len(pool)) for _ in range(s.group_size)]
+            episodes = envs.play(sampler(policy, now.temperature, key), workers, starts, suite=suite)
             rolled = time.perf_counter()
 
             reward, record = score(episodes, encoder, s)                                # 2. rewards
@@ -296,7 +324,7 @@ def train(s: Settings, out: Path, step: int, policy, average, reference, encoder
                 advantages = advantages * ((rate >= 0.1) & (rate <= 0.9))[:, None]
             used = (advantages != 0).any(1)
 
-            batch = collate(episodes, advantages.flatten())                             # 4. update
+            batch = collate(episodes, advantages.flatten(), suite.instructions)                        # 4. update
             stats = update(policy, reference, optimizer, batch, now) if len(batch.mask) else {"updates": 0, "skipped": 0}
             if average is not None:
                 average.update_parameters(policy)
@@ -314,7 +342,8 @@ def train(s: Settings, out: Path, step: int, policy, average, reference, encoder
                 row |= {"groups_changed": record.n_groups_changed, "clusters": sum(record.clusters.values()),
                         "noise": sum(record.noise.values()), "fallbacks": sum(map(bool, record.fallbacks.values()))}
             if step == s.steps or s.eval_every and step % s.eval_every == 0:
-                result = evaluation.evaluate_vla(policy if average is None else average.module, workers, "heldout", key)
+                gifs = out / "after" if step == s.steps and suite.name != "tabletop" else None
+                result = evaluation.evaluate_vla(policy if average is None else average.module, workers, heldout, key, None, suite, gifs)
                 row["heldout"] = result["success"]
                 tqdm.write(f"step {step:4d}  held-out success {result['success']:.1%} (greedy, {result['episodes']} episodes)")
             log.append(row)
@@ -325,18 +354,18 @@ def train(s: Settings, out: Path, step: int, policy, average, reference, encoder
                            f"/{s.groups}  kl {stats.get('old_kl', 0):.4f}  entropy {row['entropy']:.2f}  rollout {row['seconds_rollout']:.1f} s"
                            f"  reward {row['seconds_reward']:.1f} s  update {row['seconds_update']:.1f} s")
             if step % 25 == 1:
-                tqdm.write("  sample: " + describe(episodes, reward, advantages.flatten(), record, int(rng.integers(len(episodes)))))
+                tqdm.write("  sample: " + describe(suite, episodes, reward, advantages.flatten(), record, int(rng.integers(len(episodes)))))
             if step % s.save_every == 0 or step == s.steps or interrupted:
                 save(out, s, step, policy, average, optimizer)
     return step, result
 
 
-def describe(episodes, reward, advantages, record, i: int) -> str:
+def describe(suite, episodes, reward, advantages, record, i: int) -> str:
     """One rollout in a line; a failure with a distance if there is one."""
     i = next((j for j in [*range(i, len(episodes)), *range(i)] if not episodes[j].success), i)
     e = episodes[i]
     distance = f", latent distance {record.distances[i]:.3f}" if record is not None else ""
-    return (f"\"{envs.TASKS[e.start.task]}\", initial state {e.start.index}: {'success' if e.success else 'failure'} after {e.steps} "
+    return (f"\"{suite.instructions[e.start.task]}\", initial state {e.start.index}: {'success' if e.success else 'failure'} after {e.steps} "
             f"steps{distance} -> reward {reward[i]:.3f}, advantage {advantages[i]:+.2f}")
 
 
@@ -368,18 +397,34 @@ def prepare(s: Settings, given: set[str]) -> tuple[Settings, Path, int, dict | N
     return s, out, state["step"], {"model": model, "trainer": trainer}
 
 
+def splits(s: Settings) -> tuple[str, str]:
+    """Which initial states are trained on, and which are evaluated on."""
+    return ("train", "heldout") if s.split == "disjoint" else ("all", "all")
+
+
 def run(s: Settings, given: set[str]) -> int:
     """The whole job; returns the exit code."""
     check(s)
     if s.stage == "rl":
         s, out, step, saved = prepare(s, given)
+    if s.suite.startswith("libero_plus") or s.suite == "tabletop" and s.split == "all":
+        raise ValueError("libero_plus is for evaluation only: python eval.py vla --suite " + s.suite if s.suite != "tabletop" else
+                         "--split all is LIBERO's; the tabletop has 50 training and 50 held-out initial states per task")
+    suite = evaluation.find_suite(s.suite, s.tasks, **dict(protocol=s.protocol, horizon=s.horizon, fast=s.fast_sim, assets=s.assets)
+                                  if s.suite != "tabletop" else {})
     torch.set_num_threads(s.threads or os.cpu_count())
     torch.set_flush_denormal(True)          # CPU arithmetic on numbers below 1e-38 is many times slower, and they are noise
     if s.stage == "sft":
         if not s.out or Path(s.out).exists():
             raise ValueError(f"--stage sft needs --out, a new folder for the policy" + (f"; {s.out} exists" if s.out else ""))
-        fine_tune(demonstrations(s.demos), s.sft_steps, s.sft_lr, s.seed).save_pretrained(s.out)
-        print(f"wrote {s.out}; measure it: python eval.py vla --checkpoint {s.out}")
+        if s.suite == "tabletop":
+            policy, more = fine_tune(demonstrations(s.demos), s.sft_steps, s.sft_lr, s.seed), ""
+        else:
+            data = libero_demonstrations(s, suite.tasks)
+            policy = fine_tune(data, s.sft_steps, s.sft_lr, s.seed, f"{s.suite}_no_noops", suite.instructions)
+            more = f" --suite {s.suite} --tasks {' '.join(map(str, suite.tasks))}" + " --fast-sim" * s.fast_sim
+        policy.save_pretrained(s.out)
+        print(f"wrote {s.out}; measure it: python eval.py vla --checkpoint {s.out}{more}")
         return 0
     logging.disable_progress_bar()          # transformers' own bar for loading weights
     policy = vla.load_policy(s.model)
@@ -389,7 +434,8 @@ def run(s: Settings, given: set[str]) -> int:
         pixels = s.world_model == "pixels"
         encoder = world_model.WorldModel.from_pretrained(WEIGHTS / "vjepa_tiny" if pixels else s.world_model, batch_size=32)
         encoder = world_model.PixelModel(encoder) if pixels else encoder
-    envs.Tabletop().reset()                 # whatever is wrong with the models or OpenGL shows before anything is written
+    key = vla.find_key(policy.norm_stats, suite.name)
+    evaluation.try_suite(suite, vla.camera_size(policy))        # whatever is wrong with the models or OpenGL shows before anything is written
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -401,17 +447,20 @@ def run(s: Settings, given: set[str]) -> int:
         if average is not None:
             average.load_state_dict({name.removeprefix("average."): x for name, x in saved["trainer"].items() if name.startswith("average.")})
         grpo.load_optimizer_tensors(optimizer, saved["trainer"])
-    key, began = next(iter(policy.norm_stats)), time.time()
-    print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v != "" and k not in ("stage", "demos", "sft_steps", "sft_lr")))
-    print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {len(envs.TASKS)} tasks, {torch.get_num_threads()} torch threads, "
+    heldout, began = splits(s)[1], time.time()
+    print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v not in ("", []) and k not in ("stage", "demos", "sft_steps", "sft_lr", "size")))
+    if suite.protocol:
+        print(f"{suite.name}: {'; '.join(libero_envs.SPLIT_NAMES[split] for split in dict.fromkeys(splits(s)))}; {suite.protocol}")
+    print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {len(suite.tasks)} tasks, {torch.get_num_threads()} torch threads, "
           f"{s.workers} simulator processes; results go to {out}/")
-    workers = envs.Workers(s.workers, s.tables)
+    workers = suite.workers(s.workers, vla.camera_size(policy), s.tables)
     try:
-        film_starts = [envs.Start(task, 0, "heldout") for task in range(len(envs.TASKS))]
+        builtin, film_starts = suite.name == "tabletop", suite.starts(heldout, 1)       # LIBERO's GIFs come out of its evaluations
         if step == 0:
-            before = evaluation.evaluate_vla(policy, workers, "heldout", key)
+            before = evaluation.evaluate_vla(policy, workers, heldout, key, None, suite, None if builtin else out / "before")
             (out / "before.json").write_text(json.dumps(before, indent=1))
-            evaluation.film(policy, film_starts, key, out / "before.gif")
+            if builtin:
+                evaluation.film(policy, film_starts, key, out / "before.gif")
             save(out, s, 0, policy, average, optimizer)
             print(f"before: {before['success']:.1%} of the held-out initial states solved (greedy)")
         else:
@@ -420,7 +469,7 @@ def run(s: Settings, given: set[str]) -> int:
         log = grpo.MetricsLog(out / "metrics.jsonl", resume_step=step or -1)
         if step == 0:
             log.append({"step": 0, "heldout": before["success"]})
-        done, after = train(s, out, step, policy, average, reference, encoder, optimizer, log, workers)
+        done, after = train(s, suite, out, step, policy, average, reference, encoder, optimizer, log, workers)
         log.close()
         rows = evaluation.read_metrics(out / "metrics.jsonl")
         evaluation.draw_curves({s.reward: [rows]}, out / "curve.png")
@@ -428,8 +477,9 @@ def run(s: Settings, given: set[str]) -> int:
             print(f"stopped after step {done}; go on with: python vla_srpo.py --resume {out}")
             return 130
         final = policy if average is None else average.module
-        after = after or evaluation.evaluate_vla(final, workers, "heldout", key)        # a finished run may be resumed too
-        evaluation.film(final, film_starts, key, out / "after.gif")
+        after = after or evaluation.evaluate_vla(final, workers, heldout, key, None, suite)     # a finished run may be resumed too
+        if builtin:
+            evaluation.film(final, film_starts, key, out / "after.gif")
         (out / "after.json").write_text(json.dumps(after, indent=1))
         shutil.rmtree(out / "policy", ignore_errors=True)
         final.save_pretrained(out / "policy")
@@ -439,8 +489,8 @@ def run(s: Settings, given: set[str]) -> int:
     trained = [r for r in rows if "seconds_rollout" in r]
     seconds = {part: np.mean([r[f"seconds_{part}"] for r in trained]) for part in ("rollout", "reward", "update")}
     print(f"{time.time() - began:.0f} s; per step: " + ", ".join(f"{part} {t:.2f} s" for part, t in seconds.items()))
-    print("wrote " + ", ".join(f"{out}/{name}" for name in ("metrics.jsonl", "curve.png", "before.gif", "after.gif", "after.json",
-                                                            "policy/", "checkpoint/")))
+    print("wrote " + ", ".join(f"{out}/{name}" for name in ("metrics.jsonl", "curve.png", *(
+        ("before.gif", "after.gif") if builtin else ("before/", "after/")), "after.json", "policy/", "checkpoint/")))
     return 0
 
 

@@ -69,6 +69,8 @@ def preprocess(frames: torch.Tensor, crop: int, resize: str) -> torch.Tensor:
         x = F.interpolate(x, size=size, mode="bilinear", antialias=True).round()  # published: whole grey levels
         top, left = round((size[0] - crop) / 2), round((size[1] - crop) / 2)
         x = x[..., top:top + crop, left:left + crop]
+    elif x.shape[-1] != crop:
+        x = F.interpolate(x, (crop, crop), mode="area")
     mean, std = (255 * torch.tensor(c, device=x.device).view(3, 1, 1) for c in (MEAN, STD))
     return x.sub_(mean).div_(std)
 
@@ -77,7 +79,7 @@ class WorldModel:
     """A frozen V-JEPA 2 encoder: `encode` maps rollouts to latents, `progress` one rollout to a curve.
 
     resize "paper": shortest edge to int(crop * 256 / 224), centre crop (cuts 1/16 off each border).
-    resize "exact": frames must be crop x crop already and are used whole; the simulator's encoder is trained so.
+    resize "exact": frames must be square and are used whole, averaged down to crop x crop; the simulator's encoder is trained so.
     dtype: computation is autocast to it; None means bfloat16 on CUDA, float32 elsewhere. Weights stay float32.
     """
 
@@ -130,9 +132,9 @@ class WorldModel:
             if 0 in shape:
                 raise ValueError(f"videos[{i}] is empty: shape {shape}; a rollout has at least its first frame")
             crop = self.config.crop_size
-            if self.resize == "exact" and shape[1:3] != (crop, crop):
-                raise ValueError(f"videos[{i}] has {shape[1]}x{shape[2]} frames, this world model takes exactly "
-                                 f"{crop}x{crop}: render at that size")
+            if self.resize == "exact" and (shape[1] != shape[2] or shape[1] < crop):
+                raise ValueError(f"videos[{i}] has {shape[1]}x{shape[2]} frames, this world model takes square ones of at least "
+                                 f"{crop}x{crop}: render them so")
             frames = torch.as_tensor(video[sample_frames(shape[0], self.config.frames_per_clip)]).to(self.device)
             clips.append(preprocess(frames, crop, self.resize))
         return torch.stack(clips)

@@ -129,6 +129,27 @@ def test_evaluate_vla_counts(known, workers, split):
     json.dumps(found)
 
 
+def test_evaluation_goes_on(known, workers, tmp_path, monkeypatch):
+    """Cut off in the middle of writing its eighth line, then again: what is finished is not played again, and the result is the same."""
+    whole = evaluation.evaluate_vla(known, workers, "train", KEY, states=3)
+    log, play, played = tmp_path / "train.jsonl", envs.play, []
+    monkeypatch.setattr(envs, "play", lambda act, workers, starts, *more: played.append(starts) or play(act, workers, starts, *more))
+    log.write_text('{"settings": 1}\n')
+    assert evaluation.evaluate_vla(known, workers, "train", KEY, 3, None, tmp_path / "gifs", log) == whole
+    lines = log.read_text().splitlines(keepends=True)
+    assert len(lines) == 13 and sorted(p.name for p in (tmp_path / "gifs").iterdir()) == [
+        "task0-success.gif", "task1-failure.gif", "task2-failure.gif", "task2-success.gif", "task3-failure.gif"]
+    log.write_text("".join(lines[:8]) + lines[8][:20])
+    assert evaluation.evaluate_vla(known, workers, "train", KEY, 3, None, None, log) == whole
+    done = {(row["task"], row["index"]) for row in map(json.loads, lines[1:8])}
+    assert {(s.task, s.index) for s in played[1]} == {(t, i) for t in range(4) for i in range(3)} - done
+    assert log.read_text().splitlines(keepends=True)[:8] == lines[:8]
+    with Image.open(tmp_path / "gifs" / "task1-failure.gif") as gif:                # every frame that the policy saw, and the frame
+        assert gif.size == (64, 64)
+        edge = np.asarray([(gif.seek(gif.n_frames - 1), gif.convert("RGB"))[1]])[0, 0].mean(0)
+        assert edge[0] > 2 * edge[1]
+
+
 def test_greedy_takes_the_likeliest_bin():
     policy = vla.TinyVLA(STATS, channels=(4, 4, 4), width=16, basis=6)
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
@@ -159,6 +180,21 @@ def test_film(known, tmp_path):
     assert framed[-1] == len(frames) - 1 and framed[0] < framed[-1]
     first, last = edges[framed[0]].mean(0), edges[framed[-1]].mean(0)
     assert first[1] > 2 * first[0] and last[0] > 2 * last[1]
+
+
+# The paper's table
+
+def test_paper_table():
+    def of(rate):
+        return {"split": "all", **evaluation.rate(round(500 * rate), 500)}
+    lines = evaluation.paper_table({"libero_object": of(0.5), "libero_10": of(0.172)}).split("\n")
+    assert lines[0].split()[-5:] == ["spatial", "object", "goal", "10", "mean"] and len({len(line) for line in lines}) == 1
+    assert lines[-1].split() == ["ours,", "all", "states", "-", "50.0", "-", "17.2", "-"]
+    for line in lines[1:-1]:                                # the papers' means are the means of their four suites
+        numbers = [float(x) for x in line.split()[-5:]]
+        assert np.mean(numbers[:4]) == pytest.approx(numbers[4], abs=0.1), line
+    four = dict(zip(evaluation.libero_envs.SUITES, map(of, (0.1, 0.2, 0.3, 0.6))))
+    assert evaluation.paper_table(four).split()[-5:] == ["10.0", "20.0", "30.0", "60.0", "30.0"]
 
 
 # Learning curves
@@ -264,6 +300,11 @@ def test_bad_input_is_one_clear_line(checkpoint, tmp_path, monkeypatch):
             (("vla", "--checkpoint", checkpoint, "--states", "0"), "--states must be 1..50, got 0"),
             (("vla", "--checkpoint", checkpoint, "--states", "51"), "--states must be 1..50, got 51"),
             (("vla", "--checkpoint", checkpoint, "--out", bad), str(bad)),
+            (("vla", "--checkpoint", checkpoint, "--split", "all"), "--split all: tabletop has train, heldout"),
+            (("vla", "--checkpoint", checkpoint, "--suite", "libero_objects"), "unknown suite 'libero_objects'"),
+            (("vla", "--checkpoint", checkpoint, "--tasks", "4"), "unknown task 4; there are 0..3"),
+            (("vla", "--checkpoint", checkpoint, "--key", "bridge"), "bridge"),
+            (("paper", "--checkpoint", "libero_goals=x"), "--checkpoint libero_goals: write SUITE=CHECKPOINT, with SUITE one of libero_spatial"),
             (("curves", tmp_path / "none" / "metrics.jsonl"), "none/metrics.jsonl does not exist"),
             (("curves", bad), "runs-0/metrics.jsonl line 2 is not JSON")]:
         message = command(monkeypatch, *argv)               # Python prints it on stderr and exits with 1

@@ -18,8 +18,9 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 import libero_envs
-from libero_envs import (NO_OP, SETTLE, SPLITS, Expert, Libero, find_assets, find_package, initial_states, main, prepare, tasks, thin_meshes,
-                         write_config)
+from libero_envs import (NO_OP, SETTLE, SPLITS, Libero, find_assets, find_package, initial_states, main, make_suite, prepare, tasks,
+                         thin_meshes, write_config)
+from libero_expert import Expert
 
 ROOT = Path(libero_envs.__file__).parent
 INSTALLED = all(importlib.util.find_spec(name) for name in ("libero", "robosuite", "bddl"))
@@ -205,25 +206,42 @@ def test_bad_reset(installed):
         env.reset(options={"task": "pick up the bowl", "index": 49, "split": "all"})
 
 
-def run(*command, **environment) -> subprocess.CompletedProcess:
+def run(file: str, *command, **environment) -> subprocess.CompletedProcess:
     kept = {k: v for k, v in os.environ.items() if k not in ("LIBERO_ASSETS", "LIBERO_CONFIG_PATH", "LIBERO_PLUS_PATH")}
-    return subprocess.run([sys.executable, ROOT / "libero_envs.py", *command], env=kept | environment, stdin=subprocess.DEVNULL,
+    return subprocess.run([sys.executable, ROOT / file, *command], env=kept | environment, stdin=subprocess.DEVNULL,
                           capture_output=True, text=True, timeout=120)
+
+
+def test_suites_for_the_scripts(tmp_path, installed):
+    suite = make_suite("libero_spatial", (1,), protocol="simplevla")
+    assert suite.tasks == (1,) and suite.instructions == ("pick up the bowl", "pick up the plate") and suite.by_task
+    assert suite.states == {"train": 25, "heldout": 25, "all": 50} and "horizon 512 (simplevla), 10 settling" in suite.protocol
+    assert [s.index for s in suite.starts("heldout", 3)] == [0, 1, 2] and len(suite.starts("all")) == 50 and suite.labels == ()
+    made = pickle.loads(pickle.dumps(suite.make))(size=32, horizon=suite.horizon)         # as the workers get it
+    assert (made.suite, made.size, made.protocol, made.fixed_horizon) == ("libero_spatial", 32, "simplevla", None)
+    assert "horizon 99, 10" in make_suite("libero_spatial", horizon=99).protocol
+    package(tmp_path / "plus", plus=True)
+    plus = make_suite("libero_plus:background", plus=str(tmp_path / "plus"))
+    assert plus.states["all"] == 1 and plus.labels == ("libero_spatial", "libero_10")
+    assert plus.instructions == ("pick up the bowl", "turn on the stove") and plus.protocol.startswith("horizon 520")
+    with pytest.raises(ValueError, match="unknown task 7"):
+        make_suite("libero_spatial", (0, 7))
 
 
 @needs_libero
 def test_one_line_without_assets(tmp_path):
     if (find_package() / "assets").is_dir():
         pytest.skip("this LIBERO has its assets inside")
-    done = run("expert", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub"), XDG_CACHE_HOME=str(tmp_path))
+    done = run("libero_envs.py", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub"), XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: LIBERO's assets cannot be had from the hub") and done.stderr.count("\n") == 1
     assert "LIBERO_ASSETS or --assets" in done.stderr
 
 
 def test_bad_flags(installed, capsys):
-    for command, message in (("demos --per-task 0", "must be 1 or more"), ("expert --suite libero_x", "unknown suite 'libero_x'"),
-                             ("bench --tsaks 1", "unrecognized arguments: --tsaks"), ("demos --split test", "invalid choice: 'test'")):
+    for command, message in (("--steps 0", "must be 1 or more"), ("--suite libero_x", "unknown suite 'libero_x'"),
+                             ("--tsak 1", "unrecognized arguments: --tsak"), ("--size x", "invalid int value: 'x'"),
+                             ("--suite libero_spatial --task 9", "unknown task 9; libero_spatial has 0..1")):
         assert main(command.split()) == 2
         said = capsys.readouterr().err
         assert said.startswith("error: ") and said.count("\n") == 1 and message in said
@@ -251,21 +269,6 @@ def test_thin_meshes_keeps_the_shape_and_the_collisions():
     assert all(len(set(face)) == 3 for face in after.tolist())
     used = vertices[np.unique(after)]
     assert np.linalg.norm(vertices[:len(grid), None] - used[None], axis=-1).min(1).max() < 0.005 * np.sqrt(3)
-
-
-def test_dataset_statistics_are_a_checkpoints():
-    import vla
-    rng = np.random.default_rng(0)
-    actions = np.c_[rng.uniform(-0.5, 0.8, (400, 6)), np.sign(rng.standard_normal(400))]
-    statistics = libero_envs.dataset_statistics(actions, "libero_object_no_noops", 3)
-    own = statistics["libero_object_no_noops"]
-    assert own["num_transitions"] == 400 and own["num_trajectories"] == 3 and own["action"]["mask"] == [True] * 6 + [False]
-    np.testing.assert_allclose(own["action"]["q01"][:6], np.percentile(actions[:, :6], 1, axis=0))
-    stats = vla.action_stats(json.loads(json.dumps(statistics)), "libero_object_no_noops")
-    inside = actions[((actions[:, :6] > stats["q01"][:6]) & (actions[:, :6] < stats["q99"][:6])).all(1)]
-    back = vla.to_env_actions(vla.decode_actions(vla.encode_actions(vla.from_env_actions(inside), stats), stats)).reshape(-1, 7)
-    np.testing.assert_allclose(back[:, :6], inside[:, :6], atol=1.3 / 255)
-    np.testing.assert_array_equal(back[:, 6], inside[:, 6])
 
 
 # With LIBERO and its assets
@@ -409,43 +412,10 @@ def test_workers_equal_a_single_process():
 
 
 @needs_assets
-def test_demonstrations_can_be_interrupted(tmp_path, capsys, monkeypatch):
-    """The first run dies in its second episode; the second goes on from there and writes what an uninterrupted one would."""
-    command = ["demos", "--tasks", "3", "--per-task", "2", "--every", "40", "--size", "32", "--fast-sim", "--out", str(tmp_path / "a.npz")]
-    whole, calls = libero_envs.demonstrate, []
-
-    def dies(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return whole(*arguments)
-    monkeypatch.setattr(libero_envs, "demonstrate", dies)
-    assert main(command) == 130 and not (tmp_path / "a.npz").exists()
-    assert main(command) == 0 and len(calls) == 3 and [p.name for p in tmp_path.iterdir() if "parts" in p.name] == []
-    data = dict(np.load(tmp_path / "a.npz"))
-    assert data["images"].dtype == np.uint8 and data["images"].shape[1:] == (32, 32, 3)
-    assert data["task"].tolist() == [3, 3] and data["state"].tolist() == [0, 2] and len(data["instructions"]) == 10
-    lengths = np.diff(data["starts"])
-    assert len(data["actions"]) == lengths.sum() and np.diff(data["frames"]).tolist() == [-(-n // 40) for n in lengths]
-    statistics = json.loads((tmp_path / "a.npz.dataset_statistics.json").read_text())["libero_object_no_noops"]
-    assert statistics["num_transitions"] == len(data["actions"]) and statistics["num_trajectories"] == 2
-    env = Libero("libero_object", size=32, fast=True)
-    observation, _ = env.reset(options={"task": 3, "index": 1})                     # the second episode again: images belong to their actions
-    np.testing.assert_array_equal(data["images"][data["frames"][1]], observation["image"])
-    for action in data["actions"][data["starts"][1]:]:
-        if env.steps == 40:
-            np.testing.assert_array_equal(data["images"][data["frames"][1] + 1], env.render())
-        env.advance(action)
-    assert env.success
-    env.close()
-    assert main(command) == 2 and "a.npz exists; choose another" in capsys.readouterr().err
-
-
-@needs_assets
 def test_one_line_without_opengl(tmp_path):
     if ctypes.util.find_library("OSMesa"):
         pytest.skip("libosmesa6 is installed: nothing is missing")
-    done = run("expert", "--out", str(tmp_path / "e.json"), LIBERO_ASSETS=os.environ["LIBERO_ASSETS"], XDG_CACHE_HOME=str(tmp_path),
+    done = run("libero_expert.py", "measure", "--out", str(tmp_path / "e.json"), LIBERO_ASSETS=os.environ["LIBERO_ASSETS"], XDG_CACHE_HOME=str(tmp_path),
                MUJOCO_GL="osmesa")
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: importing LIBERO failed") and "OpenGL for MUJOCO_GL=osmesa, run: apt-get install" in done.stderr
@@ -459,18 +429,7 @@ def test_incomplete_assets_name_the_file(tmp_path):
         (tmp_path / name.name).symlink_to(name.resolve())
     (tmp_path / "stable_hope_objects").unlink()
     (tmp_path / "stable_hope_objects").mkdir()
-    done = run("expert", "--tasks", "0", "--states", "1", "--out", str(tmp_path / "e.json"), LIBERO_ASSETS=str(tmp_path),
-               XDG_CACHE_HOME=str(tmp_path))
+    done = run("libero_expert.py", "measure", "--tasks", "0", "--states", "1", "--out", str(tmp_path / "e.json"),
+               LIBERO_ASSETS=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: LIBERO cannot build"), done.stderr
     assert "stable_hope_objects" in done.stderr and "--assets" in done.stderr and not (tmp_path / "e.json").exists()
-
-
-@needs_assets
-def test_expert_command_goes_on(tmp_path, capsys):
-    command = ["expert", "--tasks", "3", "--states", "1", "--out", str(tmp_path / "e.json")]
-    assert main(command) == 0
-    first = json.loads((tmp_path / "e.json").read_text())
-    assert first["episodes"] == [{"task": 3, "state": 0, "success": True, "steps": first["episodes"][0]["steps"], "grasps": 1}]
-    assert main(command) == 0 and json.loads((tmp_path / "e.json").read_text()) == first
-    assert "1/1, the first 1 of all 50 initial states" in capsys.readouterr().out
-    assert main([*command, "--noise", "0.1"]) == 2 and "was begun with" in capsys.readouterr().err

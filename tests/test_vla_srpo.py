@@ -385,7 +385,7 @@ class Pretend:
     def close(self):
         pass
 
-    def play(self, act, workers, starts):
+    def play(self, act, workers, starts, **_):
         self.starts.append(starts)
         self.fault(len(self.starts))
         episodes, images = [], []
