@@ -1,12 +1,12 @@
 """The small world of reflection_srpo.py: pictures of arrows, questions on them, a teacher that errs, and a tiny Qwen2.5-VL.
 
-A picture is a grid of 4 x 4 coloured cells with an arrow in each, asked is where the arrows lead: "from a2 go 6 ?". A response looks twice:
+A picture is a grid of 4 x 4 coloured cells with an arrow in each, asked is where the arrows lead: "from a2 go 4 ?". A response looks twice:
 
-    <think> from a2 about c3 about d1 </think> <answer> d1 </answer>              two glances, three arrows each
+    <think> from a2 about b3 about c4 </think> <answer> c4 </answer>              two glances, two arrows each
     <reflection> check from a2 </reflection>                                      where to begin anew: the start, or half way
-    <think> a2 down b2 right b3 ... d4 left d3 </think> <answer> d3 </answer>     arrow by arrow
+    <think> a2 down b2 right b3 right b4 up a4 </think> <answer> a4 </answer>     arrow by arrow
 
-The second pass has what the first lacks, a forward pass for every arrow: three at once are too many for a model of two layers. What
+The second pass has what the first lacks, a forward pass for every arrow; two at once are a lot for a model of two layers. What
 reinforcement learning can find is where to begin. The scripted teacher's glances are right more often than the model's will be, so it
 goes back to the start too seldom for a student of its kind. Nothing here comes from the paper (arXiv 2506.01713).
 
@@ -32,7 +32,7 @@ NAMES = [f"{row}{column}" for row in "abcd" for column in range(1, SIDE + 1)]
 MOVES = {"right": (0, 1), "down": (1, 0), "left": (0, -1), "up": (-1, 0)}
 COLORS = {"right": (250, 60, 60), "down": (250, 250, 250), "left": (20, 20, 20), "up": (250, 230, 40)}      # redundant, and quicker to learn
 DIRECTION = {down * SIDE + right: name for name, (down, right) in MOVES.items()}     # by the difference of the cells' numbers
-HOPS, GLANCE = 6, 3                                 # arrows to follow, arrows per glance
+HOPS, GLANCE = 4, 2                                 # arrows to follow, arrows per glance
 SURE, NOTICE, TRUST = 0.7, 0.5, 0.9                 # teacher: a glance is right (else an arrow short or far), a wrong one noticed, a right one trusted
 
 

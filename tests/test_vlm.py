@@ -37,7 +37,7 @@ def picture(width: int, height: int) -> Image.Image:
 def prompts(loaded):
     """Different lengths, pictures of different sizes, two pictures in one prompt, none in another."""
     _, processor = loaded
-    turns = [([picture(64, 64)], "from a2 go 6 ?"), ([picture(96, 48)], "how many ?"), ([picture(64, 64), picture(80, 80)], "red ?"), ([], "from a2 go 6 ?")]
+    turns = [([picture(64, 64)], "from a2 go 4 ?"), ([picture(96, 48)], "how many ?"), ([picture(64, 64), picture(80, 80)], "red ?"), ([], "from a2 go 4 ?")]
     return [processor.prompt(*turn) for turn in turns]
 
 
