@@ -1,14 +1,14 @@
 """The small world of reflection_srpo.py: pictures of arrows, questions on them, a teacher that errs, and a tiny Qwen2.5-VL.
 
-A picture is a grid of 4 x 4 coloured cells with an arrow in each, asked is where the arrows lead: "from a2 go 4 ?". A response looks twice:
+A picture is a grid of 4 x 4 coloured cells with an arrow in each, asked is where the arrows lead: "from a2 go 6 ?". A response looks twice:
 
-    <think> from a2 about b3 about c4 </think> <answer> c4 </answer>              two glances, two arrows each
-    <reflection> check from a2 </reflection>                                      where to begin anew: the start, or half way
-    <think> a2 down b2 right b3 right b4 up a4 </think> <answer> a4 </answer>     arrow by arrow
+    <think> from a2 about b3 about c4 about d4 </think> <answer> d4 </answer>         three glances, two arrows each
+    <reflection> check from b3 </reflection>                                          the place to begin again from
+    <think> b3 down c3 right c4 down d4 left d3 </think> <answer> d3 </answer>        arrow by arrow
 
-The second pass has what the first lacks, a forward pass for every arrow; two at once are a lot for a model of two layers. What
-reinforcement learning can find is where to begin. The scripted teacher's glances are right more often than the model's will be, so it
-goes back to the start too seldom for a student of its kind. Nothing here comes from the paper (arXiv 2506.01713).
+The second pass has what the first lacks: a forward pass for every arrow. What reinforcement learning can find is how far to go back, and
+to glance better. The teacher errs: most of its glances stop an arrow short, and it seldom sees where it went wrong.
+Nothing here comes from the paper (arXiv 2506.01713).
 
     python arrows.py --out arrows --rows 200        # a JSONL file and pictures, as `reflection_srpo.py data` and `rl` read them
 """
@@ -32,8 +32,8 @@ NAMES = [f"{row}{column}" for row in "abcd" for column in range(1, SIDE + 1)]
 MOVES = {"right": (0, 1), "down": (1, 0), "left": (0, -1), "up": (-1, 0)}
 COLORS = {"right": (250, 60, 60), "down": (250, 250, 250), "left": (20, 20, 20), "up": (250, 230, 40)}      # redundant, and quicker to learn
 DIRECTION = {down * SIDE + right: name for name, (down, right) in MOVES.items()}     # by the difference of the cells' numbers
-HOPS, GLANCE = 4, 2                                 # arrows to follow, arrows per glance
-SURE, NOTICE, TRUST = 0.7, 0.5, 0.9                 # teacher: a glance is right (else an arrow short or far), a wrong one noticed, a right one trusted
+HOPS, GLANCE = 6, 2                                 # arrows to follow, arrows per glance
+SURE, NOTICE = 0.4, 0.4                             # teacher: a glance is right, else an arrow short; it sees where it went wrong
 
 
 @dataclass
@@ -82,17 +82,18 @@ def draw(rng: np.random.Generator) -> Scene:
 
 def teach(scene: Scene, rng: np.random.Generator) -> str:
     """A reflected response to imitate, with the teacher's errors in it."""
-    def glance(cell: int) -> tuple[int, bool]:
-        right = rng.random() < SURE
-        return walk(scene.follow, cell, GLANCE if right else GLANCE + rng.choice([-1, 1]))[-1], right
-
-    middle, right = glance(scene.start)
-    end, _ = glance(middle)
-    again = rng.random() < (1 - TRUST if right else NOTICE)
-    cells = walk(scene.follow, scene.start, HOPS) if again else walk(scene.follow, middle, HOPS - GLANCE)
+    places, right = [scene.start], 0                # seen at a glance, GLANCE arrows apart; how many of them lie on the path
+    for i in range(HOPS // GLANCE):
+        sure = rng.random() < SURE
+        places.append(walk(scene.follow, places[-1], GLANCE if sure else GLANCE - 1)[-1])
+        right += sure and right == i
+    last = HOPS // GLANCE - 1
+    k = min(right, last) if rng.random() < NOTICE else last
+    cells = walk(scene.follow, places[k], HOPS - k * GLANCE)
+    glances = " ".join(f"about {NAMES[c]}" for c in places[1:])
     trace = " ".join(f"{NAMES[a]} {DIRECTION[b - a]}" for a, b in zip(cells, cells[1:]))
-    return (f"<think> from {NAMES[scene.start]} about {NAMES[middle]} about {NAMES[end]} </think> <answer> {NAMES[end]} </answer> "
-            f"<reflection> check from {NAMES[cells[0]]} </reflection> <think> {trace} {NAMES[cells[-1]]} </think> <answer> {NAMES[cells[-1]]} </answer>")
+    return (f"<think> from {NAMES[scene.start]} {glances} </think> <answer> {NAMES[places[-1]]} </answer> <reflection> check from "
+            f"{NAMES[cells[0]]} </reflection> <think> {trace} {NAMES[cells[-1]]} </think> <answer> {NAMES[cells[-1]]} </answer>")
 
 
 def dataset(n: int, seed: int, targets: bool = False) -> list[Row]:

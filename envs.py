@@ -44,7 +44,7 @@ LAYOUT = {"red": (0.08, -0.09), "blue": (0.08, 0.09), "green": (-0.08, -0.10), "
 JITTER = 0.025                  # metres, uniform, per object and axis
 HOME = np.array([0.0, 0.0, 0.14])
 LOW, HIGH = np.array([-0.2, -0.2, 0.005]), np.array([0.2, 0.2, 0.2])
-FINGER_OPEN = 0.04              # metres from the middle, each finger
+FINGER_OPEN = 0.044             # metres from the middle, each finger
 FINGER_STEP = 0.01              # metres a finger's set point moves per env step: like LIBERO's, the gripper needs a few steps
 
 RGB = {"red": "0.85 0.1 0.1", "blue": "0.1 0.2 0.9", "green": "0.1 0.65 0.2", "yellow": "0.95 0.8 0.1"}

@@ -62,16 +62,16 @@ class Settings:
     max_prompt: int = flag(1024, "rows with longer prompts, in tokens, image tokens included, are set aside (paper: 1024)")
     max_new_tokens: int = flag(56, "longest response, in tokens (paper: 2048)")
     sft_rows: int = flag(6400, "sft on arrows: rows to draw")
-    sft_epochs: float = flag(4.0, "sft: passes over the rows (paper: 1)")
+    sft_epochs: float = flag(6.0, "sft: passes over the rows (paper: 1)")
     sft_batch: int = flag(64, "sft: rows per update")
     sft_lr: float = flag(4e-3, "sft: learning rate, 10%% warmup, cosine (paper: 1e-5)")
-    steps: int = flag(150, "RL steps (paper: about 500)")
+    steps: int = flag(100, "RL steps (paper: about 500)")
     reward: str = flag("paper", "paper, or of its published codes openrlhf and verl; outcome: 1 for a right final answer; no_length: paper's "
                                 "without the length term", choices=list(REWARDS))
     prompts: int = flag(32, "P: prompts per step (paper: 128)")
     group_size: int = flag(8, "G: responses per prompt (paper: 8)")
     temperature: float = flag(1.0, "of sampling and of the log-probabilities alike (paper: 1.0)")
-    lr: float = flag(1e-3, "rl: learning rate after 10 steps of warmup (paper: 1e-6)")
+    lr: float = flag(5e-4, "rl: learning rate after 10 steps of warmup (paper: 1e-6)")
     minibatch: int = flag(128, "responses per update; 0: all of a step in one (strictly on-policy)")
     epochs: int = flag(1, "passes over a step's responses")
     clip_low: float = flag(0.2, "ratio is clipped below 1 - this")
@@ -91,17 +91,18 @@ class Settings:
     device: str = flag("", "default: cuda if there is one")
     micro_tokens: int = flag(16384, "tokens per forward pass, padding included; smaller saves memory, same gradient")
     rollout_batch: int = flag(256, "responses generated at a time")
+    stage: str = flag("all", "what the command's first word says; all: sft, then rl", choices=["all", "sft", "rl"])
     seed: int = flag(0, "of weights, data, sampling")
     out: str = flag("out/reflection", "output folder")
     resume: str = flag("", "folder of a run to go on with; its settings are taken over, others given must agree")
-    eval_every: int = flag(25, "steps between held-out evaluations, greedy; 0: only before and after")
+    eval_every: int = flag(10, "steps between held-out evaluations, greedy; 0: only before and after")
     save_every: int = flag(25, "steps between checkpoints")
     threads: int = flag(2, "torch threads; 0: all cores")
 
 
 # The paper's settings, where they differ from the small ones above
 PAPER = dict(prompt="reflection", max_new_tokens=2048, sft_epochs=1.0, sft_lr=1e-5, steps=500, prompts=128, lr=1e-6, minibatch=0,
-             keep="mixed", freeze_vision=True, gradient_checkpointing=True, dtype="bfloat16", rollout_batch=128, eval_every=50)
+             max_pixels=768 * 28 * 28, keep="mixed", freeze_vision=True, gradient_checkpointing=True, dtype="bfloat16", rollout_batch=128, eval_every=50)
 FREE = {"out", "resume", "threads", "eval_every", "save_every", "rollout_batch", "micro_tokens"}    # may change on resume
 
 
@@ -380,6 +381,7 @@ def trainable(model) -> dict[str, torch.Tensor]:
 
 
 def save(out: Path, s: Settings, stage: str, step: int, model, optimizer) -> None:
+    """stage: where the run is, sft or rl. What does not train is not saved: the vision tower, or all but the adapters."""
     grpo.save_checkpoint(out / "checkpoint", model_tensors=trainable(model), trainer_tensors=grpo.optimizer_tensors(optimizer),
                          state={"stage": stage, "step": step, "settings": asdict(s)})
 
@@ -388,7 +390,7 @@ def save_policy(model, processor, path: Path) -> None:
     """A checkpoint folder that `--model` and eval.py load; LoRA adapters are merged into it, and saved alone beside it."""
     if hasattr(model, "merge_and_unload"):
         model.save_pretrained(path.with_name(path.name + "_adapter"))
-        model = copy.deepcopy(model).merge_and_unload()
+        model = copy.deepcopy(model.to("cpu")).merge_and_unload()               # on the CPU: a second copy may not fit on the device
     model.save_pretrained(path)
     processor.save_pretrained(path)
 
@@ -420,10 +422,11 @@ def prepare(s: Settings, given: set[str]) -> tuple[Settings, Path, dict | None]:
     return s, out, state | {"model": model, "trainer": trainer}
 
 
-def run(stage: str, s: Settings, given: set[str] = frozenset()) -> int:
-    """stage: sft, rl, or all, which is one after the other on arrows. Returns the exit code."""
+def run(s: Settings, given: set[str] = frozenset()) -> int:
+    """The whole job; returns the exit code."""
     check(s)
     s, out, saved = prepare(s, given)
+    stage = s.stage
     if stage == "all" and s.data != "arrows":
         raise ValueError("--data needs a stage: python reflection_srpo.py sft ... (rows with targets) or rl ...")
     if stage != "all" and not s.model:
@@ -460,7 +463,7 @@ def run(stage: str, s: Settings, given: set[str] = frozenset()) -> int:
             raise ValueError(f"{missing[0]} has no target to imitate; make targets with: python reflection_srpo.py data")
         done = supervised(s, out, model, processor, rows, step, optimizer)
         if done < math.ceil(len(rows) * s.sft_epochs / s.sft_batch):
-            print(f"stopped after step {done}; go on with: python reflection_srpo.py {stage if stage != 'all' else ''} --resume {out}")
+            print(f"stopped after step {done}; go on with: python reflection_srpo.py --resume {out}")
             return 130
         save_policy(model, processor, out / ("sft" if stage == "all" else "policy"))
         print(f"fine-tuned in {time.time() - began:.0f} s")
@@ -485,7 +488,7 @@ def run(stage: str, s: Settings, given: set[str] = frozenset()) -> int:
     metrics = evaluation.read_metrics(out / "metrics.jsonl")
     evaluation.draw_reflection_curves({s.reward: [metrics]}, out / "curves.png")
     if done < s.steps:
-        print(f"stopped after step {done}; go on with: python reflection_srpo.py {stage if stage != 'all' else ''} --resume {out}")
+        print(f"stopped after step {done}; go on with: python reflection_srpo.py --resume {out}")
         return 130
     save_policy(model, processor, out / "policy")
     if heldout:
@@ -516,12 +519,14 @@ def study(s: Settings, kinds: list[str], seeds: int) -> int:
     for seed in range(seeds):
         for kind in kinds:
             folder = out / f"{kind}-{seed}"
-            base = replace(s, seed=seed, reward=kind, out=str(folder), model="" if kind == kinds[0] else str(out / f"{kinds[0]}-{seed}" / "sft"))
+            first = kind == kinds[0]
+            base = replace(s, seed=seed, reward=kind, out=str(folder), stage="all" if first else "rl",
+                           model="" if first else str(out / f"{kinds[0]}-{seed}" / "sft"))
             if not (folder / "after.json").exists():
                 if (folder / "checkpoint").exists():
                     base = replace(base, resume=str(folder))
                 print(f"\n{folder}")
-                if code := run("all" if kind == kinds[0] else "rl", base):
+                if code := run(base):
                     return code
             runs.setdefault(kind, []).append(evaluation.read_metrics(folder / "metrics.jsonl"))
     evaluation.draw_reflection_curves(runs, out / "curves.png")
@@ -577,8 +582,10 @@ def main(argv: list[str] | None = None) -> int:
         s, more, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
         if unknown:
             raise ValueError(f"unknown argument {unknown[0]}; see --help")
+        if stage in ("sft", "rl"):
+            s.stage = stage
         given = {a[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for a in argv if a.startswith("--")} - {"paper", "seeds", "rewards"}
-        return study(s, more.rewards, more.seeds) if stage == "study" else run(stage, s, given)
+        return study(s, more.rewards, more.seeds) if stage == "study" else run(s, given | ({"stage"} if stage != "all" else set()))
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -99,8 +99,8 @@ class Settings:
     fast_sim: bool = flag(False, "LIBERO: other pixels, same physics, faster; for policies trained so")
     assets: str = flag("", "LIBERO: folder of its assets (default: LIBERO_ASSETS, else from the hub)")
     stage: str = flag("rl", "sft: only make the starting policy from demonstrations, into --out", choices=["rl", "sft"])
-    demos: int = flag(16, "sft: demonstrations per task")
-    sft_steps: int = flag(900, "sft: updates of 64 chunks")
+    demos: int = flag(14, "sft: demonstrations per task")
+    sft_steps: int = flag(800, "sft: updates of 64 chunks")
     sft_lr: float = flag(2e-3, "sft: learning rate, cosine")
     size: int = flag(64, "sft on LIBERO: pixels of the camera images")
 

@@ -123,7 +123,7 @@ def test_lora_trains_adapters_of_the_language_model_alone(base, tmp_path):
     with torch.no_grad():
         for p in rs.trainable(model).values():
             p.add_(torch.randn_like(p) * 0.05)
-    prompt = processor.prompt([], "from a2 go 4 ?")
+    prompt = processor.prompt([], "from a2 go 6 ?")
     inputs, _, _ = processor.batch([prompt])
     with torch.no_grad():
         expected = model(**inputs).logits
@@ -194,9 +194,9 @@ def test_both_stages_end_to_end(finished):
     assert [r["step"] for r in rows] == [0, 1, 2, 3] and "heldout_final_accuracy" in rows[2] and "heldout_final_accuracy" in rows[3]
     assert len((out / "sft.jsonl").read_text().splitlines()) == 3
     assert all((out / name).exists() for name in ("curves.png", "before.json", "after.json", "base", "sft", "policy/model.safetensors", "checkpoint"))
-    assert "sample: 'from a2 go 4 ?'" in printed and "final answer right" in printed and "(format" in printed
+    assert "sample: 'from a2 go 6 ?'" in printed and "final answer right" in printed and "(format" in printed
     model, processor = vlm.load_vlm(out / "policy")                                     # a checkpoint like any other
-    assert vlm.complete(model, processor, [[]], ["from a2 go 4 ?"], 4)[0].tokens <= 4
+    assert vlm.complete(model, processor, [[]], ["from a2 go 6 ?"], 4)[0].tokens <= 4
 
 
 @pytest.mark.parametrize("stage, moment", [("sft", '"step": 2'), ("rl", '"step": 2')])
@@ -284,13 +284,13 @@ def test_bad_flags_are_one_line(argv, words, base, tmp_path, capsys):
 
 def test_resume_with_other_settings_and_a_taken_folder(finished, capsys):
     out, _ = finished
-    assert rs.main(["--resume", str(out), "--lr", "0.5"]) == 2 and "--lr 0.5 differs from the run's 0.001" in capsys.readouterr().err
+    assert rs.main(["--resume", str(out), "--lr", "0.5"]) == 2 and "--lr 0.5 differs from the run's 0.0005" in capsys.readouterr().err
     assert rs.main([*SMALL, "--out", str(out)]) == 2 and f"--resume {out}" in capsys.readouterr().err
 
 
 def test_paper_settings_yield_to_flags(monkeypatch):
     seen = []
-    monkeypatch.setattr(rs, "run", lambda stage, s, given: seen.append((stage, s)) or 0)
+    monkeypatch.setattr(rs, "run", lambda s, given: seen.append((s.stage, s)) or 0)
     assert rs.main(["rl", "--paper", "--model", "m", "--data", "d", "--lr", "2e-6"]) == 0
     [(stage, s)] = seen
     assert stage == "rl" and s.lr == 2e-6 and s.prompts == 128 and s.dtype == "bfloat16" and s.freeze_vision and s.gradient_checkpointing
