@@ -3,7 +3,9 @@ import importlib.util
 import json
 import os
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ import vla_srpo
 
 pytestmark = pytest.mark.skipif(not os.environ.get("LIBERO_ASSETS") or not importlib.util.find_spec("libero"),
                                 reason="LIBERO_ASSETS is not set, or LIBERO is not installed: nothing to simulate")
+CHECKPOINT = Path(__file__).parent.resolve() / "fixtures" / "openvla_tiny" / "checkpoint"
 LIBERO = ["--suite", "libero_object", "--tasks", "3", "--fast_sim", "--workers", "1"]
 
 
@@ -68,6 +71,23 @@ def test_from_demonstrations_to_a_table(small, monkeypatch, capsys):
                                       "--fast-sim", "--horizon", "8", "--states", "2"])
     evaluation.main()                                                               # the same episodes again, from the same file
     assert capsys.readouterr().out.splitlines()[-1].split() == ["ours,", "all", "states", "-", "0.0", "-", "-", "-"]
+
+
+def test_openvla(small, monkeypatch):
+    """A random checkpoint of OpenVLA-OFT's architecture plays one chunk, on the images that the published evaluation would show it."""
+    seen, pixels = [], vla.OpenVLA.pixel_values
+    monkeypatch.setattr(vla.OpenVLA, "pixel_values", lambda self, frames: seen.append(frames) or pixels(self, frames))
+    prompt = torch.tensor([[vla.BOS, 512, vla.SPACE]])                              # the fixture has no tokenizer
+    monkeypatch.setattr(vla.OpenVLA, "prompt_ids", lambda self, texts: (prompt, torch.ones_like(prompt)))
+    monkeypatch.setattr(sys, "argv", ["eval.py", "vla", "--checkpoint", str(CHECKPOINT), "--suite", "libero_spatial", "--tasks", "2",
+                                      "--states", "1", "--horizon", "8", "--workers", "1", "--out", "e"])
+    evaluation.main()
+    env = libero_envs.Libero("libero_spatial", 2, split="heldout", size=256)
+    image = env.reset(options={"index": 0})[0]["image"]
+    env.close()
+    np.testing.assert_array_equal(seen[0][0, 0], vla.preprocess(image[::-1, ::-1]))
+    settings = json.loads((small / "e/libero_spatial/heldout.jsonl").read_text().splitlines()[0])
+    assert len(seen) == 1 and settings["key"] == "libero_spatial_no_noops"
 
 
 @pytest.mark.parametrize("flags, message", [
