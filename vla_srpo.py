@@ -17,7 +17,7 @@ Paper and published code differ; where they do, the line says so. `--reward bina
     python vla_srpo.py --steps 200 --reward binary --seed 1      # plain GRPO, to compare with
     python vla_srpo.py --resume out/srpo                         # go on after Ctrl-C, a crash or a power cut
     python vla_srpo.py --stage sft --out weights/tiny_vla
-    python vla_srpo.py --stage sft --suite libero_object --tasks 0 1 2 --fast_sim --demos 10 --out out/libero_sft       # LIBERO itself
+    python vla_srpo.py --stage sft --suite libero_object --tasks 0 1 2 --fast_sim --demos 10 --out out/libero_sft   # LIBERO itself
     python vla_srpo.py --suite libero_object --tasks 0 1 2 --fast_sim --model out/libero_sft --groups 8
 """
 import json
