@@ -284,7 +284,7 @@ def main() -> None:
         p.add_argument("--tables", type=int, default=0, help="simulators over all processes; 0: tabletop 128, LIBERO one per process")
         p.add_argument("--protocol", default="openvla-oft", choices=list(libero_envs.PROTOCOLS), help="LIBERO: whose horizons")
         p.add_argument("--horizon", type=int, default=0, help="LIBERO: env steps instead of the protocol's")
-        p.add_argument("--fast-sim", action="store_true", help="LIBERO: other pixels, same physics; only for policies trained so")
+        p.add_argument("--fast-sim", "--fast_sim", action="store_true", help="LIBERO: other pixels, same physics; only for policies trained so")
         p.add_argument("--assets", default="", help="LIBERO: folder of its assets (default: LIBERO_ASSETS, else from the hub)")
         p.add_argument("--plus", default="", help="folder of a LIBERO-Plus copy (default: LIBERO_PLUS_PATH)")
         p.add_argument("--key", default="", help="of the action statistics (default: the suite's)")

@@ -17,7 +17,7 @@ Paper and published code differ; where they do, the line says so. `--reward bina
     python vla_srpo.py --steps 200 --reward binary --seed 1      # plain GRPO, to compare with
     python vla_srpo.py --resume out/srpo                         # go on after Ctrl-C, a crash or a power cut
     python vla_srpo.py --stage sft --out weights/tiny_vla
-    python vla_srpo.py --stage sft --suite libero_object --tasks 0 1 2 --fast_sim --demos 10 --out out/libero_sft       # LIBERO itself
+    python vla_srpo.py --stage sft --suite libero_object --tasks 0 1 2 --fast_sim --demos 10 --out out/libero_sft   # LIBERO itself
     python vla_srpo.py --suite libero_object --tasks 0 1 2 --fast_sim --model out/libero_sft --groups 8
 """
 import json
@@ -170,7 +170,7 @@ def libero_demonstrations(s: Settings, tasks: tuple[int, ...], every: int = 2) -
 
 def fine_tune(data: dict[str, np.ndarray], steps: int, lr: float, seed: int = 0, key: str = "tabletop",
               instructions: tuple[str, ...] = envs.TASKS) -> vla.TinyVLA:
-    """A TinyVLA from random weights, by cross-entropy on the demonstrations' action tokens; `key` names their statistics."""
+    """A TinyVLA from random weights, by cross-entropy on the demonstrations' action tokens; `key`: the name of their statistics."""
     torch.manual_seed(seed)
     actions = vla.from_env_actions(data["actions"])
     flat = actions.reshape(-1, 7)
@@ -200,7 +200,7 @@ def sampler(policy, temperature: float, key: str):
     """act() of `envs.play`: samples every token; a call's record is (bins (56,), log-probabilities (56,), entropy)."""
     def act(images: np.ndarray, instructions: list[str]):
         with torch.no_grad():
-            logits = policy(*policy.prompt_ids(instructions), policy.pixel_values(vla.policy_frames(policy, images)))     # (B, 56, 256)
+            logits = policy(*policy.prompt_ids(instructions), policy.pixel_values(vla.policy_frames(policy, images)))      # (B, 56, 256)
             cumulative = (logits / temperature).softmax(-1).cumsum(-1)
             # inverse of the cumulative distribution: several times faster than torch.multinomial on a CPU
             u = torch.rand(*logits.shape[:2], 1, device=logits.device) * cumulative[..., -1:]
@@ -448,7 +448,8 @@ def run(s: Settings, given: set[str]) -> int:
             average.load_state_dict({name.removeprefix("average."): x for name, x in saved["trainer"].items() if name.startswith("average.")})
         grpo.load_optimizer_tensors(optimizer, saved["trainer"])
     heldout, began = splits(s)[1], time.time()
-    print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v not in ("", []) and k not in ("stage", "demos", "sft_steps", "sft_lr", "size")))
+    hidden = ("stage", "demos", "sft_steps", "sft_lr", "size")
+    print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v not in ("", []) and k not in hidden))
     if suite.protocol:
         print(f"{suite.name}: {'; '.join(libero_envs.SPLIT_NAMES[split] for split in dict.fromkeys(splits(s)))}; {suite.protocol}")
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {len(suite.tasks)} tasks, {torch.get_num_threads()} torch threads, "

@@ -133,6 +133,26 @@ def test_images_match_tensorflow():
 
 # Properties
 
+def test_upright_images_become_the_policys_frames(model, tiny):
+    upright = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), np.uint8)
+    frames = vla.policy_frames(model, upright)
+    assert frames.shape == (2, 1, 224, 224, 3) and vla.camera_size(model) == 256
+    for frame, image in zip(frames, upright):
+        np.testing.assert_array_equal(frame[0], vla.preprocess(np.rot90(image, 2)))     # as LIBERO renders it: upside down
+    small = upright[:, :64, :64]
+    np.testing.assert_array_equal(vla.policy_frames(tiny, small), small[:, None])
+    assert vla.camera_size(tiny) == 64
+
+
+def test_find_key():
+    stats = {"libero_goal_no_noops": {}, "libero_10": {}}
+    assert [vla.find_key(stats, suite) for suite in ("libero_goal", "libero_10")] == list(stats)
+    assert vla.find_key({"mixed": {}}, "libero_plus:camera") == "mixed"
+    for known, suite in ((stats, "libero_object"), ({"tabletop": {}}, "libero_goal"), (stats, "libero_plus:camera")):
+        with pytest.raises(ValueError, match=f"statistics for {', '.join(sorted(known))}, not for {suite}; choose a checkpoint .*--key"):
+            vla.find_key(known, suite)
+
+
 def test_batch_equals_single_rows_whatever_the_padding(model, batch, logits):
     ids, mask, pixels = batch
     for i, length in enumerate(mask.sum(1)):
