@@ -167,6 +167,24 @@ def draw_reflection_curves(runs: dict[str, list[list[dict]]], out: str | Path) -
                 + [(k, f"{k.replace('_', ' ')}, sampled (mean of 5 steps)", 5) for k in parts], columns=6)
 
 
+def seeds_table(runs: dict[str, list[list[dict]]], keys: list[str], threshold: float = 0.8) -> str:
+    """The last value of each key: mean over a label's seeds, its 95% interval (Student's t over seeds) and the seeds' values; then the
+    steps at which the first key reached the threshold, and where a step's seconds went."""
+    from scipy.stats import t as student
+    lines = []
+    for label, seeds in runs.items():
+        for key in keys:
+            values = np.array([([math.nan] + [r[key] for r in rows if r.get(key) is not None])[-1] for rows in seeds])
+            half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+            one = (lambda x: f"{x:.1%}") if not key.endswith("tokens") else (lambda x: f"{x:.1f}")
+            lines.append(f"{label:16} {key.removeprefix('heldout_'):16} {one(values.mean()):>7} +- {one(half):>6}   seeds {', '.join(map(one, values))}")
+        reached = [next((str(r["step"]) for r in rows if r.get(keys[0]) is not None and r[keys[0]] >= threshold), "never") for rows in seeds]
+        trained = [r for rows in seeds for r in rows if "seconds_rollout" in r]
+        seconds = ", ".join(f"{part} {np.mean([r[f'seconds_{part}'] for r in trained] or [0]):.2f}" for part in ("rollout", "reward", "update"))
+        lines.append(f"{'':16} steps to {threshold:.0%}: {', '.join(reached)}" + (f"; seconds per step: {seconds}" if trained else ""))
+    return "\n".join(lines)
+
+
 def draw_panels(runs: dict[str, list[list[dict]]], out: str | Path, panels: list[tuple[str, str, int]], columns: int = 2) -> None:
     """Panels (key of a row, title, steps to average over), against the step; a line and a band per label: mean and range of its seeds."""
     import matplotlib
@@ -302,6 +320,7 @@ def main() -> None:
         for path in args.metrics:
             runs.setdefault(Path(path).absolute().parent.name.rsplit("-", 1)[0], []).append(read_metrics(path))
         (draw_curves if args.kind == "vla" else draw_reflection_curves)(runs, args.out)
+        print(seeds_table(runs, ["heldout"] if args.kind == "vla" else ["heldout_final_accuracy", "heldout_first_accuracy", "heldout_tokens"]))
         return print(f"wrote {args.out}")
     if args.command == "reasoning":
         return reasoning_eval.run(args)

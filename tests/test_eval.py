@@ -273,6 +273,15 @@ def test_vla_command(checkpoint, tmp_path, monkeypatch, capsys):
     assert all(text in printed for text in (*envs.TASKS, "all tasks", "train", "heldout", "result.json"))
 
 
+def test_seeds_table_by_hand():
+    """Three seeds .9, .8, .79: mean .83, sd .0608, t(0.975, 2) = 4.303, so +- .151; 80% is first reached at steps 10, 20, never."""
+    runs = {"srpo": [[{"step": 0, "heldout": 0.5}, {"step": 10, "heldout": a, "seconds_rollout": 1.0, "seconds_reward": 2.0, "seconds_update": 3.0},
+                      {"step": 20, "heldout": b}] for a, b in ((0.8, 0.9), (0.7, 0.8), (0.1, 0.79))]}
+    lines = evaluation.seeds_table(runs, ["heldout"]).splitlines()
+    assert "83.0% +-  15.1%" in lines[0] and "90.0%, 80.0%, 79.0%" in lines[0]
+    assert lines[1].strip() == "steps to 80%: 10, 20, never; seconds per step: rollout 1.00, reward 2.00, update 3.00"
+
+
 def test_curves_command(tmp_path, monkeypatch):
     for name in ("srpo-0", "srpo-1", "binary-0"):
         (tmp_path / name).mkdir()
