@@ -13,7 +13,7 @@ Before that the policy is fine-tuned on a few demonstrations; that one is shippe
 Left out: a value network, entropy bonus, dynamic sampling (refilling dropped groups), asynchronous rollouts.
 Paper and published code differ; where they do, the line says so. `--reward binary` is plain GRPO on 0/1 rewards.
 
-    python vla_srpo.py --steps 200                               # the main job: about 17 minutes on two CPU cores
+    python vla_srpo.py --steps 200                               # the main job: about 10 minutes on two CPU cores
     python vla_srpo.py --steps 200 --reward binary --seed 1      # plain GRPO, to compare with
     python vla_srpo.py --resume out/srpo                         # go on after Ctrl-C, a crash or a power cut
     python vla_srpo.py --stage sft --out weights/tiny_vla
