@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 
@@ -141,7 +142,8 @@ class Scene:
 
     def close(self) -> None:
         for renderer in self.renderers.values():
-            renderer.close()
+            with suppress(Exception):           # LIBERO's simulator, if this process had one too, has shut OpenGL down already
+                renderer.close()
         self.renderers.clear()
 
 

@@ -576,6 +576,20 @@ def test_run_bad_input(command, folder, capsys):
     assert command.loaded == [("m", "torch.bfloat16", "cpu")] and len(lines(command.out / "mathvista.jsonl")) == 2
 
 
+def test_a_real_model_through_the_command_line(folder, tmp_path):
+    """eval.py reasoning on a tiny Qwen2.5-VL with random weights: nothing is right, everything is saved, and a second call asks nothing."""
+    import arrows
+    arrows.tiny_vlm(tmp_path / "model")
+    command = [sys.executable, "eval.py", "reasoning", "--model", str(tmp_path / "model"), "--benchmark", "mathvista", "--data", str(folder), "--limit", "3",
+               "--max-new-tokens", "5", "--dtype", "float32", "--out", str(tmp_path / "out")]
+    for _ in range(2):
+        done = subprocess.run(command, cwd=Path(re_eval.__file__).parent, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+    outcomes = lines(tmp_path / "out" / "mathvista.jsonl")
+    assert len(outcomes) == 3 and [(o["truncated"], o["tokens"], o["right"], o["error"]) for o in outcomes] == [(True, 5, False, "")] * 3
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["mathvista"]["all"]["right"]["accuracy"] == 0
+
+
 def test_without_pyarrow(tmp_path):
     """In a process of its own, so that what other tests imported does not matter."""
     (tmp_path / "hub" / "data").mkdir(parents=True)
