@@ -376,7 +376,7 @@ def save_checkpoint(path: str | Path, *, model_tensors: dict[str, Tensor], train
     Raises ValueError, with nothing touched, if state is not JSON or path holds something other than a checkpoint.
     """
     path = Path(path).absolute()
-    tmp, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
+    tmp = path.with_name(path.name + ".tmp")
     try:
         text = json.dumps(state, indent=1, allow_nan=False)
     except (TypeError, ValueError) as e:
@@ -395,6 +395,12 @@ def save_checkpoint(path: str | Path, *, model_tensors: dict[str, Tensor], train
             seen.add(memory)
         save_file(plain, tmp / f"{name}.safetensors")
     (tmp / "state.json").write_text(text)
+    replace_folder(tmp, path)
+
+
+def replace_folder(tmp: Path, path: Path) -> None:
+    """Steps 2 to 4 of `save_checkpoint`, after flushing tmp to disk."""
+    old = path.with_name(path.name + ".old")
     for part in (*sorted(tmp.iterdir()), tmp):
         _fsync(part)
     if path.exists():
@@ -407,25 +413,41 @@ def save_checkpoint(path: str | Path, *, model_tensors: dict[str, Tensor], train
         shutil.rmtree(old)
 
 
-def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
-    """(model_tensors, trainer_tensors, state) of a folder `save_checkpoint` wrote, tensors on the CPU.
-
-    Raises FileNotFoundError if there is none; ValueError, naming the file, if one is missing, truncated or unreadable.
-    """
+def find_checkpoint(path: str | Path) -> Path:
+    """The newest complete checkpoint folder at `path`; FileNotFoundError if there is none."""
     path = Path(path).absolute()
     if not path.exists() and path.with_name(path.name + ".old").exists():
         path = path.with_name(path.name + ".old")  # killed between steps 2 and 3 of save_checkpoint
     if not path.is_dir():
         raise FileNotFoundError(f"no checkpoint folder at {path}")
-    loaded = []
-    for file in (path / "model.safetensors", path / "trainer.safetensors", path / "state.json"):
+    return path
+
+
+def read_state(path: str | Path) -> dict:
+    """The `state` of a checkpoint folder alone; errors as `load_checkpoint`."""
+    file = find_checkpoint(path) / "state.json"
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"checkpoint {file.parent} has no {file.name}: it is incomplete, use another one") from None
+    except ValueError as e:
+        raise ValueError(f"checkpoint file {file} is truncated or corrupt, use another checkpoint ({e})") from e
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
+    """(model_tensors, trainer_tensors, state) of a folder `save_checkpoint` wrote, tensors on the CPU.
+
+    Raises FileNotFoundError if there is none; ValueError, naming the file, if one is missing, truncated or unreadable.
+    """
+    path, loaded = find_checkpoint(path), []
+    for file in (path / "model.safetensors", path / "trainer.safetensors"):
         try:
-            loaded.append(load_file(file) if file.suffix == ".safetensors" else json.loads(file.read_text()))
+            loaded.append(load_file(file))
         except FileNotFoundError:
             raise ValueError(f"checkpoint {path} has no {file.name}: it is incomplete, use another one") from None
-        except (SafetensorError, ValueError) as e:  # JSON and UTF-8 errors are ValueErrors
+        except SafetensorError as e:
             raise ValueError(f"checkpoint file {file} is truncated or corrupt, use another checkpoint ({e})") from e
-    return tuple(loaded)
+    return (*loaded, read_state(path))
 
 
 # Stopping, and the metrics log
