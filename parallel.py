@@ -116,6 +116,8 @@ def shard(model: nn.Module) -> nn.Module:
     if world() > 1:
         root = model.get_base_model() if hasattr(model, "get_base_model") else model      # of peft: it generates past its own forward
         mesh = init_device_mesh(next(root.parameters()).device.type, (world(),))
+        for p in root.parameters():
+            p.data = p.data.contiguous()        # TinyVLA's convolutions are channels-last, which cannot be divided
         for unit in (*blocks(root), root):
             fully_shard(unit, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
     return model
@@ -125,7 +127,8 @@ def shard(model: nn.Module) -> nn.Module:
 def gathered(*models: nn.Module) -> Iterator[None]:
     """Within it every rank holds whole weights: passes communicate nothing, so ranks may make different numbers of them. No backward."""
     units = [m for model in models for m in model.modules() if isinstance(m, FSDPModule)]
-    for unit in units:
+    for unit in sorted(units, key=lambda unit: -len(list(unit.modules()))):    # the root first: generation may enter a block before it
+        unit._get_fsdp_state()._lazy_init()
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     try:
@@ -153,19 +156,20 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 # Checkpoints
 
-def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """`grpo.save_checkpoint`, or on several ranks the same files' torch.distributed.checkpoint: each rank writes its shards into
-    <path>.tmp, which is renamed when all are on disk. `tensors`: the trained parameters by name, and whatever else is to be kept."""
-    path = Path(path).absolute()
+def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer, state: dict,
+                    more: dict[str, Tensor] = {}) -> None:
+    """`grpo.save_checkpoint`, or on several ranks a folder of torch.distributed.checkpoint: each rank writes its shards into
+    <path>.tmp, which is renamed when all are on disk. `tensors`: the trained parameters by name; `more`: what else is to be kept."""
+    path, trainer = Path(path).absolute(), grpo.optimizer_tensors(optimizer) | more
     if world() == 1:
-        return grpo.save_checkpoint(path, model_tensors=tensors, trainer_tensors=grpo.optimizer_tensors(optimizer), state=state)
+        return grpo.save_checkpoint(path, model_tensors=tensors, trainer_tensors=trainer, state=state)
     tmp = path.with_name(path.name + ".tmp")
     if rank() == 0:
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
         (tmp / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False))
     barrier()
-    dcp.save(tensors | grpo.optimizer_tensors(optimizer), checkpoint_id=tmp)        # returns when every rank's files are flushed
+    dcp.save(tensors | trainer, checkpoint_id=tmp)          # returns when every rank's files are flushed
     if rank() == 0:
         grpo.replace_folder(tmp, path)
     barrier()
@@ -178,6 +182,7 @@ def load_checkpoint(path: str | Path, tensors: dict[str, Tensor], optimizer: tor
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if not (path / ".metadata").exists():       # one process wrote it
         model, trainer, _ = grpo.load_checkpoint(path)
+        model |= trainer
         if wrong := [name for name, x in tensors.items() if name not in model or model[name].shape != x.shape]:
             raise ValueError(f"{path}: {wrong[0]} is missing or has another shape; the checkpoint is another model's")
         for name, x in tensors.items():

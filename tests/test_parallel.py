@@ -16,7 +16,7 @@ import parallel
 import reflection_srpo as rs
 import rewards
 import vla
-import vlm
+import vla_srpo
 
 ROOT = Path(parallel.__file__).parent
 
@@ -24,7 +24,7 @@ ROOT = Path(parallel.__file__).parent
 def torchrun(*command, ranks: int = 2, **more) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *map(str, command)],
-                          capture_output=True, text=True, env=environment, timeout=240)
+                          capture_output=True, text=True, env=environment, timeout=240, cwd=ROOT)
 
 
 def job(name: str, folder: Path, ranks: int = 2) -> subprocess.CompletedProcess:
@@ -81,6 +81,39 @@ def idle(folder: Path) -> None:
     stats = rs.update(model, None, processor, grpo.make_optimizer(parallel.shard(model), 1e-2), batch, s)
     if parallel.rank() == 0:
         (folder / "idle.json").write_text(json.dumps(stats))
+
+
+def vla_updates(kind: str) -> tuple[dict, dict]:
+    """Six clipped updates of a VLA on twelve action chunks of five rollouts, of which the second rank has two -> (weights, statistics)."""
+    torch.manual_seed(0)
+    s = vla_srpo.Settings(minibatch=4, micro_batch=2, epochs=2, target_kl=0, beta=0.1 * (kind == "lora"), lora_rank=2 * (kind == "lora"),
+                          gradient_checkpointing=kind == "checkpointed")
+    policy = vla.TinyVLA({}) if kind == "tiny" else vla.OpenVLA(vla.TINY, (32, 3, 128), (48, 4, 192))
+    for p in (p for p in policy.parameters() if p.ndim == 2):
+        torch.nn.init.normal_(p, std=0.1)
+    size = policy.config.get("size", vla.IMAGE)
+    policy.prompt_ids = lambda texts: (torch.tensor([[vla.BOS, 5, 9, vla.SPACE]]).expand(len(texts), -1), torch.ones(len(texts), 4, dtype=torch.long))
+    policy = vla_srpo.prepared(policy, s)
+    batch = vla_srpo.Batch(images=torch.randint(256, (12, size, size, 3), dtype=torch.uint8), instructions=[""] * 12,
+                           bins=torch.randint(256, (12, 56)), logp=torch.full((12, 56), -5.5), mask=torch.rand(12, 56) < 0.8,
+                           advantage=torch.randn(12), trajectory=torch.tensor([0] * 4 + [1] * 4 + [2] * 2 + [3] * 2))
+    own = slice(None) if parallel.world() == 1 else slice(0, 10) if parallel.rank() == 0 else slice(10, 12)
+    batch = vla_srpo.Batch(**{name: x[own] for name, x in vars(batch).items()})
+    optimizer = grpo.make_optimizer(parallel.shard(policy), 1e-3)
+    torch.manual_seed(2 + parallel.rank())
+    stats = vla_srpo.update(policy, None, optimizer, batch, s)
+    return parallel.whole_weights(policy), stats
+
+
+VLA_CASES = ("tiny", "full", "checkpointed", "lora")
+
+
+def vla_cases(folder: Path) -> None:
+    for kind in VLA_CASES:
+        weights, stats = vla_updates(kind)
+        if parallel.rank() == 0:
+            save_file({k: v.contiguous() for k, v in weights.items()}, folder / f"vla-{kind}.safetensors")
+            (folder / f"vla-{kind}.json").write_text(json.dumps(stats))
 
 
 def bf16_model() -> torch.nn.Module:
@@ -165,6 +198,25 @@ def test_two_ranks_make_the_update_of_one(folder):
             assert x == pytest.approx(stats[key], rel=1e-3, abs=1e-5), (name, key)
 
 
+def test_two_ranks_make_the_vla_update_of_one(folder):
+    """TinyVLA; OpenVLA in full, with checkpointed blocks in the language model and both towers, and with adapters and a KL to the model without."""
+    job("vla_cases", folder)
+    for kind in VLA_CASES:
+        weights, stats = vla_updates(kind)
+        two = load_file(folder / f"vla-{kind}.safetensors")
+        assert set(two) == set(weights) and stats["updates"] == 6 and stats["old_kl"] > 1e-4
+        for key, x in weights.items():
+            torch.testing.assert_close(two[key], x, atol=1e-5, rtol=0, msg=lambda m: f"{kind} {key}: {m}")
+        for key, x in json.loads((folder / f"vla-{kind}.json").read_text()).items():
+            assert x == pytest.approx(stats[key], rel=1e-3, abs=1e-5), (kind, key)
+
+
+def test_gradient_checkpointing_does_not_change_the_vla_s_update():
+    (plain, _), (recomputed, _) = vla_updates("full"), vla_updates("checkpointed")
+    for key, x in plain.items():
+        torch.testing.assert_close(recomputed[key], x, atol=1e-6, rtol=0)
+
+
 def test_a_rank_without_responses_only_keeps_step(folder):
     job("idle", folder)
     stats, (s, model, processor, batch) = json.loads((folder / "idle.json").read_text()), reflection_case(folder)
@@ -239,6 +291,21 @@ def test_the_reference_set_is_the_whole_batch_s(tmp_path):
 def test_a_rank_that_dies_ends_the_other(tmp_path):
     done = torchrun(__file__, "death", tmp_path)
     assert done.returncode != 0 and not (tmp_path / "survived").exists()
+
+
+def test_reflection_srpo_on_two_ranks_resumes_on_one(folder, tmp_path):
+    """The command itself: one log, one policy; then one process goes on for a third step."""
+    out = tmp_path / "run"
+    done = torchrun("reflection_srpo.py", "rl", "--model", folder / "base", "--steps", 2, "--prompts", 3, "--group_size", 4, "--minibatch", 6,
+                    "--max_new_tokens", 12, "--save_every", 1, "--eval_every", 0, "--threads", 1, "--out", out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("settings:") == 1 and "2 x cpu" in done.stdout
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [0, 1, 2] and rows[1]["groups"] == 3 and (out / "policy" / "model.safetensors").exists()
+    state = out / "checkpoint" / "state.json"
+    state.write_text(state.read_text().replace('"steps": 2', '"steps": 3'))             # as if it had been stopped
+    assert rs.main(["rl", "--resume", str(out)]) == 0
+    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
 
 
 def test_share_and_even_alone():
