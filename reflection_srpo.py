@@ -39,6 +39,7 @@ from transformers.utils import logging
 import eval as evaluation
 import grpo
 import parallel
+import plan
 import reflection_data
 import rewards
 import arrows
@@ -494,6 +495,7 @@ def run(stage: str, s: Settings, given: set[str] = frozenset()) -> int:
         parallel.load_checkpoint(out / "checkpoint", trainable(model), optimizer)
         step = saved["step"]
     print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v != ""))
+    print(plan.first_line(s, base))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(map(torch.Tensor.numel, trainable(model).values())):,} of them trained, "
           f"on {parallel.world()} x {model.device.type}; results go to {out}/" + (f"; resumed after step {step} of {saved['stage']}" if saved else ""))
     if s.data == "arrows":
@@ -614,6 +616,7 @@ def main(argv: list[str] | None = None) -> int:
     stage, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("all", argv)
     parser = HfArgumentParser(Settings, prog="reflection_srpo.py [data | sft | rl | study]", description="Reflection-aware SRPO", allow_abbrev=False)
     parser.error = lambda message: (_ for _ in ()).throw(ValueError(message))
+    parser.add_argument("--plan", action="store_true", help="only say what the flags need of the GPU, and what would stop the run")
     parser.add_argument("--paper", action="store_true", help="the paper's settings, but for flags given")
     if stage == "study":
         parser.add_argument("--seeds", type=int, default=3)
@@ -629,11 +632,13 @@ def main(argv: list[str] | None = None) -> int:
         if unknown:
             raise ValueError(f"unknown argument {unknown[0]}; see --help")
         parallel.start()
-        given = {a[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for a in argv if a.startswith("--")} - {"paper", "seeds", "rewards"}
-        code = study(s, more.rewards, more.seeds) if stage == "study" else run(stage, s, given)
+        given = {a[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for a in argv if a.startswith("--")} - {"paper", "plan", "seeds", "rewards"}
+        code = plan.show(s) if more.plan else study(s, more.rewards, more.seeds) if stage == "study" else run(stage, s, given)
         parallel.stop()
         return code
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        if plan.ran_out(error):
+            error = plan.out_of_memory(prepare(s, given)[0] if s.resume else s)
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

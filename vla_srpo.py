@@ -25,7 +25,7 @@ import os
 import shutil
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -42,6 +42,7 @@ import envs
 import eval as evaluation
 import grpo
 import parallel
+import plan
 import rewards
 import vla
 import world_model
@@ -242,7 +243,7 @@ def update(policy, reference, optimizer, batch: Batch, s: Settings) -> dict:
                 bins, old, adv, mask = (x[part].to(device) for x in (batch.bins, batch.logp, batch.advantage, batch.mask & counted))
                 ref = None
                 if s.beta:                                                          # with LoRA: the policy with its adapters off
-                    with torch.no_grad(), policy.disable_adapter() if reference is None else nullcontext():
+                    with torch.no_grad(), adapters_off(policy) if reference is None else nullcontext():
                         ref, _ = grpo.token_logprobs((reference or policy)(*inputs), bins, s.temperature)
                 logp, _ = grpo.token_logprobs(policy(*inputs), bins, s.temperature)
                 loss, stat = grpo.policy_loss(logp, old, adv, mask, ref_logp=ref, clip=(s.clip_low, s.clip_high), beta=s.beta,
@@ -369,12 +370,27 @@ def prepared(policy, s: Settings):
             raise ValueError(f"--gradient_checkpointing is for OpenVLA; {s.model} is a TinyVLA, whose activations are small")
         policy.set_gradient_checkpointing()
     if s.lora_rank:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, inject_adapter_in_model
         # All but the head, of which the policy reads rows, and what it never runs
         layers = [name for name, m in policy.named_modules() if isinstance(m, torch.nn.Linear) and m.weight.requires_grad and "lm_head" not in name]
         torch.manual_seed(s.seed)                               # the same adapters on every rank
-        policy = get_peft_model(policy, LoraConfig(r=s.lora_rank, lora_alpha=2 * s.lora_rank, target_modules=layers))
+        inject_adapter_in_model(LoraConfig(r=s.lora_rank, lora_alpha=2 * s.lora_rank, target_modules=layers), policy)
+        for p in (p for p in policy.parameters() if p.requires_grad):
+            p.data = p.data.float()
     return policy
+
+
+@contextmanager
+def adapters_off(policy):
+    """Within it a policy with adapters is the one it started as."""
+    layers = [m for m in policy.modules() if hasattr(m, "lora_A")]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def kept(policy, average) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -456,6 +472,7 @@ def run(s: Settings, given: set[str]) -> int:
         parallel.load_checkpoint(out / "checkpoint", weights | averaged, optimizer)
     key, began = next(iter(policy.norm_stats)), time.time()
     print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v != "" and k not in ("stage", "demos", "sft_steps", "sft_lr")))
+    print(plan.first_line(s, s.model))
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {len(envs.TASKS)} tasks, {torch.get_num_threads()} torch threads, "
           f"{s.workers} simulator processes; results go to {out}/")
     workers = envs.Workers(s.workers, s.tables)
@@ -493,7 +510,7 @@ def run(s: Settings, given: set[str]) -> int:
             return 130
         (out / "after.json").write_text(json.dumps(after, indent=1))
         shutil.rmtree(out / "policy", ignore_errors=True)
-        (final.get_base_model() if s.lora_rank else final).save_pretrained(out / "policy", weights)
+        final.save_pretrained(out / "policy", weights)
     finally:
         workers.close()
     print("\nheld-out success, greedy, 95% Wilson intervals\n" + evaluation.table({"before": before, f"after {s.steps} steps": after}))
@@ -508,16 +525,20 @@ def run(s: Settings, given: set[str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser(Settings, description="SRPO for vision-language-action policies", allow_abbrev=False)
+    parser.add_argument("--plan", action="store_true", help="only say what the flags need of the GPU, and what would stop the run")
     parser.error = lambda message: (_ for _ in ()).throw(ValueError(message))
     try:
-        s, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        s, more, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
         if unknown:
             raise ValueError(f"unknown argument {unknown[0]}; see --help")
         parallel.start()
-        code = run(s, {a[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for a in argv if a.startswith("--")})
+        given = {a[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for a in argv if a.startswith("--")}
+        code = plan.show(s) if more.plan else run(s, given)
         parallel.stop()
         return code
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        if plan.ran_out(error):
+            error = plan.out_of_memory(prepare(s, given)[0] if s.resume else s)
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

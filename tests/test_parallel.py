@@ -92,9 +92,10 @@ def vla_updates(kind: str) -> tuple[dict, dict]:
     for p in (p for p in policy.parameters() if p.ndim == 2):
         torch.nn.init.normal_(p, std=0.1)
     size = policy.config.get("size", vla.IMAGE)
-    policy.prompt_ids = lambda texts: (torch.tensor([[vla.BOS, 5, 9, vla.SPACE]]).expand(len(texts), -1), torch.ones(len(texts), 4, dtype=torch.long))
+    if kind != "tiny":
+        policy.prompt_ids = lambda texts: (torch.tensor([[vla.BOS, 5, 9, vla.SPACE]]).expand(len(texts), -1), torch.ones(len(texts), 4, dtype=torch.long))
     policy = vla_srpo.prepared(policy, s)
-    batch = vla_srpo.Batch(images=torch.randint(256, (12, size, size, 3), dtype=torch.uint8), instructions=[""] * 12,
+    batch = vla_srpo.Batch(images=torch.randint(256, (12, size, size, 3), dtype=torch.uint8), instructions=["red cube"] * 12,
                            bins=torch.randint(256, (12, 56)), logp=torch.full((12, 56), -5.5), mask=torch.rand(12, 56) < 0.8,
                            advantage=torch.randn(12), trajectory=torch.tensor([0] * 4 + [1] * 4 + [2] * 2 + [3] * 2))
     own = slice(None) if parallel.world() == 1 else slice(0, 10) if parallel.rank() == 0 else slice(10, 12)
@@ -206,7 +207,8 @@ def test_two_ranks_make_the_vla_update_of_one(folder):
         two = load_file(folder / f"vla-{kind}.safetensors")
         assert set(two) == set(weights) and stats["updates"] == 6 and stats["old_kl"] > 1e-4
         for key, x in weights.items():
-            torch.testing.assert_close(two[key], x, atol=1e-5, rtol=0, msg=lambda m: f"{kind} {key}: {m}")
+            if key != "conv3.bias":         # the softmax after it takes no notice of it: its gradient is rounding, which Adam makes steps of
+                torch.testing.assert_close(two[key], x, atol=1e-5, rtol=0, msg=lambda m: f"{kind} {key}: {m}")
         for key, x in json.loads((folder / f"vla-{kind}.json").read_text()).items():
             assert x == pytest.approx(stats[key], rel=1e-3, abs=1e-5), (kind, key)
 
