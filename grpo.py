@@ -244,12 +244,18 @@ class MasterAdamW(torch.optim.Optimizer):
     At the papers' learning rates (1e-6, 5e-6) an Adam step is under half the gap between neighbouring bf16 numbers near a
     typical weight, so bf16 weights updated in place do not move. fp32 parameters are updated directly. Gradients are
     upcast one tensor at a time: 7.54B bf16 parameters take 7.54e9 * (2 + 2 + 4 + 8) bytes = 112 GiB. After the first step
-    the masters are the model: whoever loads other weights must load the optimiser's state with them.
+    the masters are the model: whoever loads other weights must load the optimiser's state with them. offload: the state
+    lives, and the step is computed, on the CPU; of those 112 GiB 28 stay on the GPU.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float = 0.0,
-                 betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
+                 betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, offload: bool = False):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
+        self.offload = offload
+
+    def home(self, p: Tensor) -> torch.device:
+        """Where the state of a parameter lives."""
+        return torch.device("cpu") if self.offload else p.device
 
     @torch.no_grad()
     def step(self) -> None:
@@ -261,11 +267,11 @@ class MasterAdamW(torch.optim.Optimizer):
                 s = self.state[p]
                 if not s:
                     s["step"] = torch.zeros((), dtype=torch.int64)
-                    s["m"], s["v"] = (torch.zeros_like(p, dtype=torch.float32) for _ in range(2))
-                    if p.dtype != torch.float32:
-                        s["master"] = p.float()
+                    s["m"], s["v"] = (torch.zeros_like(p, dtype=torch.float32, device=self.home(p)) for _ in range(2))
+                    if p.dtype != torch.float32 or self.home(p) != p.device:
+                        s["master"] = p.to(self.home(p), torch.float32)
                 s["step"] += 1
-                t, w, g = int(s["step"]), s.get("master", p), p.grad.float()
+                t, w, g = int(s["step"]), s.get("master", p), p.grad.to(self.home(p), torch.float32)
                 s["m"].lerp_(g, 1 - beta1)
                 s["v"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
                 w.mul_(1 - lr * group["weight_decay"])
@@ -276,7 +282,7 @@ class MasterAdamW(torch.optim.Optimizer):
 
 
 def make_optimizer(params_or_model: nn.Module | Iterable[Tensor], lr: float, weight_decay: float = 0.0,
-                   betas: tuple[float, float] = (0.9, 0.999)) -> MasterAdamW:
+                   betas: tuple[float, float] = (0.9, 0.999), offload: bool = False) -> MasterAdamW:
     """`MasterAdamW` over the trainable parameters of a model or list. ValueError if there are none, or lr is not >= 0."""
     params = params_or_model.parameters() if isinstance(params_or_model, nn.Module) else params_or_model
     params = [p for p in params if p.requires_grad]
@@ -284,7 +290,7 @@ def make_optimizer(params_or_model: nn.Module | Iterable[Tensor], lr: float, wei
         raise ValueError("nothing to optimise: no parameter has requires_grad=True")
     if not 0 <= lr < math.inf:
         raise ValueError(f"lr must be a finite number >= 0, got {lr}")
-    return MasterAdamW(params, lr, weight_decay, betas)
+    return MasterAdamW(params, lr, weight_decay, betas, offload=offload)
 
 
 @torch.no_grad()
@@ -313,7 +319,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"optimizer.{i}.{k}": v for i, p in enumerate(params) for k, v in optimizer.state.get(p, {}).items()}
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def load_optimizer_tensors(optimizer: MasterAdamW, tensors: dict[str, Tensor]) -> None:
     """Inverse of `optimizer_tensors`, ignoring other keys. ValueError, nothing changed, if they are another model's."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[Tensor, dict[str, Tensor]] = {}
@@ -325,7 +331,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
         if p is None or (value.dim() and value.shape != p.shape):
             here = "no such parameter" if p is None else f"a parameter {tuple(p.shape)}"
             raise ValueError(f"{key} is {tuple(value.shape)}, this model has {here}: the checkpoint is another model's")
-        state.setdefault(p, {})[name] = value.to(p.device if value.dim() else "cpu", copy=True)  # steps stay on the CPU
+        state.setdefault(p, {})[name] = value.to(optimizer.home(p) if value.dim() else "cpu", copy=True)  # steps stay on the CPU
     optimizer.state.clear()
     optimizer.state.update(state)
 
@@ -376,7 +382,7 @@ def save_checkpoint(path: str | Path, *, model_tensors: dict[str, Tensor], train
     Raises ValueError, with nothing touched, if state is not JSON or path holds something other than a checkpoint.
     """
     path = Path(path).absolute()
-    tmp, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
+    tmp = path.with_name(path.name + ".tmp")
     try:
         text = json.dumps(state, indent=1, allow_nan=False)
     except (TypeError, ValueError) as e:
@@ -395,6 +401,12 @@ def save_checkpoint(path: str | Path, *, model_tensors: dict[str, Tensor], train
             seen.add(memory)
         save_file(plain, tmp / f"{name}.safetensors")
     (tmp / "state.json").write_text(text)
+    replace_folder(tmp, path)
+
+
+def replace_folder(tmp: Path, path: Path) -> None:
+    """Steps 2 to 4 of `save_checkpoint`, after flushing tmp to disk."""
+    old = path.with_name(path.name + ".old")
     for part in (*sorted(tmp.iterdir()), tmp):
         _fsync(part)
     if path.exists():
@@ -407,25 +419,41 @@ def save_checkpoint(path: str | Path, *, model_tensors: dict[str, Tensor], train
         shutil.rmtree(old)
 
 
-def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
-    """(model_tensors, trainer_tensors, state) of a folder `save_checkpoint` wrote, tensors on the CPU.
-
-    Raises FileNotFoundError if there is none; ValueError, naming the file, if one is missing, truncated or unreadable.
-    """
+def find_checkpoint(path: str | Path) -> Path:
+    """The newest complete checkpoint folder at `path`; FileNotFoundError if there is none."""
     path = Path(path).absolute()
     if not path.exists() and path.with_name(path.name + ".old").exists():
         path = path.with_name(path.name + ".old")  # killed between steps 2 and 3 of save_checkpoint
     if not path.is_dir():
         raise FileNotFoundError(f"no checkpoint folder at {path}")
-    loaded = []
-    for file in (path / "model.safetensors", path / "trainer.safetensors", path / "state.json"):
+    return path
+
+
+def read_state(path: str | Path) -> dict:
+    """The `state` of a checkpoint folder alone; errors as `load_checkpoint`."""
+    file = find_checkpoint(path) / "state.json"
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"checkpoint {file.parent} has no {file.name}: it is incomplete, use another one") from None
+    except ValueError as e:
+        raise ValueError(f"checkpoint file {file} is truncated or corrupt, use another checkpoint ({e})") from e
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
+    """(model_tensors, trainer_tensors, state) of a folder `save_checkpoint` wrote, tensors on the CPU.
+
+    Raises FileNotFoundError if there is none; ValueError, naming the file, if one is missing, truncated or unreadable.
+    """
+    path, loaded = find_checkpoint(path), []
+    for file in (path / "model.safetensors", path / "trainer.safetensors"):
         try:
-            loaded.append(load_file(file) if file.suffix == ".safetensors" else json.loads(file.read_text()))
+            loaded.append(load_file(file))
         except FileNotFoundError:
             raise ValueError(f"checkpoint {path} has no {file.name}: it is incomplete, use another one") from None
-        except (SafetensorError, ValueError) as e:  # JSON and UTF-8 errors are ValueErrors
+        except SafetensorError as e:
             raise ValueError(f"checkpoint file {file} is truncated or corrupt, use another checkpoint ({e})") from e
-    return tuple(loaded)
+    return (*loaded, read_state(path))
 
 
 # Stopping, and the metrics log

@@ -17,9 +17,9 @@ packing, a value network.
     python reflection_srpo.py data --model Qwen/Qwen2.5-VL-7B-Instruct --rows rows.jsonl --images DIR --out data/ --teacher-url URL --teacher-model NAME
     python reflection_srpo.py sft --paper --model Qwen/Qwen2.5-VL-7B-Instruct --data data/reflections.jsonl --out out/sft
     python reflection_srpo.py rl --paper --model out/sft/policy --data rows.jsonl --images DIR --out out/rl
+    torchrun --nproc-per-node 8 reflection_srpo.py rl --paper ...       # any of the above on 8 GPUs: parallel.py
 """
 import argparse
-import copy
 import json
 import math
 import os
@@ -38,6 +38,8 @@ from transformers.utils import logging
 
 import eval as evaluation
 import grpo
+import parallel
+import plan
 import reflection_data
 import rewards
 import arrows
@@ -87,6 +89,7 @@ class Settings:
     freeze_vision: bool = flag(False, "the vision tower and projector stay as they are, in sft and rl (paper: so; a random tower must learn)")
     lora_rank: int = flag(0, "train LoRA adapters of this rank on the language model; 0: all weights")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, a third more time")
+    offload_optimizer: bool = flag(False, "optimiser state and step on the CPU, for one process: 12 of 16 bytes a weight leave the GPU")
     dtype: str = flag("float32", "of the weights; bfloat16 keeps fp32 master weights in the optimiser", choices=["float32", "bfloat16"])
     device: str = flag("", "default: cuda if there is one")
     micro_tokens: int = flag(16384, "tokens per forward pass, padding included; smaller saves memory, same gradient")
@@ -149,13 +152,18 @@ def behaviour(records: list[rewards.ReflectionRecord], completions: list[vlm.Com
 
 def evaluate(model, processor: vlm.Processor, rows: list[Row], s: Settings, rejected: "Rejections") -> dict:
     """Greedy decoding of every row -> `behaviour`, with Wilson intervals of both accuracies."""
-    rows, prompts = encode(rows, s, processor, rejected)
-    completions = [c for i in range(0, len(rows), s.rollout_batch)
-                   for c in vlm.generate(model, processor, prompts[i:i + s.rollout_batch], s.max_new_tokens)]
-    records = [score(c.text, row.answer, s.reward, processor) for row, c in zip(rows, completions)]
-    result = behaviour(records, completions)
-    return result | {"rows": len(rows), **{f"{name}_interval": evaluation.wilson(round(result[f"{name}_accuracy"] * len(rows)), len(rows))
-                                           for name in ("first", "final")}}
+    rows, prompts = encode(parallel.share(rows), s, processor, rejected)
+    completions = generate(model, processor, prompts, s, 0.0)
+    records = parallel.gather([score(c.text, row.answer, s.reward, processor) for row, c in zip(rows, completions)])
+    result, n = behaviour(records, parallel.gather(completions)), len(records)
+    return result | {"rows": n, **{f"{name}_interval": evaluation.wilson(round(result[f"{name}_accuracy"] * n), n) for name in ("first", "final")}}
+
+
+def generate(model, processor: vlm.Processor, prompts: list[vlm.Prompt], s: Settings, temperature: float) -> list[vlm.Completion]:
+    """`vlm.generate` by --rollout_batch, with whole weights on every rank."""
+    with parallel.gathered(model):
+        return [c for i in range(0, len(prompts), s.rollout_batch)
+                for c in vlm.generate(model, processor, prompts[i:i + s.rollout_batch], s.max_new_tokens, temperature)]
 
 
 class Rejections:
@@ -196,40 +204,47 @@ def supervised(s: Settings, out: Path, model, processor, rows: list[Row], step: 
     """Cross-entropy on the targets' tokens, mean over the tokens of a batch. Returns the last step done."""
     steps = math.ceil(len(rows) * s.sft_epochs / s.sft_batch)
     order = np.concatenate([np.random.default_rng([s.seed, epoch]).permutation(len(rows)) for epoch in range(math.ceil(s.sft_epochs))])
-    log, rejected = grpo.MetricsLog(out / "sft.jsonl", resume_step=step), Rejections(out / "rejected.jsonl")
+    log, rejected = metrics_log(out / "sft.jsonl", step), Rejections(rejections_file(out))
     model.train()
-    with grpo.ctrl_c() as interrupted, tqdm(total=steps, initial=step, desc="SFT", unit="step", mininterval=1) as bar:
-        while step < steps and not interrupted:
+    stop = False
+    with grpo.ctrl_c() as interrupted, tqdm(total=steps, initial=step, desc="SFT", unit="step", mininterval=1, disable=parallel.rank() > 0) as bar:
+        while step < steps and not stop:
             warmup = max(1, round(0.1 * steps))
             optimizer.param_groups[0]["lr"] = s.sft_lr * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            some, prompts = encode([rows[i] for i in order[step * s.sft_batch:(step + 1) * s.sft_batch]], s, processor, rejected)
+            batch = order[step * s.sft_batch:(step + 1) * s.sft_batch]
+            batch = np.resize(batch, max(len(batch), parallel.world()))             # a last batch smaller than the number of ranks
+            some, prompts = encode([rows[i] for i in parallel.share(batch)], s, processor, rejected)
             targets = [processor.target(row.target) for row in some]
-            tokens, total = sum(map(len, targets)), 0.0
-            for part in vlm.micro_batches([len(p.ids) + len(t) for p, t in zip(prompts, targets)], s.micro_tokens):
+            tokens, total = sum(parallel.gather([sum(map(len, targets))])), 0.0
+            for part in parallel.even(list(vlm.micro_batches([len(p.ids) + len(t) for p, t in zip(prompts, targets)], s.micro_tokens))):
+                counts, part = part is not None, part or [0]
                 inputs, ids, mask = processor.batch([prompts[i] for i in part], [targets[i] for i in part], model.device)
                 logp, _ = grpo.token_logprobs(vlm.completion_logits(model, inputs, ids.shape[1]), ids)      # (B, n)
-                loss = -(logp * mask).sum() / tokens
-                loss.backward()
+                loss = -(logp * mask * counts).sum() / tokens
+                (loss * parallel.world()).backward()                                # ranks' gradients are averaged
                 total += loss.item()
+            total = sum(parallel.gather([total]))
             norm, stepped = grpo.clip_and_step(optimizer, model, s.max_norm)
             step += 1
             log.append({"step": step, "loss": total, "grad_norm": norm, "skipped": not stepped, "lr": optimizer.param_groups[0]["lr"]})
             bar.set_postfix(loss=f"{total:.3f}")
             bar.update()
-            if step % s.save_every == 0 or step == steps or interrupted:
+            stop = bool(parallel.gather(interrupted))               # on any rank
+            if step % s.save_every == 0 or step == steps or stop:
                 save(out, s, "sft", step, model, optimizer)
     log.close()
-    return step if interrupted else steps
+    return step
 
 
 # Stage 2
 
 @dataclass
 class Batch:
-    """A step's responses that have an advantage, N of them."""
+    """A step's responses that have an advantage, N of this rank."""
     prompts: list[vlm.Prompt]
     completions: list[torch.Tensor]     # (n_i,) int64
     advantages: torch.Tensor            # (N,) float32
+    idle: bool = False                  # this rank has none: the one row only fills up passes
 
 
 def logprobs(model, processor, prompts, completions, temperature: float):
@@ -251,34 +266,38 @@ def reference_logprobs(model, reference, *arguments):
 
 
 def update(model, reference, processor, optimizer, batch: Batch, s: Settings) -> dict:
-    """Clipped updates over a step's batch. Returns statistics over all of them; one with a non-finite loss or gradient is skipped."""
-    n, stats, entropies, norms, skipped = len(batch.completions), [], [], [], 0
+    """Clipped updates over a step's batch. Returns statistics over all of them; one with a non-finite loss or gradient is skipped.
+    Minibatches and normalisers are of all ranks' responses, numbered by rank: where they are computed changes nothing."""
+    tokens = parallel.gather([own := [] if batch.idle else list(map(len, batch.completions))])      # a list per rank
+    first, tokens = sum(map(len, tokens[:parallel.rank()])), torch.tensor([count for each in tokens for count in each])
+    n, stats, entropies, norms, skipped = len(tokens), [], [], [], 0
     size = s.minibatch or n
     lengths = [len(p.ids) + len(c) for p, c in zip(batch.prompts, batch.completions)]
     pick = lambda part: ([batch.prompts[i] for i in part], [batch.completions[i] for i in part])
     old = None
     if s.epochs * math.ceil(n / size) > 1:      # else the only update starts at ratio 1, and its own log-probabilities serve
-        old = [None] * n
-        with torch.no_grad():
+        old = [None] * len(batch.completions)
+        with torch.no_grad(), parallel.gathered(model):
             for part in vlm.micro_batches(lengths, s.micro_tokens):
                 logp, _, _ = logprobs(model, processor, *pick(part), s.temperature)
                 for i, row in zip(part, logp):
                     old[i] = row[:len(batch.completions[i])]
     for _ in range(s.epochs):
-        for rows in torch.randperm(n).split(size):
-            counts = torch.tensor([len(batch.completions[i]) for i in rows])
-            normalizer = grpo.loss_normalizer(torch.arange(int(counts.max())) < counts[:, None], s.aggregate, s.max_new_tokens)
-            seen = []
-            for part in vlm.micro_batches([lengths[i] for i in rows], s.micro_tokens):
-                part = rows[part].tolist()
-                logp, entropy, mask = logprobs(model, processor, *pick(part), s.temperature)                # (B, n)
-                before = old and torch.nn.utils.rnn.pad_sequence([old[i] for i in part], batch_first=True)
+        for rows in parallel.permutation(n).split(size):
+            normalizer = grpo.loss_normalizer(torch.arange(int(tokens[rows].max())) < tokens[rows, None], s.aggregate, s.max_new_tokens)
+            rows, seen = rows[(rows >= first) & (rows < first + len(own))] - first, []                      # this rank's
+            for part in parallel.even(list(vlm.micro_batches([lengths[i] for i in rows], s.micro_tokens))):
+                counts, part = part is not None, [lengths.index(min(lengths))] if part is None else rows[part].tolist()
                 ref = reference_logprobs(model, reference, processor, *pick(part), s.temperature) if s.beta else None
+                logp, entropy, mask = logprobs(model, processor, *pick(part), s.temperature)                # (B, n)
+                mask = mask & counts
+                before = old and torch.nn.utils.rnn.pad_sequence([old[i] for i in part], batch_first=True)
                 loss, stat = grpo.policy_loss(logp, before, batch.advantages[part].to(logp.device), mask, ref_logp=ref, beta=s.beta,
                                               clip=(s.clip_low, s.clip_high), aggregate=s.aggregate, normalizer=normalizer)
-                loss.backward()
-                seen.append(stat)
-                entropies.append(float((entropy.detach() * mask).sum() / mask.sum()))
+                (loss * parallel.world()).backward()                            # ranks' gradients are averaged
+                seen += [stat | {"entropy": (entropy.detach() * mask).sum() / mask.sum()}] * counts
+            seen = parallel.gather([{name: float(x) for name, x in stat.items()} for stat in seen])
+            entropies += [stat["entropy"] for stat in seen]
             stats.append(grpo.merge_stats(seen))
             if math.isfinite(stats[-1]["loss"]):
                 norm, stepped = grpo.clip_and_step(optimizer, model, s.max_norm)
@@ -294,26 +313,30 @@ def update(model, reference, processor, optimizer, batch: Batch, s: Settings) ->
 
 def reinforce(s: Settings, out: Path, model, reference, processor, rows: list[Row], heldout: list[Row], step: int, optimizer, before: dict) -> int:
     """Steps `step` + 1 .. s.steps; stops early on Ctrl-C. Returns the last step done."""
-    log, rejected = grpo.MetricsLog(out / "metrics.jsonl", resume_step=step or -1), Rejections(out / "rejected.jsonl")
+    log, rejected = metrics_log(out / "metrics.jsonl", step or -1), Rejections(rejections_file(out))
     if step == 0:
         log.append({"step": 0, **{f"heldout_{k}": x for k, x in before.items()}})
-    with grpo.ctrl_c() as interrupted, tqdm(total=s.steps, initial=step, desc=f"RL, {s.reward}", unit="step", mininterval=1) as bar:
-        while step < s.steps and not interrupted:
+    stop = False
+    with grpo.ctrl_c() as interrupted, tqdm(total=s.steps, initial=step, desc=f"RL, {s.reward}", unit="step", mininterval=1,
+                                            disable=parallel.rank() > 0) as bar:
+        while step < s.steps and not stop:
             step += 1
             # Each step has its own random numbers, a function of (seed, step): so a resumed run repeats an uninterrupted one.
             rng = np.random.default_rng([s.seed, step])
-            torch.manual_seed(int(rng.integers(2**62)))
+            torch.manual_seed(int(rng.integers(2**62)) + parallel.rank())           # of choices all ranks make together: rng
             optimizer.param_groups[0]["lr"] = s.lr * min(1, step / 10)
 
             began = time.perf_counter()                                                 # 1. responses
-            chosen, prompts = encode([rows[i] for i in rng.choice(len(rows), min(s.prompts, len(rows)), replace=False)], s, processor, rejected)
+            chosen = parallel.share(rng.choice(len(rows), min(s.prompts, len(rows)), replace=False))
+            chosen, prompts = encode([rows[i] for i in chosen], s, processor, rejected)
             repeated = [p for p in prompts for _ in range(s.group_size)]
-            completions = [c for i in range(0, len(repeated), s.rollout_batch)
-                           for c in vlm.generate(model, processor, repeated[i:i + s.rollout_batch], s.max_new_tokens, s.temperature)]
+            completions = generate(model, processor, repeated, s, s.temperature)
             sampled = time.perf_counter()
 
             answers = [row.answer for row in chosen for _ in range(s.group_size)]       # 2. rewards
             records = [score(c.text, answer, s.reward, processor) for c, answer in zip(completions, answers)]
+            first = sum(parallel.gather([len(records)])[:parallel.rank()])
+            records, completions = parallel.gather(records), parallel.gather(completions)           # from here on all ranks' responses
             reward = torch.tensor([r.total for r in records]).view(-1, s.group_size)    # (P, G)
             scored = time.perf_counter()
 
@@ -321,11 +344,13 @@ def reinforce(s: Settings, out: Path, model, reference, processor, rows: list[Ro
             if s.keep == "mixed":
                 advantages = advantages * ((reward.mean(1) >= 0.1) & (reward.mean(1) <= 0.9))[:, None]
             used, flat = (advantages != 0).any(1), advantages.flatten()
-            keep = [i for i, c in enumerate(completions) if flat[i] != 0 and not (s.mask_truncated and c.truncated)]
+            flat = flat * torch.tensor([not (s.mask_truncated and c.truncated) for c in completions])
+            own = range(first, first + len(repeated))
+            keep = [i for i in own if flat[i] != 0]
 
             model.train()                                                               # 4. update
-            batch = Batch([repeated[i] for i in keep], [completions[i].ids for i in keep], flat[keep])
-            stats = update(model, reference, processor, optimizer, batch, s) if keep else {"updates": 0, "skipped": 0}
+            batch = Batch(*zip(*[(repeated[i - first], completions[i].ids) for i in keep or own[:1]]), flat[keep or own[:1]], idle=not keep)
+            stats = update(model, reference, processor, optimizer, batch, s) if flat.any() else {"updates": 0, "skipped": 0}
             if stats["skipped"]:
                 tqdm.write(f"step {step}: {stats['skipped']} updates skipped, loss or gradient not finite")
             tokens = sum(c.tokens for c in completions)
@@ -344,9 +369,10 @@ def reinforce(s: Settings, out: Path, model, reference, processor, rows: list[Ro
                            f"groups used {row['groups_used']:2d}/{row['groups']}  tokens {row['tokens']:.0f}  rollout {row['seconds_rollout']:.1f} s"
                            f"  update {row['seconds_update']:.1f} s")
             if step % 25 == 1:
-                i = int(rng.integers(len(completions)))
+                i = int(rng.integers(len(repeated)))                                # the first rank's, which prints, come first
                 tqdm.write("  sample: " + describe(chosen[i // s.group_size], completions[i], records[i], float(flat[i])))
-            if step % s.save_every == 0 or step == s.steps or interrupted:
+            stop = bool(parallel.gather(interrupted))                                   # on any rank
+            if step % s.save_every == 0 or step == s.steps or stop:
                 save(out, s, "rl", step, model, optimizer)
     log.close()
     return step
@@ -361,19 +387,33 @@ def describe(row: Row, completion: vlm.Completion, record: rewards.ReflectionRec
 
 # Models, checkpoints, the whole job
 
+def metrics_log(path: Path, resume_step: int) -> grpo.MetricsLog:
+    """The first rank writes it."""
+    return grpo.MetricsLog(os.devnull if parallel.rank() else path, resume_step)
+
+
+def rejections_file(out: Path) -> Path:
+    return out / (f"rejected-{parallel.rank()}.jsonl" if parallel.rank() else "rejected.jsonl")
+
+
 def load(s: Settings, path: str | Path):
     """(model ready for training, processor)."""
-    device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, processor = vlm.load_vlm(path, getattr(torch, s.dtype), device)
+    model, processor = vlm.load_vlm(path, getattr(torch, s.dtype), s.device or parallel.device())
     if s.freeze_vision:
         model.model.visual.requires_grad_(False)                # the tower and, in `merger`, the projector
     if s.lora_rank:
         from peft import LoraConfig, get_peft_model
         config = LoraConfig(r=s.lora_rank, lora_alpha=2 * s.lora_rank, target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj")
+        torch.manual_seed(s.seed)                               # the same adapters on every rank
         model = get_peft_model(model, config)
     if s.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model, processor
+
+
+def optimizer_of(model, s: Settings) -> grpo.MasterAdamW:
+    """Of the model, which is divided among the ranks first."""
+    return grpo.make_optimizer(parallel.shard(model), s.lr, betas=(0.9, 0.99), offload=s.offload_optimizer)
 
 
 def trainable(model) -> dict[str, torch.Tensor]:
@@ -382,17 +422,21 @@ def trainable(model) -> dict[str, torch.Tensor]:
 
 def save(out: Path, s: Settings, stage: str, step: int, model, optimizer) -> None:
     """stage: where the run is, sft or rl. What does not train is not saved: the vision tower, or all but the adapters."""
-    grpo.save_checkpoint(out / "checkpoint", model_tensors=trainable(model), trainer_tensors=grpo.optimizer_tensors(optimizer),
-                         state={"stage": stage, "step": step, "settings": asdict(s)})
+    parallel.save_checkpoint(out / "checkpoint", trainable(model), optimizer, {"stage": stage, "step": step, "settings": asdict(s)})
 
 
 def save_policy(model, processor, path: Path) -> None:
     """A checkpoint folder that `--model` and eval.py load; LoRA adapters are merged into it, and saved alone beside it."""
-    if hasattr(model, "merge_and_unload"):
-        model.save_pretrained(path.with_name(path.name + "_adapter"))
-        model = copy.deepcopy(model.to("cpu")).merge_and_unload()               # on the CPU: a second copy may not fit on the device
-    model.save_pretrained(path)
-    processor.save_pretrained(path)
+    weights = parallel.whole_weights(model)
+    if hasattr(model, "peft_config"):
+        adapters = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in trainable(model).items()}
+        if parallel.rank() == 0:
+            model.save_pretrained(path.with_name(path.name + "_adapter"), state_dict=adapters)
+        model = model.get_base_model()
+    if parallel.rank() == 0:
+        model.save_pretrained(path, state_dict=weights)
+        processor.save_pretrained(path)
+    parallel.barrier()
 
 
 def read_rows(data: str, images: str, rejected: Rejections) -> list[Row]:
@@ -411,7 +455,7 @@ def prepare(s: Settings, given: set[str]) -> tuple[Settings, Path, dict | None]:
             raise ValueError(f"{s.out} holds a run already; go on with --resume {s.out}, or choose another --out")
         return s, Path(s.out), None
     out = Path(s.resume)
-    model, trainer, state = grpo.load_checkpoint(out / "checkpoint")
+    state = grpo.read_state(out / "checkpoint")
     saved = state.get("settings", {})
     if set(saved) != set(asdict(s)):
         raise ValueError(f"{out}/checkpoint was written by another version of reflection_srpo.py; start a new run with --out")
@@ -419,7 +463,7 @@ def prepare(s: Settings, given: set[str]) -> tuple[Settings, Path, dict | None]:
         if getattr(s, name) != saved.get(name):
             raise ValueError(f"--{name} {getattr(s, name)} differs from the run's {saved.get(name)}; drop the flag, or start a new run with --out")
     s = Settings(**saved | {name: getattr(s, name) for name in given & FREE} | {"out": str(out), "resume": str(out)})
-    return s, out, state | {"model": model, "trainer": trainer}
+    return s, out, state
 
 
 def run(s: Settings, given: set[str] = frozenset()) -> int:
@@ -431,27 +475,32 @@ def run(s: Settings, given: set[str] = frozenset()) -> int:
         raise ValueError("--data needs a stage: python reflection_srpo.py sft ... (rows with targets) or rl ...")
     if stage != "all" and not s.model:
         raise ValueError(f"{stage} needs --model: a folder or hub id")
+    if s.prompts < parallel.world():
+        raise ValueError(f"--prompts {s.prompts} for {parallel.world()} ranks: each needs one")
+    if s.offload_optimizer and parallel.world() > 1:
+        raise ValueError("--offload_optimizer is for one process; ranks divide the optimiser's state among them already")
     torch.set_num_threads(s.threads or os.cpu_count())
     logging.disable_progress_bar()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {out} cannot be made ({error.strerror}); choose another folder") from None
-    rejected = Rejections(out / "rejected.jsonl")
+    rejected = Rejections(rejections_file(out))
     began, base = time.time(), s.model or str(out / "base")
-    if not s.model and not (out / "base" / "config.json").exists():
+    if not s.model and parallel.rank() == 0 and not (out / "base" / "config.json").exists():
         torch.manual_seed(s.seed)
         arrows.tiny_vlm(out / "base")
+    parallel.barrier()
     model, processor = load(s, base if saved is None or saved["stage"] == "sft" or stage == "rl" else out / "sft")
-    optimizer = grpo.make_optimizer(model, s.lr, betas=(0.9, 0.99))
+    optimizer = optimizer_of(model, s)
     step = 0
     if saved:
-        model.load_state_dict(saved["model"], strict=False)
-        grpo.load_optimizer_tensors(optimizer, saved["trainer"])
+        parallel.load_checkpoint(out / "checkpoint", trainable(model), optimizer)
         step = saved["step"]
     print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v != ""))
+    print(plan.first_line(s, base))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(map(torch.Tensor.numel, trainable(model).values())):,} of them trained, "
-          f"on {model.device}; results go to {out}/" + (f"; resumed after step {step} of {saved['stage']}" if saved else ""))
+          f"on {parallel.world()} x {model.device.type}; results go to {out}/" + (f"; resumed after step {step} of {saved['stage']}" if saved else ""))
     if s.data == "arrows":
         heldout = arrows.dataset(400, seed=10**6)
     else:
@@ -472,11 +521,12 @@ def run(s: Settings, given: set[str] = frozenset()) -> int:
             return 0
         # Anew from the saved folder, as a run resumed here would be: adapters, if any, start over from the merged weights
         model, processor = load(s, out / "sft")
-        optimizer, step = grpo.make_optimizer(model, s.lr, betas=(0.9, 0.99)), 0
+        optimizer, step = optimizer_of(model, s), 0
 
     if step == 0:
         before = evaluate(model, processor, heldout, s, rejected) if heldout else {}
-        (out / "before.json").write_text(json.dumps(before, indent=1))
+        if parallel.rank() == 0:
+            (out / "before.json").write_text(json.dumps(before, indent=1))
         save(out, s, "rl", 0, model, optimizer)
     before = json.loads((out / "before.json").read_text())
     reference = None
@@ -485,12 +535,15 @@ def run(s: Settings, given: set[str] = frozenset()) -> int:
         reference.to("cpu").requires_grad_(False).eval()
     rows = arrows.dataset(s.steps * s.prompts, s.seed + 1000) if s.data == "arrows" else read_rows(s.data, s.images, rejected)
     done = reinforce(s, out, model, reference, processor, rows, heldout, step, optimizer, before)
+    if done == s.steps:
+        save_policy(model, processor, out / "policy")
+    if parallel.rank():
+        return 0 if done == s.steps else 130
     metrics = evaluation.read_metrics(out / "metrics.jsonl")
     evaluation.draw_reflection_curves({s.reward: [metrics]}, out / "curves.png")
     if done < s.steps:
         print(f"stopped after step {done}; go on with: python reflection_srpo.py --resume {out}")
         return 130
-    save_policy(model, processor, out / "policy")
     if heldout:
         after = {k.removeprefix("heldout_"): x for k, x in metrics[-1].items() if k.startswith("heldout_")}
         (out / "after.json").write_text(json.dumps(after, indent=1))
@@ -568,6 +621,7 @@ def main(argv: list[str] | None = None) -> int:
     stage, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("all", argv)
     parser = HfArgumentParser(Settings, prog="reflection_srpo.py [data | sft | rl | study]", description="Reflection-aware SRPO", allow_abbrev=False)
     parser.error = lambda message: (_ for _ in ()).throw(ValueError(message))
+    parser.add_argument("--plan", action="store_true", help="only say what the flags need of the GPU, and what would stop the run")
     parser.add_argument("--paper", action="store_true", help="the paper's settings, but for flags given")
     if stage == "study":
         parser.add_argument("--seeds", type=int, default=3)
@@ -584,9 +638,15 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"unknown argument {unknown[0]}; see --help")
         if stage in ("sft", "rl"):
             s.stage = stage
-        given = {a[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for a in argv if a.startswith("--")} - {"paper", "seeds", "rewards"}
-        return study(s, more.rewards, more.seeds) if stage == "study" else run(s, given | ({"stage"} if stage != "all" else set()))
-    except (ValueError, RuntimeError, OSError) as error:
+        parallel.start()
+        given = {a[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for a in argv if a.startswith("--")} - {"paper", "plan", "seeds", "rewards"}
+        given |= {"stage"} if stage in ("sft", "rl") else set()
+        code = plan.show(s) if more.plan else study(s, more.rewards, more.seeds) if stage == "study" else run(s, given)
+        parallel.stop()
+        return code
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        if plan.ran_out(error):
+            error = plan.out_of_memory(prepare(s, given)[0] if s.resume else s)
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

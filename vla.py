@@ -454,10 +454,10 @@ class TinyVLA(nn.Module):
         model.load_state_dict(load_file(folder / "model.safetensors"))
         return model.to(device or "cpu", dtype)
 
-    def save_pretrained(self, path: str | Path) -> None:
+    def save_pretrained(self, path: str | Path, state_dict: dict | None = None) -> None:
         """Write config.json, dataset_statistics.json and model.safetensors; they appear together or not at all."""
         _write_folder(Path(path), {"config.json": self.config, "dataset_statistics.json": self.norm_stats}, {},
-                      self.state_dict())
+                      self.state_dict() if state_dict is None else state_dict)
 
 
 def load_policy(path: str | Path, dtype: torch.dtype = torch.float32, device=None) -> "OpenVLA | TinyVLA":

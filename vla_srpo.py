@@ -16,6 +16,7 @@ Paper and published code differ; where they do, the line says so. `--reward bina
     python vla_srpo.py --steps 200                               # the main job: about 10 minutes on two CPU cores
     python vla_srpo.py --steps 200 --reward binary --seed 1      # plain GRPO, to compare with
     python vla_srpo.py --resume out/srpo                         # go on after Ctrl-C, a crash or a power cut
+    torchrun --nproc-per-node 8 vla_srpo.py ...                  # the same on 8 GPUs: parallel.py
     python vla_srpo.py --stage sft --out weights/tiny_vla
     python vla_srpo.py --stage sft --suite libero_object --tasks 0 1 2 --fast_sim --demos 10 --out out/libero_sft   # LIBERO itself
     python vla_srpo.py --suite libero_object --tasks 0 1 2 --fast_sim --model out/libero_sft --groups 8
@@ -26,6 +27,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -43,6 +45,8 @@ import eval as evaluation
 import grpo
 import libero_envs
 import libero_expert
+import parallel
+import plan
 import rewards
 import vla
 import world_model
@@ -75,13 +79,17 @@ class Settings:
     target_kl: float = flag(0.02, "end a step's updates when KL(old || new) per token exceeds this; 0: never")
     beta: float = flag(0.0, "weight of the KL to the starting policy (the published code's loss leaves it out)")
     max_norm: float = flag(1.0, "gradient clipping")
-    average: float = flag(0.9, "the policy that is evaluated and saved is a running average of the weights with this decay a step; "
+    average: float = flag(0.97, "the policy that is evaluated and saved is a running average of the weights with this decay a step; "
                                "0: the last weights, and no second copy of them in memory (paper: 0)")
     std_scale: bool = flag(True, "divide advantages by the group's standard deviation (False: Dr. GRPO)")
     keep: str = flag("signal", "groups to train on; signal: rewards differ; mixed: success rate within 0.1..0.9, as published",
                      choices=["signal", "mixed"])
     model: str = flag(str(WEIGHTS / "tiny_vla"), "starting policy: folder or hub id")
     world_model: str = flag(str(WEIGHTS / "vjepa_tiny"), "V-JEPA 2 encoder: folder or hub id; pixels: mean frames instead of latents, a baseline")
+    dtype: str = flag("float32", "of the policy's weights; bfloat16 keeps fp32 master weights in the optimiser", choices=["float32", "bfloat16"])
+    lora_rank: int = flag(0, "train LoRA adapters of this rank on all linear layers, the towers' too; 0: all weights")
+    gradient_checkpointing: bool = flag(False, "OpenVLA: recompute activations in the backward pass: less memory, a third more time")
+    offload_optimizer: bool = flag(False, "optimiser state and step on the CPU, for one process: 12 of 16 bytes a weight leave the GPU")
     seed: int = flag(0, "of initial states, sampling and minibatches")
     out: str = flag("", "output folder (default: out/REWARD)")
     resume: str = flag("", "folder of a run to go on with; its settings are taken over, others given must agree")
@@ -111,7 +119,7 @@ FREE = {"out", "resume", "workers", "threads", "eval_every", "save_every", "asse
 def check(s: Settings) -> None:
     """ValueError, one line, for a setting out of range."""
     for name, low in (("steps", 1), ("groups", 1), ("group_size", 2), ("epochs", 1), ("minibatch", 1), ("micro_batch", 1),
-                      ("workers", 1), ("tables", 0), ("demos", 1), ("sft_steps", 1), ("save_every", 1), ("threads", 0),
+                      ("workers", 1), ("tables", 0), ("demos", 1), ("sft_steps", 1), ("save_every", 1), ("threads", 0), ("lora_rank", 0),
                       ("horizon", 0), ("eval_every", 0), ("seed", 0), ("beta", 0), ("target_kl", 0), ("lr_end", 0)):
         if not low <= getattr(s, name) < math.inf:
             raise ValueError(f"--{name} must be at least {low}, got {getattr(s, name)}"
@@ -127,6 +135,10 @@ def check(s: Settings) -> None:
         raise ValueError(f"--tables {s.tables} is less than --workers {s.workers}: each worker needs one")
     if not s.clip_low < 1:
         raise ValueError(f"--clip_low must be below 1, got {s.clip_low}")
+    if s.groups < parallel.world():
+        raise ValueError(f"--groups {s.groups} for {parallel.world()} ranks: each needs one")
+    if s.offload_optimizer and parallel.world() > 1:
+        raise ValueError("--offload_optimizer is for one process; ranks divide the optimiser's state among them already")
 
 
 # Demonstrations and supervised fine-tuning
@@ -242,28 +254,33 @@ def collate(episodes: list[envs.Episode], advantages: torch.Tensor, instructions
 
 def update(policy, reference, optimizer, batch: Batch, s: Settings) -> dict:
     """Clipped updates over a step's batch. Loss (SRPO-VLA, and its code): mean over a rollout's valid tokens, then over
-    rollouts. Returns statistics over all updates; a minibatch with a non-finite loss or gradient is skipped and counted."""
+    rollouts. Returns statistics over all updates; a minibatch with a non-finite loss or gradient is skipped and counted.
+    Minibatches are of all ranks' rows, numbered by rank; a rank whose one row has no valid token only fills up passes."""
     stats, norms, skipped, stop = [], [], 0, False
     weight = grpo.trajectory_weights(batch.mask, batch.trajectory)                  # (N,)
-    rollouts = grpo.loss_normalizer(batch.mask, "sequence", row_weight=weight)
+    counts = parallel.gather([int(batch.mask.any(1).sum())])                        # rows of each rank
+    first, own, total = sum(counts[:parallel.rank()]), counts[parallel.rank()], sum(counts)
+    rollouts = sum(parallel.gather([grpo.loss_normalizer(batch.mask, "sequence", row_weight=weight) if own else 0.0]))
     device = next(policy.parameters()).device
     for _ in range(s.epochs):
-        for rows in torch.randperm(len(batch.mask)).split(s.minibatch):
-            normalizer, seen = rollouts * len(rows) / len(batch.mask), []           # expectation: the whole batch's gradient
-            for part in rows.split(s.micro_batch):
+        for rows in parallel.permutation(total).split(s.minibatch):
+            normalizer, seen = rollouts * len(rows) / total, []                     # expectation: the whole batch's gradient
+            rows = rows[(rows >= first) & (rows < first + own)] - first             # this rank's
+            for part in parallel.even(list(rows.split(s.micro_batch)) if len(rows) else []):
+                counted, part = part is not None, torch.tensor([0]) if part is None else part
                 frames = policy.pixel_values(vla.policy_frames(policy, batch.images[part]))
                 inputs = (*policy.prompt_ids([batch.instructions[i] for i in part]), frames)
-                bins, old, adv, mask = (x[part].to(device) for x in (batch.bins, batch.logp, batch.advantage, batch.mask))
-                logp, _ = grpo.token_logprobs(policy(*inputs), bins, s.temperature)
+                bins, old, adv, mask = (x[part].to(device) for x in (batch.bins, batch.logp, batch.advantage, batch.mask & counted))
                 ref = None
-                if reference is not None:
-                    with torch.no_grad():
-                        ref, _ = grpo.token_logprobs(reference(*inputs), bins, s.temperature)
+                if s.beta:                                                          # with LoRA: the policy with its adapters off
+                    with torch.no_grad(), adapters_off(policy) if reference is None else nullcontext():
+                        ref, _ = grpo.token_logprobs((reference or policy)(*inputs), bins, s.temperature)
+                logp, _ = grpo.token_logprobs(policy(*inputs), bins, s.temperature)
                 loss, stat = grpo.policy_loss(logp, old, adv, mask, ref_logp=ref, clip=(s.clip_low, s.clip_high), beta=s.beta,
                                               aggregate="sequence", row_weight=weight[part].to(device), normalizer=normalizer)
-                loss.backward()
-                seen.append(stat)
-            stats.append(grpo.merge_stats(seen))
+                (loss * parallel.world()).backward()                                # ranks' gradients are averaged
+                seen.append({name: float(x) for name, x in stat.items()})
+            stats.append(grpo.merge_stats(parallel.gather(seen)))
             if s.target_kl and stats[-1]["old_kl"] > s.target_kl:
                 optimizer.zero_grad()
                 stop = True
@@ -283,13 +300,13 @@ def update(policy, reference, optimizer, batch: Batch, s: Settings) -> dict:
 
 
 def score(episodes: list[envs.Episode], encoder, s: Settings) -> tuple[np.ndarray, rewards.ProgressRecord | None]:
-    """Reward of each rollout, float64 (N,), and the record of how it came about (None for 0/1 rewards)."""
-    success = np.array([e.success for e in episodes])
+    """Reward of each rollout of all ranks, float64 (N,), and the record of how it came about (None for 0/1 rewards)."""
+    success = np.array(parallel.gather([e.success for e in episodes]))
     if s.reward == "binary":
         return success.astype(float), None
-    latents = encoder.encode([e.video for e in episodes]).numpy()                   # (N, D): one per ROLLOUT
-    group = np.repeat(np.arange(len(episodes) // s.group_size), s.group_size)
-    return rewards.progress_reward(latents, success, [e.start.task for e in episodes], variant=s.variant, alpha=s.alpha,
+    latents = torch.stack(parallel.gather(list(encoder.encode([e.video for e in episodes])))).numpy()       # (N, D): one per ROLLOUT
+    group = np.repeat(np.arange(len(success) // s.group_size), s.group_size)
+    return rewards.progress_reward(latents, success, parallel.gather([e.start.task for e in episodes]), variant=s.variant, alpha=s.alpha,
                                    group=group)
 
 
@@ -299,22 +316,28 @@ def train(s: Settings, suite: envs.Suite, out: Path, step: int, policy, average,
     average: running average of the policy's weights, or None; reference: starting policy, or None if beta is 0; encoder: world model, or None for 0/1 rewards."""
     key, (trained, heldout) = vla.find_key(policy.norm_stats, suite.name), splits(s)
     result = None
-    with grpo.ctrl_c() as interrupted, tqdm(total=s.steps, initial=step, desc=s.reward, unit="step", dynamic_ncols=True, mininterval=1) as bar:
-        while step < s.steps and not interrupted:
+    stop = False
+    with grpo.ctrl_c() as interrupted, tqdm(total=s.steps, initial=step, desc=s.reward, unit="step", dynamic_ncols=True, mininterval=1,
+                                            disable=parallel.rank() > 0) as bar:
+        while step < s.steps and not stop:
             step += 1
             # Each step has its own random numbers, a function of (seed, step): so a resumed run repeats an uninterrupted one.
             rng = np.random.default_rng([s.seed, step])
-            torch.manual_seed(int(rng.integers(2**62)))
+            torch.manual_seed(int(rng.integers(2**62)) + parallel.rank())
             now = replace(s, temperature=s.temperature + (s.temperature_end - s.temperature) * (step - 1) / max(s.steps - 1, 1))
             optimizer.param_groups[0]["lr"] = s.lr * min(1, step / 10) * (1 - (1 - s.lr_end) * (step - 1) / s.steps)
 
             began = time.perf_counter()                                                 # 1. rollouts
             pool = suite.starts(trained)
-            starts = [pool[i] for i in rng.choice(len(pool), s.groups, replace=s.groups > len(pool)) for _ in range(s.group_size)]
-            episodes = envs.play(sampler(policy, now.temperature, key), workers, starts, suite=suite)
+            states = [pool[i] for i in rng.choice(len(pool), s.groups, replace=s.groups > len(pool))]
+            starts = [state for state in parallel.share(states) for _ in range(s.group_size)]
+            with parallel.gathered(policy):
+                played = envs.play(sampler(policy, now.temperature, key), workers, starts, suite=suite)
             rolled = time.perf_counter()
 
-            reward, record = score(episodes, encoder, s)                                # 2. rewards
+            reward, record = score(played, encoder, s)                                  # 2. rewards
+            episodes = parallel.gather([replace(e, images=[]) for e in played])         # of all ranks
+            first = sum(parallel.gather([len(played)])[:parallel.rank()])
             scored = time.perf_counter()
 
             by_group = torch.tensor(reward, dtype=torch.float32).view(s.groups, s.group_size)
@@ -324,8 +347,11 @@ def train(s: Settings, suite: envs.Suite, out: Path, step: int, policy, average,
                 advantages = advantages * ((rate >= 0.1) & (rate <= 0.9))[:, None]
             used = (advantages != 0).any(1)
 
-            batch = collate(episodes, advantages.flatten(), suite.instructions)                        # 4. update
-            stats = update(policy, reference, optimizer, batch, now) if len(batch.mask) else {"updates": 0, "skipped": 0}
+            batch = collate(played, advantages.flatten()[first:first + len(played)], suite.instructions)            # 4. update
+            if not len(batch.mask):
+                batch = collate(played[:1], torch.ones(1), suite.instructions)
+                batch.mask[:] = False
+            stats = update(policy, reference, optimizer, batch, now) if used.any() else {"updates": 0, "skipped": 0}
             if average is not None:
                 average.update_parameters(policy)
             if stats["skipped"]:
@@ -335,7 +361,7 @@ def train(s: Settings, suite: envs.Suite, out: Path, step: int, policy, average,
                    "failure_reward": float(by_group.flatten()[[not e.success for e in episodes]].mean()) if rate.mean() < 1 else None,
                    "length": env_steps / len(episodes), "groups_used": int(used.sum()), "groups_failed": int((rate == 0).sum()),
                    "groups_solved": int((rate == 1).sum()), "entropy": float(np.mean([r[2] for e in episodes for r in e.records])),
-                   **stats, "lr": optimizer.param_groups[0]["lr"], "temperature": now.temperature, "env_steps": env_steps, "tokens": int(batch.mask.sum()),
+                   **stats, "lr": optimizer.param_groups[0]["lr"], "temperature": now.temperature, "env_steps": env_steps, "tokens": sum(parallel.gather([int(batch.mask.sum())])),
                    "workers_replaced": workers.replaced, "seconds_rollout": rolled - began, "seconds_reward": scored - rolled,
                    "seconds_update": time.perf_counter() - scored}
             if record is not None:
@@ -343,7 +369,7 @@ def train(s: Settings, suite: envs.Suite, out: Path, step: int, policy, average,
                         "noise": sum(record.noise.values()), "fallbacks": sum(map(bool, record.fallbacks.values()))}
             if step == s.steps or s.eval_every and step % s.eval_every == 0:
                 gifs = out / "after" if step == s.steps and suite.name != "tabletop" else None
-                result = evaluation.evaluate_vla(policy if average is None else average.module, workers, heldout, key, None, suite, gifs)
+                result = evaluate(policy if average is None else average.module, workers, heldout, key, suite, gifs)
                 row["heldout"] = result["success"]
                 tqdm.write(f"step {step:4d}  held-out success {result['success']:.1%} (greedy, {result['episodes']} episodes)")
             log.append(row)
@@ -355,9 +381,61 @@ def train(s: Settings, suite: envs.Suite, out: Path, step: int, policy, average,
                            f"  reward {row['seconds_reward']:.1f} s  update {row['seconds_update']:.1f} s")
             if step % 25 == 1:
                 tqdm.write("  sample: " + describe(suite, episodes, reward, advantages.flatten(), record, int(rng.integers(len(episodes)))))
-            if step % s.save_every == 0 or step == s.steps or interrupted:
+            stop = bool(parallel.gather(interrupted))                                   # on any rank
+            if step % s.save_every == 0 or step == s.steps or stop:
                 save(out, s, step, policy, average, optimizer)
     return step, result
+
+
+def evaluate(policy, workers: envs.Workers, split: str, key: str, suite: envs.Suite, gifs: Path | None) -> dict:
+    """`eval.evaluate_vla` on all initial states of a split; the first rank plays, the others wait."""
+    with parallel.gathered(policy):
+        return parallel.gather([evaluation.evaluate_vla(policy, workers, split, key, None, suite, gifs)] if parallel.rank() == 0 else [])[0]
+
+
+def film(policy, starts: list[envs.Start], key: str, path: Path) -> None:
+    """The same with `eval.film`."""
+    with parallel.gathered(policy):
+        if parallel.rank() == 0:
+            evaluation.film(policy, starts, key, path)
+
+
+def prepared(policy, s: Settings):
+    """A policy with the adapters and the checkpointing that the settings ask for."""
+    if s.gradient_checkpointing:
+        if not hasattr(policy, "set_gradient_checkpointing"):
+            raise ValueError(f"--gradient_checkpointing is for OpenVLA; {s.model} is a TinyVLA, whose activations are small")
+        policy.set_gradient_checkpointing()
+    if s.lora_rank:
+        from peft import LoraConfig, inject_adapter_in_model
+        # All but the head, of which the policy reads rows, and what it never runs
+        layers = [name for name, m in policy.named_modules() if isinstance(m, torch.nn.Linear) and m.weight.requires_grad and "lm_head" not in name]
+        torch.manual_seed(s.seed)                               # the same adapters on every rank
+        inject_adapter_in_model(LoraConfig(r=s.lora_rank, lora_alpha=2 * s.lora_rank, target_modules=layers), policy)
+        for p in (p for p in policy.parameters() if p.requires_grad):
+            p.data = p.data.float()
+    return policy
+
+
+@contextmanager
+def adapters_off(policy):
+    """Within it a policy with adapters is the one it started as."""
+    layers = [m for m in policy.modules() if hasattr(m, "lora_A")]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def kept(policy, average) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What a checkpoint holds beside the optimiser: the weights that are trained, and their running average."""
+    names = {name for name, p in policy.named_parameters() if p.requires_grad}
+    return ({name: p for name, p in policy.named_parameters() if name in names},
+            {} if average is None else {f"average.{name}": x for name, x in average.state_dict().items()
+                                        if name == "n_averaged" or name.removeprefix("module.") in names})
 
 
 def describe(suite, episodes, reward, advantages, record, i: int) -> str:
@@ -370,22 +448,21 @@ def describe(suite, episodes, reward, advantages, record, i: int) -> str:
 
 
 def save(out: Path, s: Settings, step: int, policy, average, optimizer) -> None:
-    averaged = {} if average is None else {f"average.{name}": x for name, x in average.state_dict().items()}
-    grpo.save_checkpoint(out / "checkpoint", model_tensors=policy.state_dict(),
-                         trainer_tensors=grpo.optimizer_tensors(optimizer) | averaged, state={"step": step, "settings": asdict(s)})
+    weights, averaged = kept(policy, average)
+    parallel.save_checkpoint(out / "checkpoint", weights, optimizer, {"step": step, "settings": asdict(s)}, averaged)
 
 
-def prepare(s: Settings, given: set[str]) -> tuple[Settings, Path, int, dict | None]:
-    """Settings, output folder, last step done, and the checkpoint to go on from. Nothing is written if anything is wrong."""
+def prepare(s: Settings, given: set[str]) -> tuple[Settings, Path, int, bool]:
+    """Settings, output folder, last step done, and whether there is a checkpoint to go on from. Nothing is written if anything is wrong."""
     if "resume" in given and not s.resume:
         raise ValueError("--resume is empty; give the folder of a run")
     if not s.resume:
         out = Path(s.out or f"out/{s.reward}")
         if (out / "checkpoint" / "state.json").exists():
             raise ValueError(f"{out} holds a run already; go on with --resume {out}, or choose another --out")
-        return s, out, 0, None
+        return s, out, 0, False
     out = Path(s.resume)
-    model, trainer, state = grpo.load_checkpoint(out / "checkpoint")
+    state = grpo.read_state(out / "checkpoint")
     saved = state.get("settings", {})
     if set(saved) != set(asdict(s)):
         raise ValueError(f"{out}/checkpoint was written by another version of vla_srpo.py; start a new run with --out")
@@ -394,7 +471,7 @@ def prepare(s: Settings, given: set[str]) -> tuple[Settings, Path, int, dict | N
             raise ValueError(f"--{name} {getattr(s, name)} differs from the run's {saved.get(name)}; "
                              f"drop the flag, or start a new run with --out")
     s = Settings(**saved | {name: getattr(s, name) for name in given & FREE} | {"out": str(out), "resume": str(out)})
-    return s, out, state["step"], {"model": model, "trainer": trainer}
+    return s, out, state["step"], True
 
 
 def splits(s: Settings) -> tuple[str, str]:
@@ -416,7 +493,7 @@ def run(s: Settings, given: set[str]) -> int:
     torch.set_flush_denormal(True)          # CPU arithmetic on numbers below 1e-38 is many times slower, and they are noise
     if s.stage == "sft":
         if not s.out or Path(s.out).exists():
-            raise ValueError(f"--stage sft needs --out, a new folder for the policy" + (f"; {s.out} exists" if s.out else ""))
+            raise ValueError("--stage sft needs --out, a new folder for the policy" + (f"; {s.out} exists" if s.out else ""))
         if s.suite == "tabletop":
             policy, more = fine_tune(demonstrations(s.demos), s.sft_steps, s.sft_lr, s.seed), ""
         else:
@@ -427,8 +504,8 @@ def run(s: Settings, given: set[str]) -> int:
         print(f"wrote {s.out}; measure it: python eval.py vla --checkpoint {s.out}{more}")
         return 0
     logging.disable_progress_bar()          # transformers' own bar for loading weights
-    policy = vla.load_policy(s.model)
-    reference = vla.load_policy(s.model) if s.beta > 0 else None
+    policy = prepared(vla.load_policy(s.model, getattr(torch, s.dtype), parallel.device()), s)
+    reference = vla.load_policy(s.model, getattr(torch, s.dtype), parallel.device()) if s.beta > 0 and not s.lora_rank else None
     encoder = None
     if s.reward == "srpo":
         pixels = s.world_model == "pixels"
@@ -440,16 +517,17 @@ def run(s: Settings, given: set[str]) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {out} cannot be made ({error.strerror}); choose another folder") from None
-    optimizer = grpo.make_optimizer(policy, s.lr, betas=(0.9, 0.99))
     average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(s.average)) if s.average else None
+    optimizer = grpo.make_optimizer(parallel.shard(policy), s.lr, betas=(0.9, 0.99), offload=s.offload_optimizer)
+    if average is not None:
+        parallel.shard(average.module)
     if saved:
-        policy.load_state_dict(saved["model"])
-        if average is not None:
-            average.load_state_dict({name.removeprefix("average."): x for name, x in saved["trainer"].items() if name.startswith("average.")})
-        grpo.load_optimizer_tensors(optimizer, saved["trainer"])
+        weights, averaged = kept(policy, average)
+        parallel.load_checkpoint(out / "checkpoint", weights | averaged, optimizer)
     heldout, began = splits(s)[1], time.time()
     hidden = ("stage", "demos", "sft_steps", "sft_lr", "size")
     print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v not in ("", []) and k not in hidden))
+    print(plan.first_line(s, s.model))
     if suite.protocol:
         print(f"{suite.name}: {'; '.join(libero_envs.SPLIT_NAMES[split] for split in dict.fromkeys(splits(s)))}; {suite.protocol}")
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {len(suite.tasks)} tasks, {torch.get_num_threads()} torch threads, "
@@ -458,32 +536,37 @@ def run(s: Settings, given: set[str]) -> int:
     try:
         builtin, film_starts = suite.name == "tabletop", suite.starts(heldout, 1)       # LIBERO's GIFs come out of its evaluations
         if step == 0:
-            before = evaluation.evaluate_vla(policy, workers, heldout, key, None, suite, None if builtin else out / "before")
-            (out / "before.json").write_text(json.dumps(before, indent=1))
+            before = evaluate(policy, workers, heldout, key, suite, None if builtin else out / "before")
+            if parallel.rank() == 0:
+                (out / "before.json").write_text(json.dumps(before, indent=1))
             if builtin:
-                evaluation.film(policy, film_starts, key, out / "before.gif")
+                film(policy, film_starts, key, out / "before.gif")
             save(out, s, 0, policy, average, optimizer)
             print(f"before: {before['success']:.1%} of the held-out initial states solved (greedy)")
         else:
             before = json.loads((out / "before.json").read_text())
             print(f"resumed after step {step}")
-        log = grpo.MetricsLog(out / "metrics.jsonl", resume_step=step or -1)
+        log = grpo.MetricsLog(os.devnull if parallel.rank() else out / "metrics.jsonl", resume_step=step or -1)
         if step == 0:
             log.append({"step": 0, "heldout": before["success"]})
         done, after = train(s, suite, out, step, policy, average, reference, encoder, optimizer, log, workers)
         log.close()
+        final = policy if average is None else average.module
+        if done == s.steps:
+            after = after or evaluate(final, workers, heldout, key, suite, None)        # a finished run may be resumed too
+            if builtin:
+                film(final, film_starts, key, out / "after.gif")
+            weights = parallel.whole_weights(final)
+        if parallel.rank():
+            return 0 if done == s.steps else 130
         rows = evaluation.read_metrics(out / "metrics.jsonl")
         evaluation.draw_curves({s.reward: [rows]}, out / "curve.png")
         if done < s.steps:
             print(f"stopped after step {done}; go on with: python vla_srpo.py --resume {out}")
             return 130
-        final = policy if average is None else average.module
-        after = after or evaluation.evaluate_vla(final, workers, heldout, key, None, suite)     # a finished run may be resumed too
-        if builtin:
-            evaluation.film(final, film_starts, key, out / "after.gif")
         (out / "after.json").write_text(json.dumps(after, indent=1))
         shutil.rmtree(out / "policy", ignore_errors=True)
-        final.save_pretrained(out / "policy")
+        final.save_pretrained(out / "policy", weights)
     finally:
         workers.close()
     print("\nheld-out success, greedy, 95% Wilson intervals\n" + evaluation.table({"before": before, f"after {s.steps} steps": after}))
@@ -498,13 +581,20 @@ def run(s: Settings, given: set[str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser(Settings, description="SRPO for vision-language-action policies", allow_abbrev=False)
+    parser.add_argument("--plan", action="store_true", help="only say what the flags need of the GPU, and what would stop the run")
     parser.error = lambda message: (_ for _ in ()).throw(ValueError(message))
     try:
-        s, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        s, more, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
         if unknown:
             raise ValueError(f"unknown argument {unknown[0]}; see --help")
-        return run(s, {a[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for a in argv if a.startswith("--")})
-    except (ValueError, RuntimeError, OSError) as error:
+        parallel.start()
+        given = {a[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for a in argv if a.startswith("--")}
+        code = plan.show(s) if more.plan else run(s, given)
+        parallel.stop()
+        return code
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        if plan.ran_out(error):
+            error = plan.out_of_memory(prepare(s, given)[0] if s.resume else s)
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,0 +1,312 @@
+"""What a run needs of a GPU and of the machine, said before anything is loaded: `--plan` of vla_srpo.py and reflection_srpo.py.
+
+1. Sizes come from config.json and the headers of the safetensors files: no weight is read.
+2. Weights, gradients and optimiser state are counted tensor by tensor, as the flags make them: full or LoRA, bf16 or fp32, over N ranks.
+3. Activations are what autograd keeps of a micro-batch: block by block, or with gradient checkpointing each block's input and one block.
+4. The peak is the larger of two phases: rollout (whole weights, KV cache, optimiser state) and update (gradients, activations, logits).
+5. If that is more than is free, the flags that make it fit are found by trying them. Then what else would stop the run is looked at.
+
+Left out: the allocator's fragmentation and the libraries' own buffers, for which 5% is added; the simulator's memory.
+
+    python vla_srpo.py --plan --model FOLDER --dtype bfloat16 --gradient_checkpointing
+    torchrun --nproc-per-node 4 reflection_srpo.py rl --paper --model FOLDER --data rows.jsonl --plan
+"""
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+
+import vla
+
+GiB = 2**30
+MARGIN = 1.05
+PROMPT_TOKENS = 32      # of an OpenVLA instruction, about
+# What may be changed to save memory, the least costly first; each is tried on top of the ones before
+SAVINGS = {"vla": [{"gradient_checkpointing": True}, {"micro_batch": 8}, {"micro_batch": 1}, {"average": 0.0}, {"dtype": "bfloat16"}, {"lora_rank": 32},
+                   {"offload_optimizer": True}],
+           "vlm": [{"gradient_checkpointing": True}, {"micro_tokens": 4096}, {"rollout_batch": 16}, {"micro_tokens": 1}, {"dtype": "bfloat16"},
+                   {"lora_rank": 32}, {"offload_optimizer": True}]}
+
+
+@dataclass
+class Needs:
+    """Bytes on each GPU (CPU without one)."""
+    weights: float          # this rank's shard
+    gathered: float         # the rest of the weights, while all are whole for the rollouts
+    working: float          # whole weights of a block or two, and of the root, in the update of several ranks
+    gradients: float
+    optimizer: float
+    copies: float           # running average, reference
+    activations: float
+    logits: float           # of the completions: forward, copy, gradient
+    kv_cache: float
+    world_model: float
+
+    @property
+    def rollout(self) -> float:
+        return MARGIN * (self.weights + self.gathered + self.optimizer + self.copies + self.kv_cache + self.world_model)
+
+    @property
+    def update(self) -> float:
+        return MARGIN * (self.weights + self.working + self.gradients + self.optimizer + self.copies + self.activations + self.logits + self.world_model)
+
+    @property
+    def peak(self) -> float:
+        return max(self.rollout, self.update)
+
+
+def read_checkpoint(path: str | Path) -> tuple[Path, dict, dict[str, tuple[int, ...]]]:
+    """(folder, config.json, shape of every tensor), from the headers. Errors as vla.read_headers'."""
+    folder = vla.local_folder(path)
+    return folder, vla.read_json(folder / "config.json"), {name: shape for name, (_, shape) in vla.read_headers(folder).items()}
+
+
+# Counting
+
+def trained(shapes: dict[str, tuple[int, ...]], s) -> dict[str, int]:
+    """Elements of each trained tensor by the model's tensor it belongs to: of the tensor, or of its two adapters."""
+    depth = {tower: 1 + max((int(m[1]) for name in shapes if (m := re.match(rf".*\.{tower}\.blocks\.(\d+)\.", name))), default=0)
+             for tower in ("featurizer", "fused_featurizer")}
+    unused = "|".join(rf"\.{tower}\.(blocks\.{n - 1}\.|norm\.|attn_pool\.)" for tower, n in depth.items())    # OpenVLA's towers keep them, untrained
+    vision = getattr(s, "freeze_vision", False)
+    names = [name for name in shapes if not re.search(unused, name) and not (vision and "visual." in name)]
+    if not s.lora_rank:
+        return {name: math.prod(shapes[name]) for name in names}
+    if any("visual." in name for name in shapes):                                       # reflection_srpo.py: the language model's layers
+        names = [name for name in shapes if re.search(r"\.(q|k|v|o|gate|up|down)_proj\.weight$", name) and "visual." not in name]
+    return {name: s.lora_rank * sum(shapes[name]) for name in names
+            if name.endswith(".weight") and len(shapes[name]) == 2 and not re.search("embed_tokens|lm_head|^words", name)}
+
+
+@dataclass
+class Stack:
+    """Transformer blocks of one kind, and the rows of `length` tokens that a micro-batch sends through them.
+
+    llama: RMSNorm, gated MLP, padding; qwen-vit: the same without padding, q, k and v cut from one tensor; vit: LayerNorm, GELU MLP; dino: that,
+    with both branches scaled by a vector."""
+    kind: str
+    rows: int
+    length: int
+    width: int
+    depth: int
+    mlp: int
+
+    def inputs(self, size: int) -> float:
+        """Bytes of a block's input, `size` a number."""
+        return self.rows * self.length * self.width * size
+
+    def norm(self, size: int) -> float:
+        """What an RMSNorm keeps: its input in fp32, the normalised value, the output."""
+        return self.rows * self.length * self.width * (4 + 2 * size)
+
+    def block(self, size: int) -> float:
+        """What autograd keeps of one block with SDPA attention, k and v repeated to the query heads."""
+        mlp = self.rows * self.length * self.mlp * size
+        if self.kind == "llama":
+            return 2 * self.norm(size) + 4 * self.inputs(size) + 4 * mlp + self.rows * self.length**2 * size        # the additive mask
+        if self.kind == "qwen-vit":
+            return 2 * self.norm(size) + 6 * self.inputs(size) + 4 * mlp
+        return (10 if self.kind == "dino" else 8) * self.inputs(size) + 2 * mlp
+
+
+def stacks(config: dict, shapes: dict, s) -> list[Stack]:
+    """Of the model, the language model last; none in a TinyVLA, whose activations are small."""
+    if config["model_type"] == "tiny_vla":
+        return []
+    text = config.get("text_config") or config
+    text = dict(width=text["hidden_size"], depth=text["num_hidden_layers"], mlp=text["intermediate_size"])
+    if config["model_type"] == "openvla":
+        (w1, d1, m1), (w2, d2, m2) = (vla.tower_size(shapes, f"vision_backbone.{tower}", Path(".")) for tower in ("featurizer", "fused_featurizer"))
+        return [Stack("dino", s.micro_batch, vla.PATCHES + 5, w1, d1 - 1, m1), Stack("vit", s.micro_batch, vla.PATCHES, w2, d2 - 1, m2),
+                Stack("llama", s.micro_batch, vla.PATCHES + PROMPT_TOKENS + vla.ACTION_TOKENS + 1, **text)]
+    language, vision = Stack("llama", sequences(s), s.max_prompt + s.max_new_tokens, **text), config["vision_config"]
+    if s.freeze_vision or s.lora_rank:                                                  # nothing of the tower is kept
+        return [language]
+    merged = vision.get("spatial_merge_size", 2)**2                                     # patches of an image token
+    pictures = min(s.max_prompt, s.max_pixels // (vision["patch_size"]**2 * merged))    # image tokens of a prompt, at most
+    return [Stack("qwen-vit", sequences(s), pictures * merged, vision["hidden_size"], vision["depth"], vision["intermediate_size"]), language]
+
+
+def activations(config: dict, shapes: dict, s, size: int) -> float:
+    """What autograd keeps of a micro-batch; with gradient checkpointing the blocks' inputs, and the block that is being recomputed."""
+    parts = stacks(config, shapes, s)
+    if not parts:
+        return 0.0
+    total = parts[-1].norm(size)                                                        # the final norm
+    if config["model_type"] == "openvla":
+        both, d = parts[0].width + parts[1].width, parts[2].width
+        total += s.micro_batch * vla.PATCHES * (9 * both + 2 * d) * size                # the projector
+    if s.gradient_checkpointing:
+        return total + sum(part.inputs(size) * part.depth for part in parts) + max(part.block(size) for part in parts)
+    return total + sum(part.block(size) * part.depth for part in parts)
+
+
+def sequences(s) -> int:
+    """Responses of a micro-batch: one always goes."""
+    return max(1, s.micro_tokens // (s.max_prompt + s.max_new_tokens))
+
+
+def needs(s, config: dict, shapes: dict, ranks: int = 1, world_model: float = 0.0) -> Needs:
+    """Per GPU, for the settings of either script."""
+    size, numbers = (2 if s.dtype == "bfloat16" else 4), {name: math.prod(shape) for name, shape in shapes.items()}
+    train = trained(shapes, s)
+    adapted = sum(train.values()) * 4 if s.lora_rank else 0                             # adapters are fp32
+    weights = sum(numbers.values()) * size + adapted
+    gradients = sum(train.values()) * (4 if s.lora_rank else size)
+    master = 4 if (size == 2 and not s.lora_rank) else 0
+    optimizer = 0 if s.offload_optimizer and torch.cuda.is_available() else sum(train.values()) * (8 + master)
+    kv_cache = logits = 0.0
+    if hasattr(s, "micro_tokens"):
+        text = config.get("text_config") or config
+        heads = text.get("num_key_value_heads") or text["num_attention_heads"]
+        kv_cache = (min(s.rollout_batch, math.ceil(s.prompts / ranks) * s.group_size) * (s.max_prompt + s.max_new_tokens)
+                    * text["num_hidden_layers"] * 2 * heads * (text["hidden_size"] // text["num_attention_heads"]) * size)
+        logits = 3 * sequences(s) * s.max_new_tokens * text["vocab_size"] * size
+    copies = (weights / ranks if getattr(s, "average", 0) else 0) + (sum(numbers.values()) * size if s.beta and not s.lora_rank else 0)
+    blocks = sum(part.depth for part in stacks(config, shapes, s)) or 1
+    root = sum(n for name, n in numbers.items() if not re.search(r"\.(blocks|layers)\.\d+\.", name)) * size
+    working = 0 if ranks == 1 else (root + 2 * (weights - root) / blocks) * (1 - 1 / ranks)
+    return Needs(weights / ranks, weights * (1 - 1 / ranks), working, gradients / ranks, optimizer / ranks, copies, activations(config, shapes, s, size),
+                 logits, kv_cache, world_model)
+
+
+def world_model_bytes(path: str, batch: int) -> float:
+    """fp32 weights of a V-JEPA 2, and what its widest moment in a pass over `batch` clips holds, in bf16 with fp32 norms."""
+    _, config, shapes = read_checkpoint(path)
+    d = config["hidden_size"]
+    tokens = config["frames_per_clip"] // config["tubelet_size"] * (config["crop_size"] // config["patch_size"])**2
+    return 4 * sum(map(math.prod, shapes.values())) + batch * tokens * d * (8 + 4 * config["mlp_ratio"])
+
+
+def free_memory() -> tuple[float, str]:
+    """(bytes, of what): free on this rank's GPU, or available RAM."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
+    try:
+        line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
+        return int(line.split()[1]) * 1024 / int(os.environ.get("LOCAL_WORLD_SIZE", 1)), "RAM of the CPU"
+    except OSError:                                                                     # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "RAM of the CPU"
+
+
+def savings(s, config: dict, shapes: dict, ranks: int, world_model: float, free: float) -> tuple[dict, Needs]:
+    """The settings to change so that it fits, and what is then needed; all there are if it never does."""
+    changes, best = {}, needs(s, config, shapes, ranks, world_model)
+    for more in SAVINGS["vlm" if hasattr(s, "micro_tokens") else "vla"]:
+        if best.peak <= free:
+            break
+        if "gradient_checkpointing" in more and config["model_type"] == "tiny_vla" or "offload_optimizer" in more and ranks > 1:
+            continue
+        now = needs(replace(s, **changes | more), config, shapes, ranks, world_model)
+        if now.peak < 0.99 * best.peak:
+            changes, best = changes | more, now
+    return changes, best
+
+
+def inputs(s, model: str) -> tuple[Path, tuple]:
+    """The checkpoint's folder, and what `needs` takes after the settings; ranks are torchrun's."""
+    if not (model or s.model):
+        raise ValueError("--plan needs --model: a folder or hub id")
+    folder, config, shapes = read_checkpoint(model or s.model)
+    encoder = world_model_bytes(s.world_model, 32) if getattr(s, "reward", "") == "srpo" and s.world_model != "pixels" else 0.0
+    return folder, (config, shapes, int(os.environ.get("WORLD_SIZE", 1)), encoder)
+
+
+def summary(plan: Needs) -> str:
+    free, what = free_memory()
+    return f"rollout {plan.rollout / GiB:.2f}, update {plan.update / GiB:.2f} GiB by plan, with 5% for the allocator; free {free / GiB:.2f} ({what})"
+
+
+def first_line(s, model: str) -> str:
+    """Of every run."""
+    return "memory: " + summary(needs(s, *inputs(s, model)[1]))
+
+
+def report(s, model: str = "") -> tuple[str, list[str]]:
+    """The plan as text, and what would stop the run, a line each."""
+    folder, given = inputs(s, model)
+    config, shapes, ranks, _ = given
+    if problems := checks(s, folder, config, shapes):
+        return "", problems
+    plan, (free, _) = needs(s, *given), free_memory()
+    lines = [f"plan for {folder}: {sum(map(math.prod, shapes.values())):,} parameters, {sum(trained(shapes, s).values()):,} trained, {ranks} rank(s); GiB each"]
+    lines += [f"  {field.name.replace('_', ' '):12} {getattr(plan, field.name) / GiB:8.2f}" for field in fields(plan)]
+    lines.append("  " + summary(plan))
+    if plan.peak > free:
+        changes, best = savings(s, *given, free)
+        flags = " ".join(f"--{name} {value}" for name, value in changes.items())
+        problems.append(f"does not fit: {plan.peak / GiB:.1f} GiB needed, {free / GiB:.1f} free; " + (
+            f"fits with {flags}: {best.peak / GiB:.1f} GiB" if best.peak <= free else
+            f"even with {flags or 'every flag'} {best.peak / GiB:.1f} GiB; take a larger GPU or more of them (torchrun)"))
+    return "\n".join(lines), problems
+
+
+def show(s) -> int:
+    """`--plan`: the exit code is 0 if nothing would stop the run."""
+    text, problems = report(s)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text)
+        print(*(f"problem: {problem}" for problem in problems), sep="\n", end="\n" * bool(problems), file=sys.stderr)
+    return 2 if problems else 0
+
+
+def ran_out(error: BaseException) -> bool:
+    """Of memory, on the GPU or the CPU."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def out_of_memory(s, model: str = "") -> str:
+    """One line for a run that ran out: what was needed by the plan, and what to change."""
+    if not (model or s.model):
+        return "out of memory; lower the batch sizes, see --help"
+    _, given = inputs(s, model)
+    plan, free = needs(s, *given), torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else free_memory()[0]
+    changes, best = savings(s, *given, min(free, 0.9 * plan.peak))              # it did not fit, whatever the plan says
+    flags = " ".join(f"--{name} {value}" for name, value in changes.items())
+    return (f"out of memory: by plan these flags need {plan.peak / GiB:.1f} of {free / GiB:.1f} GiB (rollout {plan.rollout / GiB:.1f}, update "
+            f"{plan.update / GiB:.1f}); " + (f"{flags} needs {best.peak / GiB:.1f}" if flags else "take a larger GPU or more of them (torchrun)"))
+
+
+# What else would stop the run
+
+def checks(s, folder: Path, config: dict, shapes: dict) -> list[str]:
+    """Problems of the checkpoint, its tokenizer, the suite and OpenGL, a line each with the fix."""
+    problems, kind = [], config.get("model_type")
+    if hasattr(s, "micro_tokens"):
+        if "vision_config" not in config:
+            return [f"{folder} is a {kind}, which takes no pictures; give a Qwen2.5-VL or Qwen3-VL"]
+        words = len((vla.read_json(folder / "tokenizer.json").get("model") or {}).get("vocab", ())) if (folder / "tokenizer.json").is_file() else 0
+        rows = (config.get("text_config") or config)["vocab_size"]
+        if not words:
+            problems.append(f"{folder} has no tokenizer.json; copy it from the original checkpoint")
+        elif words > rows:
+            problems.append(f"{folder}: the tokenizer has {words} words and the model {rows} rows; they belong to different checkpoints")
+        if not any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")) and \
+                "chat_template" not in (folder / "tokenizer_config.json").read_text():
+            problems.append(f"{folder} has no chat template: give an instruction-tuned checkpoint")
+        return problems
+    if kind == "openvla":
+        rows = shapes.get("language_model.lm_head.weight", (0,))[0]
+        if rows < vla.FIRST_BIN + vla.BINS:
+            problems.append(f"{folder}: the head has {rows} rows, the discrete action tokens end at {vla.FIRST_BIN + vla.BINS}")
+        if found := sorted(f.name for f in folder.glob("*action_head*")):
+            problems.append(f"{folder} holds {found[0]}, a regression head: RL needs the checkpoint with discrete action tokens")
+        if not (folder / "tokenizer.json").is_file():
+            problems.append(f"{folder} has no tokenizer.json; copy it from the original checkpoint")
+    elif kind != "tiny_vla":
+        return [f"{folder} is a {kind}; give an OpenVLA-OFT or a TinyVLA"]
+    file = folder / "dataset_statistics.json"
+    stats, suite = vla.read_json(file) if file.is_file() else config.get("norm_stats", {}), getattr(s, "suite", "tabletop")
+    if not {f"{suite}_no_noops", suite} & set(stats):
+        problems.append(f"{folder} has action statistics for {', '.join(sorted(stats)) or 'nothing'}, not for {suite}; give the checkpoint of that suite")
+    if suite == "tabletop":
+        try:
+            import envs
+            envs.Tabletop().reset()
+        except (RuntimeError, OSError, ImportError) as error:
+            problems.append(str(error).splitlines()[0])
+    return problems
