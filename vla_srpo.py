@@ -79,7 +79,7 @@ class Settings:
     target_kl: float = flag(0.02, "end a step's updates when KL(old || new) per token exceeds this; 0: never")
     beta: float = flag(0.0, "weight of the KL to the starting policy (the published code's loss leaves it out)")
     max_norm: float = flag(1.0, "gradient clipping")
-    average: float = flag(0.97, "the policy that is evaluated and saved is a running average of the weights with this decay a step; "
+    average: float = flag(0.97, "the policy that is evaluated and saved is a running average of the weights, its decay a step rising to this; "
                                "0: the last weights, and no second copy of them in memory (paper: 0)")
     std_scale: bool = flag(True, "divide advantages by the group's standard deviation (False: Dr. GRPO)")
     keep: str = flag("signal", "groups to train on; signal: rewards differ; mixed: success rate within 0.1..0.9, as published",
@@ -430,6 +430,11 @@ def adapters_off(policy):
             layer.enable_adapters(True)
 
 
+def running_average(decay: float):
+    """For AveragedModel: an exponential average, over fewer steps at first, while the policy changes fast."""
+    return lambda averages, weights, n: get_ema_multi_avg_fn(min(decay, (1 + int(n)) / (10 + int(n))))(averages, weights, n)
+
+
 def kept(policy, average) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """What a checkpoint holds beside the optimiser: the weights that are trained, and their running average."""
     names = {name for name, p in policy.named_parameters() if p.requires_grad}
@@ -517,7 +522,7 @@ def run(s: Settings, given: set[str]) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {out} cannot be made ({error.strerror}); choose another folder") from None
-    average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(s.average)) if s.average else None
+    average = AveragedModel(policy, multi_avg_fn=running_average(s.average)) if s.average else None
     optimizer = grpo.make_optimizer(parallel.shard(policy), s.lr, betas=(0.9, 0.99), offload=s.offload_optimizer)
     if average is not None:
         parallel.shard(average.module)

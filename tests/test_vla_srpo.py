@@ -452,9 +452,9 @@ def test_no_signal_at_all(monkeypatch, tmp_path):
     assert all(torch.equal(start[k], end[k]) for k in start)
 
 
-@pytest.mark.parametrize("decay", [0.75, 0.0])
+@pytest.mark.parametrize("decay", [0.25, 0.97, 0.0])
 def test_the_saved_policy_is_the_running_average(monkeypatch, tmp_path, decay):
-    """Against the definition, from the weights after every step: a_1 = w_1, a_t = decay * a_t-1 + (1 - decay) * w_t."""
+    """Against the definition, from the weights after every step: a_1 = w_1, a_t = d a_t-1 + (1 - d) w_t, d = min(decay, t / (9 + t))."""
     Pretend(monkeypatch, tmp_path)
     update, weights = vla_srpo.update, []
 
@@ -465,8 +465,9 @@ def test_the_saved_policy_is_the_running_average(monkeypatch, tmp_path, decay):
     monkeypatch.setattr(vla_srpo, "update", recording)
     assert go(tmp_path, "run", "--reward", "binary", "--average", str(decay)) == 0
     average = weights[0]
-    for later in weights[1:]:
-        average = {k: decay * v + (1 - decay) * later[k] for k, v in average.items()}
+    for n, later in enumerate(weights[1:], 1):
+        now = min(decay, (1 + n) / (10 + n))
+        average = {k: now * v + (1 - now) * later[k] for k, v in average.items()}
     saved = load_file(tmp_path / "run" / "policy" / "model.safetensors")
     assert len(weights) == 6
     for name, tensor in average.items():
