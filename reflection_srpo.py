@@ -398,6 +398,11 @@ def rejections_file(out: Path) -> Path:
 def load(s: Settings, path: str | Path):
     """(model ready for training, processor)."""
     model, processor = vlm.load_vlm(path, getattr(torch, s.dtype), s.device or parallel.device())
+    return prepared(model, s), processor
+
+
+def prepared(model, s: Settings):
+    """A model with what is frozen frozen, and the adapters and the checkpointing that the settings ask for."""
     if s.freeze_vision:
         model.model.visual.requires_grad_(False)                # the tower and, in `merger`, the projector
     if s.lora_rank:
@@ -407,7 +412,7 @@ def load(s: Settings, path: str | Path):
         model = get_peft_model(model, config)
     if s.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model, processor
+    return model
 
 
 def optimizer_of(model, s: Settings) -> grpo.MasterAdamW:
