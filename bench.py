@@ -108,9 +108,7 @@ def needed(case: Case, device: str) -> float:
     """Bytes by plan.py, from the shapes alone."""
     s, model = build(case, "meta")
     if s is None:
-        d, c = model.config.hidden_size, model.config
-        tokens = c.frames_per_clip // c.tubelet_size * (c.crop_size // c.patch_size)**2
-        return plan.MARGIN * (4 * sum(p.numel() for p in model.parameters()) + case.rows * tokens * d * (8 + 4 * c.mlp_ratio))
+        return plan.MARGIN * plan.encoder_bytes(model.config.to_dict(), sum(p.numel() for p in model.parameters()), case.rows)
     s.dtype = "bfloat16" if device != "cpu" else "float32"
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
     config = model.config | {"text_config": model.language_model.config.to_dict()} if case.model in OPENVLA else model.config.to_dict()

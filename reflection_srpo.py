@@ -500,7 +500,7 @@ def run(stage: str, s: Settings, given: set[str] = frozenset()) -> int:
         parallel.load_checkpoint(out / "checkpoint", trainable(model), optimizer)
         step = saved["step"]
     print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v != ""))
-    print(plan.first_line(s, base))
+    print("memory: " + plan.summary(s, plan.inputs(s, base)[1]))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(map(torch.Tensor.numel, trainable(model).values())):,} of them trained, "
           f"on {parallel.world()} x {model.device.type}; results go to {out}/" + (f"; resumed after step {step} of {saved['stage']}" if saved else ""))
     if s.data == "arrows":
@@ -626,6 +626,7 @@ def main(argv: list[str] | None = None) -> int:
     if stage == "study":
         parser.add_argument("--seeds", type=int, default=3)
         parser.add_argument("--rewards", nargs="+", default=["paper", "openrlhf", "outcome", "no_length"], choices=REWARDS)
+    s = None
     try:
         if stage == "data":
             return data(argv)
@@ -642,9 +643,7 @@ def main(argv: list[str] | None = None) -> int:
         parallel.stop()
         return code
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        if plan.ran_out(error):
-            error = plan.out_of_memory(prepare(s, given)[0] if s.resume else s)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plan.explain(error, s)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; if the run had saved a checkpoint, go on with --resume FOLDER", file=sys.stderr)

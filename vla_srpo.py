@@ -472,7 +472,7 @@ def run(s: Settings, given: set[str]) -> int:
         parallel.load_checkpoint(out / "checkpoint", weights | averaged, optimizer)
     key, began = next(iter(policy.norm_stats)), time.time()
     print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v != "" and k not in ("stage", "demos", "sft_steps", "sft_lr")))
-    print(plan.first_line(s, s.model))
+    print("memory: " + plan.summary(s, plan.inputs(s)[1]))
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {len(envs.TASKS)} tasks, {torch.get_num_threads()} torch threads, "
           f"{s.workers} simulator processes; results go to {out}/")
     workers = envs.Workers(s.workers, s.tables)
@@ -527,6 +527,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = HfArgumentParser(Settings, description="SRPO for vision-language-action policies", allow_abbrev=False)
     parser.add_argument("--plan", action="store_true", help="only say what the flags need of the GPU, and what would stop the run")
     parser.error = lambda message: (_ for _ in ()).throw(ValueError(message))
+    s = None
     try:
         s, more, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
         if unknown:
@@ -537,9 +538,7 @@ def main(argv: list[str] | None = None) -> int:
         parallel.stop()
         return code
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        if plan.ran_out(error):
-            error = plan.out_of_memory(prepare(s, given)[0] if s.resume else s)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plan.explain(error, s)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; if the run had saved a checkpoint, go on with: python vla_srpo.py --resume FOLDER", file=sys.stderr)
