@@ -41,7 +41,7 @@ PATIENCE = timedelta(hours=2)   # the longest that ranks wait for one that evalu
 
 def start() -> None:
     """Join the process group that torchrun describes in the environment: gloo, and nccl on CUDA. Ranks but the first print nothing."""
-    if "LOCAL_RANK" not in os.environ:
+    if "LOCAL_RANK" not in os.environ or dist.is_initialized():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -117,6 +117,17 @@ def vla_cases(folder: Path) -> None:
             (folder / f"vla-{kind}.json").write_text(json.dumps(stats))
 
 
+def vla_script(folder: Path) -> None:
+    """vla_srpo.py with the real simulator, few states and no films; then, from its checkpoint, a third step."""
+    evaluate = vla_srpo.evaluation.evaluate_vla
+    vla_srpo.evaluation.evaluate_vla = lambda policy, workers, split, key: evaluate(policy, workers, split, key, states=1)
+    vla_srpo.evaluation.film = lambda *_: None
+    code = vla_srpo.main(["--resume", str(folder / "vla")] if (folder / "vla" / "checkpoint").exists() else [
+        "--steps", "2", "--groups", "5", "--group_size", "3", "--save_every", "1", "--eval_every", "0", "--threads", "1", "--workers", "1",
+        "--tables", "4", "--minibatch", "8", "--out", str(folder / "vla")])
+    assert code == 0
+
+
 def bf16_model() -> torch.nn.Module:
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3)).bfloat16()      # 7, 5 and 3 rows: uneven shards
@@ -308,6 +319,20 @@ def test_reflection_srpo_on_two_ranks_resumes_on_one(folder, tmp_path):
     state.write_text(state.read_text().replace('"steps": 2', '"steps": 3'))             # as if it had been stopped
     assert rs.main(["rl", "--resume", str(out)]) == 0
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
+
+
+def test_vla_srpo_on_two_ranks_resumes_on_one(tmp_path):
+    """Simulator, world model, running average and all: the average that is saved is that of the last two steps' weights."""
+    job("vla_script", tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "vla" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [0, 1, 2] and any(r["updates"] for r in rows[1:]) and rows[2]["groups_used"] <= 5
+    state = tmp_path / "vla" / "checkpoint" / "state.json"
+    assert grpo.read_state(tmp_path / "vla" / "checkpoint")["step"] == 2
+    start, saved = (load_file(path / "model.safetensors") for path in (vla_srpo.WEIGHTS / "tiny_vla", tmp_path / "vla" / "policy"))
+    assert set(start) == set(saved) and all(0 < (start[k] - saved[k]).abs().max() < 0.01 for k in ("fc1.weight", "conv1.weight", "head.weight"))
+    state.write_text(state.read_text().replace('"steps": 2', '"steps": 3'))             # as if it had been stopped
+    job("vla_script", tmp_path, ranks=1)
+    assert [json.loads(line)["step"] for line in (tmp_path / "vla" / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
 
 
 def test_share_and_even_alone():
