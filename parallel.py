@@ -139,6 +139,11 @@ def gathered(*models: nn.Module) -> Iterator[None]:
             unit.set_reshard_after_forward(True, recurse=False)
 
 
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors on the CPU, put together again if they are divided; every rank must call it."""
+    return {name: (x.full_tensor() if isinstance(x, DTensor) else x).detach().cpu() for name, x in tensors.items()}
+
+
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """A copy for saving, on the CPU: all of the model's tensors by its class's names, LoRA adapters merged. Empty on ranks but the first."""
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) if world() > 1 else model.state_dict()

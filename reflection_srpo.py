@@ -432,7 +432,7 @@ def save_policy(model, processor, path: Path) -> None:
     """A checkpoint folder that `--model` and eval.py load; LoRA adapters are merged into it, and saved alone beside it."""
     weights = parallel.whole_weights(model)
     if hasattr(model, "peft_config"):
-        adapters = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in trainable(model).items()}
+        adapters = parallel.whole(trainable(model))
         if parallel.rank() == 0:
             model.save_pretrained(path.with_name(path.name + "_adapter"), state_dict=adapters)
         model = model.get_base_model()

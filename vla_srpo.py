@@ -33,6 +33,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: idle thr
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -415,6 +416,18 @@ def save(out: Path, s: Settings, step: int, policy, average, optimizer) -> None:
     parallel.save_checkpoint(out / "checkpoint", weights, optimizer, {"step": step, "settings": asdict(s)}, averaged)
 
 
+def save_policy(policy, out: Path) -> None:
+    """`out`/policy, adapters merged into it; these alone, as peft writes them, in policy_adapter."""
+    weights, adapters = parallel.whole_weights(policy), parallel.whole(kept(policy, None)[0]) if hasattr(policy, "peft_config") else {}
+    if parallel.rank() == 0:
+        shutil.rmtree(out / "policy", ignore_errors=True)
+        policy.save_pretrained(out / "policy", weights)
+        if adapters:
+            policy.peft_config["default"].save_pretrained(out / "policy_adapter")
+            save_file({f"base_model.model.{name.replace('.default.', '.')}": x for name, x in adapters.items()},
+                      out / "policy_adapter" / "adapter_model.safetensors")
+
+
 def prepare(s: Settings, given: set[str]) -> tuple[Settings, Path, int, bool]:
     """Settings, output folder, last step done, and whether there is a checkpoint to go on from. Nothing is written if anything is wrong."""
     if "resume" in given and not s.resume:
@@ -500,7 +513,7 @@ def run(s: Settings, given: set[str]) -> int:
             with parallel.gathered(final):
                 if parallel.rank() == 0:
                     evaluation.film(final, film_starts, key, out / "after.gif")
-            weights = parallel.whole_weights(final)
+            save_policy(final, out)
         if parallel.rank():
             return 0 if done == s.steps else 130
         rows = evaluation.read_metrics(out / "metrics.jsonl")
@@ -509,8 +522,6 @@ def run(s: Settings, given: set[str]) -> int:
             print(f"stopped after step {done}; go on with: python vla_srpo.py --resume {out}")
             return 130
         (out / "after.json").write_text(json.dumps(after, indent=1))
-        shutil.rmtree(out / "policy", ignore_errors=True)
-        final.save_pretrained(out / "policy", weights)
     finally:
         workers.close()
     print("\nheld-out success, greedy, 95% Wilson intervals\n" + evaluation.table({"before": before, f"after {s.steps} steps": after}))

@@ -250,6 +250,24 @@ def test_merged_weights_are_peft_s(folder):
         torch.testing.assert_close(ours[name], x, atol=1e-6, rtol=1e-5)
 
 
+def test_a_vla_s_adapters_are_saved_merged_and_alone(tmp_path):
+    from peft import PeftModel
+    base = vla.load_policy(vla_srpo.WEIGHTS / "tiny_vla")
+    policy = vla_srpo.prepared(vla.load_policy(vla_srpo.WEIGHTS / "tiny_vla"), vla_srpo.Settings(lora_rank=2))
+    assert sum(p.requires_grad for p in policy.parameters()) == 2 * 4               # film, fc1, fc2, head
+    for p in (p for p in policy.parameters() if p.requires_grad):
+        torch.nn.init.normal_(p, std=0.1)
+    inputs = (*policy.prompt_ids(["put the red cube on the green plate"]), torch.randn(1, 3, 64, 64))
+    with torch.no_grad():
+        expected, start = policy(*inputs), base(*inputs)
+        with vla_srpo.adapters_off(policy):
+            torch.testing.assert_close(policy(*inputs), start)
+        assert (expected - start).abs().max() > 0.1
+        vla_srpo.save_policy(policy, tmp_path)
+        torch.testing.assert_close(vla.load_policy(tmp_path / "policy")(*inputs), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path / "policy_adapter")(*inputs), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_bf16_shards_train_and_resume_on_one_process(tmp_path):
     """Two ranks save after three steps; one process goes on and equals one that did it all: weights, masters, moments."""
     job("bf16", tmp_path)
