@@ -123,8 +123,9 @@ def stacks(config: dict, shapes: dict, s) -> list[Stack]:
     text = dict(width=text["hidden_size"], depth=text["num_hidden_layers"], mlp=text["intermediate_size"])
     if config["model_type"] == "openvla":
         (w1, d1, m1), (w2, d2, m2) = (vla.tower_size(shapes, f"vision_backbone.{tower}", Path(".")) for tower in ("featurizer", "fused_featurizer"))
-        return [Stack("dino", s.micro_batch, vla.PATCHES + 5, w1, d1 - 1, m1), Stack("vit", s.micro_batch, vla.PATCHES, w2, d2 - 1, m2),
-                Stack("llama", s.micro_batch, vla.PATCHES + PROMPT_TOKENS + vla.ACTION_TOKENS + 1, **text)]
+        rows = min(s.micro_batch, s.minibatch)
+        return [Stack("dino", rows, vla.PATCHES + 5, w1, d1 - 1, m1), Stack("vit", rows, vla.PATCHES, w2, d2 - 1, m2),
+                Stack("llama", rows, vla.PATCHES + PROMPT_TOKENS + vla.ACTION_TOKENS + 1, **text)]
     language, vision = Stack("llama", sequences(s), s.max_prompt + s.max_new_tokens, **text), config["vision_config"]
     if s.freeze_vision or s.lora_rank:                                                  # nothing of the tower is kept
         return [language]
@@ -141,7 +142,7 @@ def activations(config: dict, shapes: dict, s, size: int) -> float:
     total = parts[-1].norm(size)                                                        # the final norm
     if config["model_type"] == "openvla":
         both, d = parts[0].width + parts[1].width, parts[2].width
-        total += s.micro_batch * vla.PATCHES * (9 * both + 2 * d) * size                # the projector
+        total += parts[0].rows * vla.PATCHES * (9 * both + 2 * d) * size                # the projector
     if s.gradient_checkpointing:
         return total + sum(part.inputs(size) * part.depth for part in parts) + max(part.block(size) for part in parts)
     return total + sum(part.block(size) * part.depth for part in parts)

@@ -245,7 +245,9 @@ def update(policy, reference, optimizer, batch: Batch, s: Settings) -> dict:
                 ref = None
                 if s.beta:                                                          # with LoRA: the policy with its adapters off
                     with torch.no_grad(), adapters_off(policy) if reference is None else nullcontext():
-                        ref, _ = grpo.token_logprobs((reference or policy)(*inputs), bins, s.temperature)
+                        ref, _ = grpo.token_logprobs((policy if reference is None else reference.to(device))(*inputs), bins, s.temperature)
+                    if reference is not None:
+                        reference.to("cpu")                                         # where it waits
                 logp, _ = grpo.token_logprobs(policy(*inputs), bins, s.temperature)
                 loss, stat = grpo.policy_loss(logp, old, adv, mask, ref_logp=ref, clip=(s.clip_low, s.clip_high), beta=s.beta,
                                               aggregate="sequence", row_weight=weight[part].to(device), normalizer=normalizer)
@@ -465,7 +467,7 @@ def run(s: Settings, given: set[str]) -> int:
         return 0
     logging.disable_progress_bar()          # transformers' own bar for loading weights
     policy = prepared(vla.load_policy(s.model, getattr(torch, s.dtype), parallel.device()), s)
-    reference = vla.load_policy(s.model, getattr(torch, s.dtype), parallel.device()) if s.beta > 0 and not s.lora_rank else None
+    reference = vla.load_policy(s.model, getattr(torch, s.dtype)) if s.beta > 0 and not s.lora_rank else None
     encoder = None
     if s.reward == "srpo":
         pixels = s.world_model == "pixels"
