@@ -41,7 +41,7 @@ PATIENCE = timedelta(hours=2)   # the longest that ranks wait for one that evalu
 
 def start() -> None:
     """Join the process group that torchrun describes in the environment: gloo, and nccl on CUDA. Ranks but the first print nothing."""
-    if "LOCAL_RANK" not in os.environ:
+    if "LOCAL_RANK" not in os.environ or dist.is_initialized():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -137,6 +137,11 @@ def gathered(*models: nn.Module) -> Iterator[None]:
         for unit in units:
             unit.reshard()
             unit.set_reshard_after_forward(True, recurse=False)
+
+
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors on the CPU, put together again if they are divided; every rank must call it."""
+    return {name: (x.full_tensor() if isinstance(x, DTensor) else x).detach().cpu() for name, x in tensors.items()}
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:

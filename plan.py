@@ -18,8 +18,10 @@ import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import psutil
 import torch
 
+import grpo
 import vla
 
 GiB = 2**30
@@ -69,15 +71,15 @@ def read_checkpoint(path: str | Path) -> tuple[Path, dict, dict[str, tuple[int, 
 
 def trained(shapes: dict[str, tuple[int, ...]], s) -> dict[str, int]:
     """Elements of each trained tensor by the model's tensor it belongs to: of the tensor, or of its two adapters."""
-    depth = {tower: 1 + max((int(m[1]) for name in shapes if (m := re.match(rf".*\.{tower}\.blocks\.(\d+)\.", name))), default=0)
-             for tower in ("featurizer", "fused_featurizer")}
-    unused = "|".join(rf"\.{tower}\.(blocks\.{n - 1}\.|norm\.|attn_pool\.)" for tower, n in depth.items())    # OpenVLA's towers keep them, untrained
-    vision = getattr(s, "freeze_vision", False)
-    names = [name for name in shapes if not re.search(unused, name) and not (vision and "visual." in name)]
+    unused = ["visual."] if getattr(s, "freeze_vision", False) else []
+    for tower in {name.split(".blocks.")[0] for name in shapes if name.startswith("vision_backbone.")}:     # OpenVLA's last blocks are never run
+        depth = len({name.split(".")[3] for name in shapes if name.startswith(f"{tower}.blocks.")})
+        unused += [f"{tower}.blocks.{depth - 1}.", f"{tower}.norm.", f"{tower}.attn_pool."] if depth else []
+    names = [name for name in shapes if not any(part in name for part in unused)]
     if not s.lora_rank:
         return {name: math.prod(shapes[name]) for name in names}
     if any("visual." in name for name in shapes):                                       # reflection_srpo.py: the language model's layers
-        names = [name for name in shapes if re.search(r"\.(q|k|v|o|gate|up|down)_proj\.weight$", name) and "visual." not in name]
+        names = [name for name in names if re.search(r"\.(q|k|v|o|gate|up|down)_proj\.weight$", name) and "visual." not in name]
     return {name: s.lora_rank * sum(shapes[name]) for name in names
             if name.endswith(".weight") and len(shapes[name]) == 2 and not re.search("embed_tokens|lm_head|^words", name)}
 
@@ -121,8 +123,9 @@ def stacks(config: dict, shapes: dict, s) -> list[Stack]:
     text = dict(width=text["hidden_size"], depth=text["num_hidden_layers"], mlp=text["intermediate_size"])
     if config["model_type"] == "openvla":
         (w1, d1, m1), (w2, d2, m2) = (vla.tower_size(shapes, f"vision_backbone.{tower}", Path(".")) for tower in ("featurizer", "fused_featurizer"))
-        return [Stack("dino", s.micro_batch, vla.PATCHES + 5, w1, d1 - 1, m1), Stack("vit", s.micro_batch, vla.PATCHES, w2, d2 - 1, m2),
-                Stack("llama", s.micro_batch, vla.PATCHES + PROMPT_TOKENS + vla.ACTION_TOKENS + 1, **text)]
+        rows = min(s.micro_batch, s.minibatch)
+        return [Stack("dino", rows, vla.PATCHES + 5, w1, d1 - 1, m1), Stack("vit", rows, vla.PATCHES, w2, d2 - 1, m2),
+                Stack("llama", rows, vla.PATCHES + PROMPT_TOKENS + vla.ACTION_TOKENS + 1, **text)]
     language, vision = Stack("llama", sequences(s), s.max_prompt + s.max_new_tokens, **text), config["vision_config"]
     if s.freeze_vision or s.lora_rank:                                                  # nothing of the tower is kept
         return [language]
@@ -139,7 +142,7 @@ def activations(config: dict, shapes: dict, s, size: int) -> float:
     total = parts[-1].norm(size)                                                        # the final norm
     if config["model_type"] == "openvla":
         both, d = parts[0].width + parts[1].width, parts[2].width
-        total += s.micro_batch * vla.PATCHES * (9 * both + 2 * d) * size                # the projector
+        total += parts[0].rows * vla.PATCHES * (9 * both + 2 * d) * size                # the projector
     if s.gradient_checkpointing:
         return total + sum(part.inputs(size) * part.depth for part in parts) + max(part.block(size) for part in parts)
     return total + sum(part.block(size) * part.depth for part in parts)
@@ -174,56 +177,56 @@ def needs(s, config: dict, shapes: dict, ranks: int = 1, world_model: float = 0.
                  logits, kv_cache, world_model)
 
 
-def world_model_bytes(path: str, batch: int) -> float:
-    """fp32 weights of a V-JEPA 2, and what its widest moment in a pass over `batch` clips holds, in bf16 with fp32 norms."""
-    _, config, shapes = read_checkpoint(path)
-    d = config["hidden_size"]
+def encoder_bytes(config: dict, parameters: int, clips: int) -> float:
+    """fp32 weights of a V-JEPA 2, and the widest moment of a pass over `clips`: bf16, with norms in fp32."""
     tokens = config["frames_per_clip"] // config["tubelet_size"] * (config["crop_size"] // config["patch_size"])**2
-    return 4 * sum(map(math.prod, shapes.values())) + batch * tokens * d * (8 + 4 * config["mlp_ratio"])
+    return 4 * parameters + clips * tokens * config["hidden_size"] * (8 + 4 * config["mlp_ratio"])
 
 
 def free_memory() -> tuple[float, str]:
     """(bytes, of what): free on this rank's GPU, or available RAM."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
-    try:
-        line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
-        return int(line.split()[1]) * 1024 / int(os.environ.get("LOCAL_WORLD_SIZE", 1)), "RAM of the CPU"
-    except OSError:                                                                     # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "RAM of the CPU"
+    return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1)), "RAM of the CPU"
 
 
-def savings(s, config: dict, shapes: dict, ranks: int, world_model: float, free: float) -> tuple[dict, Needs]:
-    """The settings to change so that it fits, and what is then needed; all there are if it never does."""
-    changes, best = {}, needs(s, config, shapes, ranks, world_model)
+def savings(s, given: tuple, free: float) -> tuple[dict, Needs]:
+    """The settings to change so that it fits, and what is then needed; all that help if it never does. given: `needs`' other arguments."""
+    changes, best = {}, needs(s, *given)
     for more in SAVINGS["vlm" if hasattr(s, "micro_tokens") else "vla"]:
         if best.peak <= free:
             break
-        if "gradient_checkpointing" in more and config["model_type"] == "tiny_vla" or "offload_optimizer" in more and ranks > 1:
+        if "gradient_checkpointing" in more and given[0]["model_type"] == "tiny_vla" or "offload_optimizer" in more and given[2] > 1:
             continue
-        now = needs(replace(s, **changes | more), config, shapes, ranks, world_model)
+        now = needs(replace(s, **changes | more), *given)
         if now.peak < 0.99 * best.peak:
             changes, best = changes | more, now
     return changes, best
 
 
-def inputs(s, model: str) -> tuple[Path, tuple]:
+# Reports
+
+def inputs(s, model: str = "") -> tuple[Path, tuple]:
     """The checkpoint's folder, and what `needs` takes after the settings; ranks are torchrun's."""
     if not (model or s.model):
         raise ValueError("--plan needs --model: a folder or hub id")
-    folder, config, shapes = read_checkpoint(model or s.model)
-    encoder = world_model_bytes(s.world_model, 32) if getattr(s, "reward", "") == "srpo" and s.world_model != "pixels" else 0.0
+    (folder, config, shapes), encoder = read_checkpoint(model or s.model), 0.0
+    if getattr(s, "reward", "") == "srpo" and s.world_model != "pixels":
+        _, video, tensors = read_checkpoint(s.world_model)
+        encoder = encoder_bytes(video, sum(map(math.prod, tensors.values())), 32)
     return folder, (config, shapes, int(os.environ.get("WORLD_SIZE", 1)), encoder)
 
 
-def summary(plan: Needs) -> str:
-    free, what = free_memory()
-    return f"rollout {plan.rollout / GiB:.2f}, update {plan.update / GiB:.2f} GiB by plan, with 5% for the allocator; free {free / GiB:.2f} ({what})"
+def summary(s, given: tuple) -> str:
+    """One line: what is needed, beside what is there."""
+    plan, (free, what) = needs(s, *given), free_memory()
+    return f"rollout {plan.rollout / GiB:.2f}, update {plan.update / GiB:.2f} GiB by plan, with 5% for the allocator; {free / GiB:.2f} free ({what})"
 
 
-def first_line(s, model: str) -> str:
-    """Of every run."""
-    return "memory: " + summary(needs(s, *inputs(s, model)[1]))
+def advice(s, given: tuple, free: float) -> str:
+    changes, best = savings(s, given, free)
+    flags = " ".join(f"--{name} {value}" for name, value in changes.items()) or "these flags"
+    return f"{flags} needs {best.peak / GiB:.2f} GiB" + ("" if best.peak <= free else "; take a larger GPU, or more of them with torchrun")
 
 
 def report(s, model: str = "") -> tuple[str, list[str]]:
@@ -235,14 +238,7 @@ def report(s, model: str = "") -> tuple[str, list[str]]:
     plan, (free, _) = needs(s, *given), free_memory()
     lines = [f"plan for {folder}: {sum(map(math.prod, shapes.values())):,} parameters, {sum(trained(shapes, s).values()):,} trained, {ranks} rank(s); GiB each"]
     lines += [f"  {field.name.replace('_', ' '):12} {getattr(plan, field.name) / GiB:8.2f}" for field in fields(plan)]
-    lines.append("  " + summary(plan))
-    if plan.peak > free:
-        changes, best = savings(s, *given, free)
-        flags = " ".join(f"--{name} {value}" for name, value in changes.items())
-        problems.append(f"does not fit: {plan.peak / GiB:.1f} GiB needed, {free / GiB:.1f} free; " + (
-            f"fits with {flags}: {best.peak / GiB:.1f} GiB" if best.peak <= free else
-            f"even with {flags or 'every flag'} {best.peak / GiB:.1f} GiB; take a larger GPU or more of them (torchrun)"))
-    return "\n".join(lines), problems
+    return "\n".join([*lines, "  " + summary(s, given)]), [f"does not fit; {advice(s, given, free)}"] * (plan.peak > free)
 
 
 def show(s) -> int:
@@ -250,63 +246,53 @@ def show(s) -> int:
     text, problems = report(s)
     if int(os.environ.get("RANK", 0)) == 0:
         print(text)
-        print(*(f"problem: {problem}" for problem in problems), sep="\n", end="\n" * bool(problems), file=sys.stderr)
+        print("".join(f"problem: {problem}\n" for problem in problems), end="", file=sys.stderr)
     return 2 if problems else 0
 
 
-def ran_out(error: BaseException) -> bool:
-    """Of memory, on the GPU or the CPU."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-def out_of_memory(s, model: str = "") -> str:
-    """One line for a run that ran out: what was needed by the plan, and what to change."""
-    if not (model or s.model):
-        return "out of memory; lower the batch sizes, see --help"
-    _, given = inputs(s, model)
-    plan, free = needs(s, *given), torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else free_memory()[0]
-    changes, best = savings(s, *given, min(free, 0.9 * plan.peak))              # it did not fit, whatever the plan says
-    flags = " ".join(f"--{name} {value}" for name, value in changes.items())
-    return (f"out of memory: by plan these flags need {plan.peak / GiB:.1f} of {free / GiB:.1f} GiB (rollout {plan.rollout / GiB:.1f}, update "
-            f"{plan.update / GiB:.1f}); " + (f"{flags} needs {best.peak / GiB:.1f}" if flags else "take a larger GPU or more of them (torchrun)"))
+def explain(error: Exception, s) -> str:
+    """The error of a run with settings s, None while these are being read; or if memory ran out, on the GPU or the CPU, one line of what was needed and what to change."""
+    if s is None or not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+        return str(error)
+    if s.resume:
+        s = replace(s, **grpo.read_state(Path(s.resume) / "checkpoint")["settings"])
+    if not s.model:
+        return "out of memory: lower the batch sizes, see --help"
+    _, given = inputs(s)
+    free = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else free_memory()[0]
+    return f"out of memory: {summary(s, given)}; {advice(s, given, min(free, 0.9 * needs(s, *given).peak))}"    # it did not fit, whatever the plan says
 
 
 # What else would stop the run
 
 def checks(s, folder: Path, config: dict, shapes: dict) -> list[str]:
-    """Problems of the checkpoint, its tokenizer, the suite and OpenGL, a line each with the fix."""
-    problems, kind = [], config.get("model_type")
+    """Problems of the checkpoint, its tokenizer, the suite and its simulator, a line each with the fix."""
+    kind, tokenizer = config.get("model_type"), folder / "tokenizer.json"
+    problems = [] if tokenizer.is_file() or kind == "tiny_vla" else [f"{folder} has no tokenizer.json; copy it from the original checkpoint"]
     if hasattr(s, "micro_tokens"):
         if "vision_config" not in config:
             return [f"{folder} is a {kind}, which takes no pictures; give a Qwen2.5-VL or Qwen3-VL"]
-        words = len((vla.read_json(folder / "tokenizer.json").get("model") or {}).get("vocab", ())) if (folder / "tokenizer.json").is_file() else 0
-        rows = (config.get("text_config") or config)["vocab_size"]
-        if not words:
-            problems.append(f"{folder} has no tokenizer.json; copy it from the original checkpoint")
-        elif words > rows:
+        words, rows = 0 if problems else len(vla.read_json(tokenizer)["model"]["vocab"]), (config.get("text_config") or config)["vocab_size"]
+        if words > rows:
             problems.append(f"{folder}: the tokenizer has {words} words and the model {rows} rows; they belong to different checkpoints")
-        if not any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")) and \
-                "chat_template" not in (folder / "tokenizer_config.json").read_text():
-            problems.append(f"{folder} has no chat template: give an instruction-tuned checkpoint")
+        if not any(folder.glob("chat_template.*")) and "chat_template" not in vla.read_json(folder / "tokenizer_config.json"):
+            problems.append(f"{folder} has no chat template; give an instruction-tuned checkpoint")
         return problems
-    if kind == "openvla":
-        rows = shapes.get("language_model.lm_head.weight", (0,))[0]
-        if rows < vla.FIRST_BIN + vla.BINS:
-            problems.append(f"{folder}: the head has {rows} rows, the discrete action tokens end at {vla.FIRST_BIN + vla.BINS}")
-        if found := sorted(f.name for f in folder.glob("*action_head*")):
-            problems.append(f"{folder} holds {found[0]}, a regression head: RL needs the checkpoint with discrete action tokens")
-        if not (folder / "tokenizer.json").is_file():
-            problems.append(f"{folder} has no tokenizer.json; copy it from the original checkpoint")
-    elif kind != "tiny_vla":
+    if kind not in ("openvla", "tiny_vla"):
         return [f"{folder} is a {kind}; give an OpenVLA-OFT or a TinyVLA"]
-    file = folder / "dataset_statistics.json"
-    stats, suite = vla.read_json(file) if file.is_file() else config.get("norm_stats", {}), getattr(s, "suite", "tabletop")
+    rows = shapes.get("language_model.lm_head.weight", (0,))[0]
+    if kind == "openvla" and rows < vla.FIRST_BIN + vla.BINS:
+        problems.append(f"{folder}: the head has {rows} rows, the discrete action tokens end at {vla.FIRST_BIN + vla.BINS}")
+    problems += [f"{folder} holds {file.name}, a regression head: RL needs the checkpoint with discrete action tokens" for file in folder.glob("*action_head*")]
+    file, suite = folder / "dataset_statistics.json", getattr(s, "suite", "tabletop")
+    stats = vla.read_json(file) if file.is_file() else config.get("norm_stats", {})
     if not {f"{suite}_no_noops", suite} & set(stats):
         problems.append(f"{folder} has action statistics for {', '.join(sorted(stats)) or 'nothing'}, not for {suite}; give the checkpoint of that suite")
-    if suite == "tabletop":
-        try:
-            import envs
-            envs.Tabletop().reset()
-        except (RuntimeError, OSError, ImportError) as error:
-            problems.append(str(error).splitlines()[0])
+    try:
+        import envs
+        import libero_envs
+        env = envs.Tabletop() if suite == "tabletop" else libero_envs.Libero(suite, task=0, assets=s.assets)
+        env.reset()                                                                     # OpenGL, and the suite's assets
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        problems.append(str(error).splitlines()[0])
     return problems

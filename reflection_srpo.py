@@ -399,6 +399,11 @@ def rejections_file(out: Path) -> Path:
 def load(s: Settings, path: str | Path):
     """(model ready for training, processor)."""
     model, processor = vlm.load_vlm(path, getattr(torch, s.dtype), s.device or parallel.device())
+    return prepared(model, s), processor
+
+
+def prepared(model, s: Settings):
+    """A model with what is frozen frozen, and the adapters and the checkpointing that the settings ask for."""
     if s.freeze_vision:
         model.model.visual.requires_grad_(False)                # the tower and, in `merger`, the projector
     if s.lora_rank:
@@ -408,7 +413,7 @@ def load(s: Settings, path: str | Path):
         model = get_peft_model(model, config)
     if s.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model, processor
+    return model
 
 
 def optimizer_of(model, s: Settings) -> grpo.MasterAdamW:
@@ -429,7 +434,7 @@ def save_policy(model, processor, path: Path) -> None:
     """A checkpoint folder that `--model` and eval.py load; LoRA adapters are merged into it, and saved alone beside it."""
     weights = parallel.whole_weights(model)
     if hasattr(model, "peft_config"):
-        adapters = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in trainable(model).items()}
+        adapters = parallel.whole(trainable(model))
         if parallel.rank() == 0:
             model.save_pretrained(path.with_name(path.name + "_adapter"), state_dict=adapters)
         model = model.get_base_model()
@@ -498,7 +503,7 @@ def run(s: Settings, given: set[str] = frozenset()) -> int:
         parallel.load_checkpoint(out / "checkpoint", trainable(model), optimizer)
         step = saved["step"]
     print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v != ""))
-    print(plan.first_line(s, base))
+    print("memory: " + plan.summary(s, plan.inputs(s, base)[1]))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(map(torch.Tensor.numel, trainable(model).values())):,} of them trained, "
           f"on {parallel.world()} x {model.device.type}; results go to {out}/" + (f"; resumed after step {step} of {saved['stage']}" if saved else ""))
     if s.data == "arrows":
@@ -626,6 +631,7 @@ def main(argv: list[str] | None = None) -> int:
     if stage == "study":
         parser.add_argument("--seeds", type=int, default=3)
         parser.add_argument("--rewards", nargs="+", default=["paper", "openrlhf", "outcome", "no_length"], choices=REWARDS)
+    s = None
     try:
         if stage == "data":
             return data(argv)
@@ -645,9 +651,7 @@ def main(argv: list[str] | None = None) -> int:
         parallel.stop()
         return code
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        if plan.ran_out(error):
-            error = plan.out_of_memory(prepare(s, given)[0] if s.resume else s)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plan.explain(error, s)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; if the run had saved a checkpoint, go on with --resume FOLDER", file=sys.stderr)

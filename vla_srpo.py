@@ -35,6 +35,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: idle thr
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -274,7 +275,9 @@ def update(policy, reference, optimizer, batch: Batch, s: Settings) -> dict:
                 ref = None
                 if s.beta:                                                          # with LoRA: the policy with its adapters off
                     with torch.no_grad(), adapters_off(policy) if reference is None else nullcontext():
-                        ref, _ = grpo.token_logprobs((reference or policy)(*inputs), bins, s.temperature)
+                        ref, _ = grpo.token_logprobs((policy if reference is None else reference.to(device))(*inputs), bins, s.temperature)
+                    if reference is not None:
+                        reference.to("cpu")                                         # where it waits
                 logp, _ = grpo.token_logprobs(policy(*inputs), bins, s.temperature)
                 loss, stat = grpo.policy_loss(logp, old, adv, mask, ref_logp=ref, clip=(s.clip_low, s.clip_high), beta=s.beta,
                                               aggregate="sequence", row_weight=weight[part].to(device), normalizer=normalizer)
@@ -457,6 +460,18 @@ def save(out: Path, s: Settings, step: int, policy, average, optimizer) -> None:
     parallel.save_checkpoint(out / "checkpoint", weights, optimizer, {"step": step, "settings": asdict(s)}, averaged)
 
 
+def save_policy(policy, out: Path) -> None:
+    """`out`/policy, adapters merged into it; these alone, as peft writes them, in policy_adapter."""
+    weights, adapters = parallel.whole_weights(policy), parallel.whole(kept(policy, None)[0]) if hasattr(policy, "peft_config") else {}
+    if parallel.rank() == 0:
+        shutil.rmtree(out / "policy", ignore_errors=True)
+        policy.save_pretrained(out / "policy", weights)
+        if adapters:
+            policy.peft_config["default"].save_pretrained(out / "policy_adapter")
+            save_file({f"base_model.model.{name.replace('.default.', '.')}": x for name, x in adapters.items()},
+                      out / "policy_adapter" / "adapter_model.safetensors")
+
+
 def prepare(s: Settings, given: set[str]) -> tuple[Settings, Path, int, bool]:
     """Settings, output folder, last step done, and whether there is a checkpoint to go on from. Nothing is written if anything is wrong."""
     if "resume" in given and not s.resume:
@@ -510,7 +525,7 @@ def run(s: Settings, given: set[str]) -> int:
         return 0
     logging.disable_progress_bar()          # transformers' own bar for loading weights
     policy = prepared(vla.load_policy(s.model, getattr(torch, s.dtype), parallel.device()), s)
-    reference = vla.load_policy(s.model, getattr(torch, s.dtype), parallel.device()) if s.beta > 0 and not s.lora_rank else None
+    reference = vla.load_policy(s.model, getattr(torch, s.dtype)) if s.beta > 0 and not s.lora_rank else None
     encoder = None
     if s.reward == "srpo":
         pixels = s.world_model == "pixels"
@@ -532,7 +547,7 @@ def run(s: Settings, given: set[str]) -> int:
     heldout, began = splits(s)[1], time.time()
     hidden = ("stage", "demos", "sft_steps", "sft_lr", "size")
     print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v not in ("", []) and k not in hidden))
-    print(plan.first_line(s, s.model))
+    print("memory: " + plan.summary(s, plan.inputs(s)[1]))
     if suite.protocol:
         print(f"{suite.name}: {'; '.join(libero_envs.SPLIT_NAMES[split] for split in dict.fromkeys(splits(s)))}; {suite.protocol}")
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {len(suite.tasks)} tasks, {torch.get_num_threads()} torch threads, "
@@ -561,7 +576,7 @@ def run(s: Settings, given: set[str]) -> int:
             after = after or evaluate(final, workers, heldout, key, suite, None)        # a finished run may be resumed too
             if builtin:
                 film(final, film_starts, key, out / "after.gif")
-            weights = parallel.whole_weights(final)
+            save_policy(final, out)
         if parallel.rank():
             return 0 if done == s.steps else 130
         rows = evaluation.read_metrics(out / "metrics.jsonl")
@@ -570,8 +585,6 @@ def run(s: Settings, given: set[str]) -> int:
             print(f"stopped after step {done}; go on with: python vla_srpo.py --resume {out}")
             return 130
         (out / "after.json").write_text(json.dumps(after, indent=1))
-        shutil.rmtree(out / "policy", ignore_errors=True)
-        final.save_pretrained(out / "policy", weights)
     finally:
         workers.close()
     print("\nheld-out success, greedy, 95% Wilson intervals\n" + evaluation.table({"before": before, f"after {s.steps} steps": after}))
@@ -588,6 +601,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = HfArgumentParser(Settings, description="SRPO for vision-language-action policies", allow_abbrev=False)
     parser.add_argument("--plan", action="store_true", help="only say what the flags need of the GPU, and what would stop the run")
     parser.error = lambda message: (_ for _ in ()).throw(ValueError(message))
+    s = None
     try:
         s, more, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
         if unknown:
@@ -598,9 +612,7 @@ def main(argv: list[str] | None = None) -> int:
         parallel.stop()
         return code
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        if plan.ran_out(error):
-            error = plan.out_of_memory(prepare(s, given)[0] if s.resume else s)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plan.explain(error, s)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; if the run had saved a checkpoint, go on with: python vla_srpo.py --resume FOLDER", file=sys.stderr)

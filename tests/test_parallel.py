@@ -117,6 +117,17 @@ def vla_cases(folder: Path) -> None:
             (folder / f"vla-{kind}.json").write_text(json.dumps(stats))
 
 
+def vla_script(folder: Path) -> None:
+    """vla_srpo.py with the real simulator, few states and no films; then, from its checkpoint, a third step."""
+    evaluate = vla_srpo.evaluation.evaluate_vla
+    vla_srpo.evaluation.evaluate_vla = lambda policy, workers, split, key: evaluate(policy, workers, split, key, states=1)
+    vla_srpo.evaluation.film = lambda *_: None
+    code = vla_srpo.main(["--resume", str(folder / "vla")] if (folder / "vla" / "checkpoint").exists() else [
+        "--steps", "2", "--groups", "5", "--group_size", "3", "--save_every", "1", "--eval_every", "0", "--threads", "1", "--workers", "1",
+        "--tables", "4", "--minibatch", "8", "--out", str(folder / "vla")])
+    assert code == 0
+
+
 def bf16_model() -> torch.nn.Module:
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3)).bfloat16()      # 7, 5 and 3 rows: uneven shards
@@ -239,6 +250,24 @@ def test_merged_weights_are_peft_s(folder):
         torch.testing.assert_close(ours[name], x, atol=1e-6, rtol=1e-5)
 
 
+def test_a_vla_s_adapters_are_saved_merged_and_alone(tmp_path):
+    from peft import PeftModel
+    base = vla.load_policy(vla_srpo.WEIGHTS / "tiny_vla")
+    policy = vla_srpo.prepared(vla.load_policy(vla_srpo.WEIGHTS / "tiny_vla"), vla_srpo.Settings(lora_rank=2))
+    assert sum(p.requires_grad for p in policy.parameters()) == 2 * 4               # film, fc1, fc2, head
+    for p in (p for p in policy.parameters() if p.requires_grad):
+        torch.nn.init.normal_(p, std=0.1)
+    inputs = (*policy.prompt_ids(["put the red cube on the green plate"]), torch.randn(1, 3, 64, 64))
+    with torch.no_grad():
+        expected, start = policy(*inputs), base(*inputs)
+        with vla_srpo.adapters_off(policy):
+            torch.testing.assert_close(policy(*inputs), start)
+        assert (expected - start).abs().max() > 0.1
+        vla_srpo.save_policy(policy, tmp_path)
+        torch.testing.assert_close(vla.load_policy(tmp_path / "policy")(*inputs), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path / "policy_adapter")(*inputs), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_bf16_shards_train_and_resume_on_one_process(tmp_path):
     """Two ranks save after three steps; one process goes on and equals one that did it all: weights, masters, moments."""
     job("bf16", tmp_path)
@@ -308,6 +337,20 @@ def test_reflection_srpo_on_two_ranks_resumes_on_one(folder, tmp_path):
     state.write_text(state.read_text().replace('"steps": 2', '"steps": 3'))             # as if it had been stopped
     assert rs.main(["rl", "--resume", str(out)]) == 0
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
+
+
+def test_vla_srpo_on_two_ranks_resumes_on_one(tmp_path):
+    """Simulator, world model, running average and all: the average that is saved is that of the last two steps' weights."""
+    job("vla_script", tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "vla" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [0, 1, 2] and any(r["updates"] for r in rows[1:]) and rows[2]["groups_used"] <= 5
+    state = tmp_path / "vla" / "checkpoint" / "state.json"
+    assert grpo.read_state(tmp_path / "vla" / "checkpoint")["step"] == 2
+    start, saved = (load_file(path / "model.safetensors") for path in (vla_srpo.WEIGHTS / "tiny_vla", tmp_path / "vla" / "policy"))
+    assert set(start) == set(saved) and all(0 < (start[k] - saved[k]).abs().max() < 0.01 for k in ("fc1.weight", "conv1.weight", "head.weight"))
+    state.write_text(state.read_text().replace('"steps": 2', '"steps": 3'))             # as if it had been stopped
+    job("vla_script", tmp_path, ranks=1)
+    assert [json.loads(line)["step"] for line in (tmp_path / "vla" / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
 
 
 def test_share_and_even_alone():

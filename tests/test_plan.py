@@ -132,7 +132,7 @@ def test_7b_is_the_112_gib_of_the_paper_arithmetic():
     need = plan.needs(s, config, shapes)
     assert sum(map(math.prod, shapes.values())) == pytest.approx(7.54e9, rel=1e-3) and need.weights / plan.GiB == pytest.approx(14.0, abs=0.1)
     assert (need.weights + need.gradients + need.optimizer) / plan.GiB == pytest.approx(112, abs=1)
-    changes, best = plan.savings(s, config, shapes, 1, 0.0, 40 * plan.GiB)
+    changes, best = plan.savings(s, (config, shapes, 1, 0.0), 40 * plan.GiB)
     assert changes["lora_rank"] == 32 and best.peak < 40 * plan.GiB                     # one 40 GB GPU: LoRA
     assert plan.needs(s, config, shapes, ranks=8).peak < 40 * plan.GiB                  # or eight of them
 

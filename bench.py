@@ -1,0 +1,280 @@
+"""Memory, speed and model FLOP utilisation of rollout and update, full and LoRA, with and without gradient checkpointing.
+
+Each case runs in a process of its own, through the functions that train: `sampler` and `update` of vla_srpo.py, `generate` and `update` of
+reflection_srpo.py, `encode` of world_model.py. Weights are random, shapes are real, and nothing is downloaded.
+
+  peak     GPU: the allocator's maximum; CPU: the process's resident memory, libraries included
+  FLOPs    of one forward pass, counted operator by operator (torch.utils.flop_counter); an update is 3 of them, with LoRA 2: the weights'
+           gradients are not computed. What checkpointing computes again is not counted, as usual.
+  MFU      FLOPs per second over the peak: the data sheet's (dense bf16) of a GPU named below, else that of a large matrix product here
+
+Left out: the simulator (python envs.py measures it), reading data, several GPUs.
+
+    python bench.py                             # small models on the CPU, two minutes -> runs/bench/small.json
+    python bench.py --model openvla-7b          # on a GPU; or qwen2.5-vl-7b, vjepa2-vitg -> runs/bench/MODEL.json
+"""
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, VJEPA2Config, VJEPA2Model
+from transformers.utils import logging
+
+import arrows
+import grpo
+import parallel
+import plan
+import reflection_srpo
+import vla
+import vla_srpo
+import vlm
+import world_model
+
+DATA_SHEET = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}     # dense bf16, FLOP/s
+OPENVLA = {"openvla-small": (dict(hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4),
+                             (128, 4, 512), (144, 4, 576)),
+           "openvla-7b": ({}, (1024, 24, 4096), (1152, 27, 4304))}
+QWEN = {"qwen2.5-vl-small": (dict(hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=8192),
+                             dict(hidden_size=128, intermediate_size=344, depth=4, num_heads=4, out_hidden_size=256)),
+        "qwen2.5-vl-7b": (dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064),
+                          dict(hidden_size=1280, intermediate_size=3420, depth=32, num_heads=16, out_hidden_size=3584))}
+VJEPA = {"vjepa2-small": world_model.TINY,
+         "vjepa2-vitg": dict(hidden_size=1408, num_hidden_layers=40, num_attention_heads=22, mlp_ratio=48 / 11, crop_size=384, frames_per_clip=64)}
+SMALL, LARGE = ("openvla-small", "qwen2.5-vl-small", "vjepa2-small"), ("openvla-7b", "qwen2.5-vl-7b", "vjepa2-vitg")
+
+
+@dataclass
+class Case:
+    model: str
+    lora_rank: int = 0
+    gradient_checkpointing: bool = False
+    rows: int = 4                   # action chunks, responses or clips at a time
+    length: int = 32                # responses' tokens
+    repeats: int = 2
+    threads: int = 1
+
+    def label(self) -> str:
+        how = "" if self.model in VJEPA else (", LoRA" if self.lora_rank else ", full") + ", checkpointing" * self.gradient_checkpointing
+        return self.model + how
+
+
+# Models of random weights, on the device, in bf16 on a GPU and fp32 on the CPU
+
+def build(case: Case, device: str):
+    """(settings, model)."""
+    dtype = torch.bfloat16 if device != "cpu" else torch.float32
+    shared = dict(lora_rank=case.lora_rank, gradient_checkpointing=case.gradient_checkpointing, dtype=str(dtype).removeprefix("torch."))
+    torch.set_default_dtype(torch.float32 if case.model in VJEPA else dtype)
+    with torch.device(device):
+        if case.model in OPENVLA:
+            s = vla_srpo.Settings(average=0.0, minibatch=case.rows, micro_batch=case.rows, epochs=1, target_kl=0.0, reward="binary", **shared)
+            text, dino, siglip = OPENVLA[case.model]
+            model = vla.OpenVLA({"model_type": "openvla", "text_config": {"vocab_size": 32064, "pad_token_id": vla.PAD, **text},
+                                 "norm_stats": vla.TINY["norm_stats"]}, dino, siglip)
+        elif case.model in QWEN:
+            s = reflection_srpo.Settings(max_prompt=320, max_new_tokens=case.length, rollout_batch=case.rows, prompts=case.rows, group_size=2, minibatch=0,
+                                         micro_tokens=case.rows * (320 + case.length), freeze_vision=True, **shared)
+            model = Qwen2_5_VLForConditionalGeneration(qwen_config(case.model))
+        else:
+            s, model = None, VJEPA2Model(VJEPA2Config(**VJEPA[case.model]))
+    torch.set_default_dtype(torch.float32)
+    return s, model
+
+
+def qwen_config(name: str) -> Qwen2_5_VLConfig:
+    """The special words are those of arrows.py's tokenizer, the others have no names."""
+    text, vision = QWEN[name]
+    word, half = arrows.WORDS.index, text["hidden_size"] // text["num_attention_heads"] // 2
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]}
+    return Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope, "bos_token_id": None}, vision_config=vision, tie_word_embeddings=False,
+                            image_token_id=word("<|image_pad|>"), video_token_id=word("<|video_pad|>"),
+                            vision_start_token_id=word("<|vision_start|>"), vision_end_token_id=word("<|vision_end|>"))
+
+
+def needed(case: Case, device: str) -> float:
+    """Bytes by plan.py, from the shapes alone."""
+    s, model = build(case, "meta")
+    if s is None:
+        return plan.MARGIN * plan.encoder_bytes(model.config.to_dict(), sum(p.numel() for p in model.parameters()), case.rows)
+    s.dtype = "bfloat16" if device != "cpu" else "float32"
+    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    config = model.config | {"text_config": model.language_model.config.to_dict()} if case.model in OPENVLA else model.config.to_dict()
+    return plan.needs(s, config, shapes).peak
+
+
+# Timing
+
+class Clock:
+    """Seconds and peak memory of what runs within it."""
+
+    def __enter__(self):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        self.began = time.perf_counter()
+        return self
+
+    def __exit__(self, *_):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self.began
+        unit = 1 if sys.platform == "darwin" else 1024
+        self.peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def flops(function) -> float:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def machine_peak(device: str) -> tuple[float, str]:
+    """(FLOP/s, whose)."""
+    name = torch.cuda.get_device_name() if device != "cpu" else platform.machine()
+    for key, value in DATA_SHEET.items() if device != "cpu" else ():
+        if key in name:
+            return value, f"data sheet, {name}"
+    n = 8192 if device != "cpu" else 1024
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if device != "cpu" else torch.float32)
+    best = []
+    for _ in range(5):
+        with Clock() as clock:
+            a @ a
+        best.append(clock.seconds)
+    return 2 * n**3 / min(best), f"matrix product here, {name}"
+
+
+def measure(case: Case) -> dict:
+    """Rollout and update, after one of each to warm up; the better of the repeats."""
+    torch.manual_seed(0)
+    torch.set_num_threads(case.threads)
+    device = parallel.device()
+    peak, whose = machine_peak(device)
+    s, model = build(case, device)
+    rollout, update, forward, unit, n = {vla.OpenVLA: openvla_work, Qwen2_5_VLForConditionalGeneration: qwen_work, VJEPA2Model: vjepa_work}[type(model)](case, s, model)
+    once = flops(forward)
+    result = {"unit": unit, "parameters": sum(p.numel() for p in model.parameters()), "forward_flops": once, "peak_flops": peak, "peak_flops_of": whose}
+    for name, work, passes in (("rollout", rollout, 1), ("update", update, 2 if case.lora_rank else 3)):
+        clocks = []
+        for _ in range(1 + case.repeats if work else 0):
+            with Clock() as clock:
+                work()
+            clocks.append(clock)
+        if clocks:
+            seconds = min(clock.seconds for clock in clocks[1:])
+            result[name] = {"per_second": n / seconds, "seconds": seconds, "peak_gib": max(c.peak for c in clocks) / plan.GiB,
+                            "mfu": passes * once / seconds / peak}
+    return result
+
+
+def openvla_work(case: Case, s, policy):
+    policy.prompt_ids = lambda texts: (torch.full((len(texts), 24), 5, device=parallel.device()), torch.ones(len(texts), 24, dtype=torch.long, device=parallel.device()))
+    policy = vla_srpo.prepared(policy, s)
+    frames, n = torch.randint(256, (case.rows, vla.IMAGE, vla.IMAGE, 3), dtype=torch.uint8), case.rows
+    act, optimizer = vla_srpo.sampler(policy, s.temperature, "unit"), grpo.make_optimizer(policy, 1e-6)
+    bins, logp = torch.randint(vla.BINS, (n, 56)), torch.full((n, 56), -5.5)
+    batch = vla_srpo.Batch(frames, [""] * n, bins, logp, torch.ones(n, 56, dtype=torch.bool), torch.randn(n), torch.arange(n))
+    forward = lambda: policy(*policy.prompt_ids([""] * n), policy.pixel_values(frames[:, None]))
+    return lambda: act(frames.numpy(), [""] * n), lambda: vla_srpo.update(policy, None, optimizer, batch, s), forward, "chunks", n
+
+
+def qwen_work(case: Case, s, model):
+    with tempfile.TemporaryDirectory() as folder:
+        arrows.tiny_vlm(folder)
+        processor = vlm.Processor(folder)
+    model.generation_config = GenerationConfig(eos_token_id=10**9, pad_token_id=0)              # never drawn: every response has the full length
+    model = reflection_srpo.prepared(model, s)
+    side, vision = 32, model.config.vision_config                                               # 32 x 32 patches: 256 image tokens
+    ids = torch.cat([torch.full((30,), 9), torch.full((side * side // 4,), processor.image_token), torch.full((34,), 9)])
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    prompts = [vlm.Prompt(ids, torch.randn(side * side, patch), torch.tensor([[1, side, side]])) for _ in range(case.rows)]
+    completions = [torch.randint(50, model.config.text_config.vocab_size, (case.length,)) for _ in prompts]
+    batch, optimizer = reflection_srpo.Batch(prompts, completions, torch.randn(case.rows)), grpo.make_optimizer(model, 1e-6)
+
+    def forward():
+        inputs, ids, _ = processor.batch(prompts, completions, model.device)
+        vlm.completion_logits(model, inputs, ids.shape[1])
+    return (lambda: reflection_srpo.generate(model, processor, prompts, s, 1.0), lambda: reflection_srpo.update(model, None, processor, optimizer, batch, s),
+            forward, "response tokens", case.rows * case.length)
+
+
+def vjepa_work(case: Case, s, model):
+    encoder = world_model.WorldModel(model, batch_size=case.rows)
+    videos = [np.random.default_rng(i).integers(0, 256, (80, 256, 256, 3), np.uint8) for i in range(case.rows)]
+    return lambda: encoder.encode(videos), None, lambda: encoder.encode(videos), "clips", case.rows
+
+
+# Cases, the table
+
+def cases(name: str, rows: int, threads: int) -> list[Case]:
+    large = name in LARGE
+    if name in VJEPA:
+        return [Case(name, rows=rows or (8 if large else 4), threads=threads)]
+    return [Case(name, lora_rank, checkpointing, rows or (16 if large else 4), 512 if large else 32, threads=threads)
+            for lora_rank in (0, 32 if large else 4) for checkpointing in (False, True)]
+
+
+def run(case: Case) -> dict:
+    """In a process of its own, if plan.py says that it fits."""
+    need, (free, what) = needed(case, parallel.device()), plan.free_memory()
+    row = asdict(case) | {"measured": False, "plan_gib": need / plan.GiB, "command": f"python bench.py --model {case.model} --rows {case.rows}"}
+    if need > free:
+        return row | {"why": f"needs {need / plan.GiB:.1f} GiB by plan, {free / plan.GiB:.1f} are free ({what})"}
+    child = subprocess.run([sys.executable, __file__, "--case", json.dumps(asdict(case))], capture_output=True, text=True)
+    if child.returncode:
+        return row | {"why": (child.stderr.strip() or "no message").splitlines()[-1][:300]}
+    return row | {"measured": True, "device": what, **json.loads(child.stdout.splitlines()[-1])}
+
+
+def show(row: dict) -> str:
+    label = Case(**{name: row[name] for name in asdict(Case(""))}).label()
+    if not row["measured"]:
+        return f"{label:42} not measured: {row['why']}; measure it: {row['command']}"
+    return f"{label:42} " + "   ".join(f"{part} {row[part]['per_second']:9.2f} {row['unit']}/s, MFU {row[part]['mfu']:5.1%}, peak {row[part]['peak_gib']:6.2f} GiB"
+                                       for part in ("rollout", "update") if part in row)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Memory, speed and model FLOP utilisation.")
+    parser.add_argument("--model", choices=(*SMALL, *LARGE), help="default: the three small ones")
+    parser.add_argument("--rows", type=int, default=0, help="action chunks, responses or clips at a time; 0: by model")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads on the CPU")
+    parser.add_argument("--out", default="", help="JSON (default: runs/bench/MODEL.json, or small.json)")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    logging.disable_progress_bar()
+    if args.case:
+        print(json.dumps(measure(Case(**json.loads(args.case)))))
+        return 0
+    rows = []
+    for name in [args.model] if args.model else SMALL:
+        for case in cases(name, args.rows, args.threads):
+            rows.append(run(case))
+            print(show(rows[-1]), flush=True)
+    if not args.model:
+        for case in (case for name in LARGE for case in cases(name, 0, args.threads)):
+            rows.append(asdict(case) | {"measured": False, "why": "this is the small run", "plan_gib": needed(case, "cuda") / plan.GiB,
+                                        "command": f"python bench.py --model {case.model}"})
+            print(show(rows[-1]))
+    out = Path(args.out or f"runs/bench/{args.model or 'small'}.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+    print(f"wrote {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
