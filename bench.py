@@ -10,7 +10,7 @@ reflection_srpo.py, `encode` of world_model.py. Weights are random, shapes are r
 
 Left out: the simulator (python envs.py measures it), reading data, several GPUs.
 
-    python bench.py                             # small models on the CPU, two minutes -> runs/bench/small.json
+    python bench.py                             # small models on the CPU, some minutes -> runs/bench/small.json
     python bench.py --model openvla-7b          # on a GPU; or qwen2.5-vl-7b, vjepa2-vitg -> runs/bench/MODEL.json
 """
 import argparse
@@ -99,7 +99,7 @@ def qwen_config(name: str) -> Qwen2_5_VLConfig:
     text, vision = QWEN[name]
     word, half = arrows.WORDS.index, text["hidden_size"] // text["num_attention_heads"] // 2
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]}
-    return Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope, "bos_token_id": None}, vision_config=vision, tie_word_embeddings=False,
+    return Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope, "bos_token_id": None, "eos_token_id": None}, vision_config=vision, tie_word_embeddings=False,
                             image_token_id=word("<|image_pad|>"), video_token_id=word("<|video_pad|>"),
                             vision_start_token_id=word("<|vision_start|>"), vision_end_token_id=word("<|vision_end|>"))
 
@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
             print(show(rows[-1]))
     out = Path(args.out or f"runs/bench/{args.model or 'small'}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+    out.write_text(json.dumps({"torch": torch.__version__, "load": os.getloadavg()[0], "rows": rows}, indent=1) + "\n")
     print(f"wrote {out}")
     return 0
 

@@ -149,14 +149,14 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) if world() > 1 else model.state_dict()
     if not hasattr(model, "peft_config"):
         return state
-    whole, config = {}, model.peft_config["default"]
+    merged, config = {}, model.peft_config["default"]
     for name, x in state.items():
         if name.endswith("base_layer.weight"):
             a, b = (state[name.replace("base_layer", f"lora_{side}.default")].float() for side in "AB")     # (r, in), (out, r)
             x = (x.float() + config.lora_alpha / config.r * b @ a).to(x.dtype)
         if ".lora_" not in name:
-            whole[name.removeprefix("base_model.model.").replace(".base_layer", "")] = x.cpu()
-    return whole
+            merged[name.removeprefix("base_model.model.").replace(".base_layer", "")] = x.cpu()
+    return merged
 
 
 # Checkpoints
@@ -212,4 +212,4 @@ def _place(whole: Tensor, like: Tensor) -> Tensor:
     """A whole tensor divided as `like` is."""
     if whole.dim() and isinstance(like, DTensor):
         return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
-    return whole
+    return merged
