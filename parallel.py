@@ -212,4 +212,4 @@ def _place(whole: Tensor, like: Tensor) -> Tensor:
     """A whole tensor divided as `like` is."""
     if whole.dim() and isinstance(like, DTensor):
         return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
-    return merged
+    return whole
