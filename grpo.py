@@ -487,6 +487,15 @@ def _jsonable(x):
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
+def refuse_taken(out: Path) -> None:
+    """ValueError if a new run into this folder would overwrite one: its checkpoint, or metrics alone, as a record of it holds."""
+    if any((out / name / "state.json").exists() for name in ("checkpoint", "checkpoint.old")):
+        raise ValueError(f"{out} holds a run already; go on with --resume {out}, or choose another --out")
+    metrics = out / "metrics.jsonl"
+    if metrics.exists() and metrics.stat().st_size:
+        raise ValueError(f"{metrics} is of another run; choose another --out")
+
+
 class MetricsLog:
     """A JSON-lines file of metrics, each row flushed at once, so that a killed run keeps every finished row.
 

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import partial
-from io import BytesIO
 from itertools import chain, islice
 from pathlib import Path
 from string import ascii_uppercase as LETTERS
@@ -29,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import rewards
-from reflection_data import reflection_prompt
+from reflection_data import MAX_PIXELS, fit_image, open_image, reflection_prompt
 
 FORMS = {"reflection": reflection_prompt,       # the prompt that training uses
          "plain": lambda query: f"{query}\n\nThink step by step, then give the final answer in \\boxed{{}}."}
@@ -193,17 +192,14 @@ def read_questions(files: list[Path], benchmark: Benchmark) -> Iterator[Question
                 yield Outcome(where, error=str(error))
 
 
-def decode(cell: dict | str | None, folder: Path) -> Image.Image:
-    """RGB image. Raises ValueError."""
+def decode(cell: dict | str | None, folder: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """RGB image, as training sees it (reflection_data.py). Raises ValueError."""
     content, name = (cell["bytes"], cell["path"]) if isinstance(cell, dict) else (None, cell)
     places = [folder / place / (name or "") for place in ("", "images", "data", "data/images")]
     content = content or next((path.read_bytes() for path in places if path.is_file()), None)
     if content is None:
         raise ValueError(f"there is no image {name} in {folder}" if name else "it has no image")
-    try:
-        return Image.open(BytesIO(content)).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"its image cannot be decoded ({str(error).split(' <')[0]})") from None
+    return fit_image(open_image(content, name or "its image"), max_pixels=max_pixels)
 
 
 def build_prompt(question: Question, form: str) -> str:
@@ -358,7 +354,7 @@ def ask(batch: list[tuple[Question, list[Image.Image]]], form: str, complete: Ca
 
 
 def evaluate(name: str, data: str, out: Path, complete: Callable, settings: dict, *, form: str = "reflection", batch: int = 8,
-             limit: int | None = None) -> list[Outcome]:
+             limit: int | None = None, max_pixels: int = MAX_PIXELS) -> list[Outcome]:
     """Ask a benchmark's first `limit` questions and score them; every outcome goes to out/<name>.jsonl at once.
 
     complete(images: a list of RGB images per prompt, prompts) -> records with .text, .truncated, .tokens. Ids found in the file are not
@@ -382,7 +378,7 @@ def evaluate(name: str, data: str, out: Path, complete: Callable, settings: dict
             continue
         try:
             if isinstance(item, Question):
-                waiting.append((item, [decode(image, folder) for image in item.images]))
+                waiting.append((item, [decode(image, folder, max_pixels) for image in item.images]))
             else:
                 save([item])
         except ValueError as error:
@@ -445,6 +441,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, help="only the first N questions of each benchmark")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=2048)
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="larger images are scaled down to this area, as in training")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--device", help="default: cuda where there is one")
 
@@ -455,31 +452,36 @@ def run(args: argparse.Namespace) -> None:
     data = args.data or [BENCHMARKS[name].hub for name in args.benchmark]
     if len(data) != len(args.benchmark):
         raise ValueError(f"--data names {len(data)} folders for {len(args.benchmark)} benchmarks: give one for each, in the same order")
-    if min(args.batch, args.max_new_tokens, 1 if args.limit is None else args.limit) < 1:
-        raise ValueError("--batch, --max-new-tokens and --limit must be at least 1")
+    if min(args.batch, args.max_new_tokens, args.max_pixels, 1 if args.limit is None else args.limit) < 1:
+        raise ValueError("--batch, --max-new-tokens, --max-pixels and --limit must be at least 1")
     verifier = importlib.util.find_spec("math_verify") is not None
     if not verifier:
         print("math-verify is not installed: only expressions written alike count as right (pip install math-verify)", file=sys.stderr)
     # A model that was trained further under the same name is another model.
     weights = max((file.stat().st_mtime for file in Path(args.model).glob("*.safetensors")), default=None)
-    settings = {"model": args.model, "weights_saved": weights, "max_new_tokens": args.max_new_tokens, "dtype": args.dtype,
-                "math_verify": verifier}
+    settings = {"model": args.model, "weights_saved": weights, "max_new_tokens": args.max_new_tokens, "max_pixels": args.max_pixels,
+                "dtype": args.dtype, "math_verify": verifier}
     model, processor = vlm.load_vlm(args.model, dtype=getattr(torch, args.dtype),
-                                                device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+                                    device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     complete = partial(vlm.complete, model, processor, max_new_tokens=args.max_new_tokens, temperature=0.0)
-    out, outcomes = Path(args.out), {}
+    out, outcomes, results = Path(args.out), {}, {}
+    path = out / "result.json"
+
+    def record(name: str, result: dict) -> None:
+        results[name] = result
+        saved = json.loads(path.read_text()) if path.exists() else {}
+        saved[name] = {"settings": settings | {"prompt": args.prompt, "limit": args.limit}} | result
+        path.write_text(json.dumps(saved, indent=1) + "\n")
+
     try:
         for name, source in zip(args.benchmark, data):
-            outcomes[name] = evaluate(name, source, out, complete, settings, form=args.prompt, batch=args.batch, limit=args.limit)
+            outcomes[name] = evaluate(name, source, out, complete, settings, form=args.prompt, batch=args.batch, limit=args.limit,
+                                      max_pixels=args.max_pixels)
+            record(name, summarise(outcomes[name], BENCHMARKS[name].size, BENCHMARKS[name].paper))
     except KeyboardInterrupt:
         print(f"\ninterrupted; what was answered is in {out}: the same command goes on from there", file=sys.stderr)
         raise SystemExit(130) from None
-    results = {name: summarise(rows, BENCHMARKS[name].size, BENCHMARKS[name].paper) for name, rows in outcomes.items()}
     if {"mmmu-pro-standard", "mmmu-pro-vision"} <= outcomes.keys():     # of equal size, so their pool is their mean
-        results["mmmu-pro"] = summarise(outcomes["mmmu-pro-standard"] + outcomes["mmmu-pro-vision"], *MMMU_PRO)
+        record("mmmu-pro", summarise(outcomes["mmmu-pro-standard"] + outcomes["mmmu-pro-vision"], *MMMU_PRO))
     print(f"\n{args.model}, {args.prompt} prompt, greedy; accuracy with 95% Wilson intervals\n{table(results)}")
-    path = out / "result.json"
-    saved = json.loads(path.read_text()) if path.exists() else {}
-    saved |= {name: {"settings": settings | {"prompt": args.prompt, "limit": args.limit}} | result for name, result in results.items()}
-    path.write_text(json.dumps(saved, indent=1) + "\n")
     print(f"wrote {path} and {', '.join(f'{out}/{name}.jsonl' for name in outcomes)}")

@@ -35,6 +35,8 @@ from pathlib import Path
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from rewards import TAG, default_verify
+
 FORMS = ("paper", "release")
 COLUMNS = ("query", "image", "answer", "content", "target")
 MIN_PIXELS, MAX_PIXELS = 4 * 28 * 28, 1280 * 28 * 28  # 4 to 1280 of Qwen2.5-VL's image tokens
@@ -149,7 +151,9 @@ def _row(where: str, record: dict | bytes, folder: Path, names: dict[str, str]) 
               for item in (image if isinstance(image, list) and image else [image])]
     for kind, name, value, good in (("empty question", "query", query, isinstance(query, str) and query.strip()),
                                     ("no answer", "answer", answer, isinstance(answer, str) and answer.strip()),
-                                    ("no image", "image", image, all(item and isinstance(item, (str, bytes)) for item in images))):
+                                    ("no image", "image", image, all(item and isinstance(item, (str, bytes)) for item in images)),
+                                    ("no text", "content", content, isinstance(content, str | None)),
+                                    ("no text", "target", target, isinstance(target, str | None))):
         if not good:
             raise ValueError(f"{kind}: `{names[name]}` is {value!r:.40}; the row's columns are {', '.join(record)}")
     digest = hashlib.sha1(b"\0".join(part.encode() if isinstance(part, str) else part for part in (query, answer, *images)))
@@ -158,9 +162,13 @@ def _row(where: str, record: dict | bytes, folder: Path, names: dict[str, str]) 
 
 
 def load_image(row: Row, i: int = 0) -> Image.Image:
-    """The row's i-th image decoded: RGB, upright, white where it was transparent. Raises ValueError if it cannot be."""
-    image = row.images[i]
-    name = image if isinstance(image, str) else f"image {i + 1}"
+    """`open_image` of the row's i-th image."""
+    return open_image(row.images[i], f"image {i + 1}")
+
+
+def open_image(image: str | bytes, name: str) -> Image.Image:
+    """A path, or encoded bytes called `name`, decoded: RGB, upright, white where it was transparent. Raises ValueError if it cannot be."""
+    name = image if isinstance(image, str) else name
     try:
         picture = ImageOps.exif_transpose(Image.open(image if isinstance(image, str) else io.BytesIO(image)))
         if picture.has_transparency_data:  # else black lines on nothing become black on black
@@ -222,9 +230,6 @@ def teacher_prompt(row: Row, response: str, correct: bool, form: str = "paper") 
 
 
 # Fine-tuning targets
-TAG = re.compile(r"</?(?:think|answer|reflection)>")
-
-
 def split_first(response: str) -> tuple[str, str]:
     """(think, answer) of a first response. Raises ValueError if it is not <think>..</think><answer>..</answer> and no more."""
     match = re.fullmatch(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", response, re.DOTALL)
@@ -355,19 +360,20 @@ def build(rows: list[Row], first_answers: Callable[[list[Row]], list[str]], teac
     if form not in FORMS or not (right_share is None or 0 <= right_share < 1) or min(batch, in_flight) < 1:
         raise ValueError(f"form {form!r}, right share {right_share}, batch {batch}, in flight {in_flight}: "
                          f"the first must be one of {FORMS}, the second in [0, 1), the others at least 1")
-    if verify is None:
-        from rewards import default_verify as verify
-    out, lock, stop = Path(out), threading.Lock(), threading.Event()
-    out.mkdir(parents=True, exist_ok=True)
+    out, lock, stop, verify = Path(out), threading.Lock(), threading.Event(), verify or default_verify
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be made ({error.strerror}); choose another folder") from None
     settings = (settings or {}) | {"form": form, "right_share": right_share}
     begun = (read_lines(out / "settings.json") or [settings])[0]
     for name in sorted(begun | settings):
         if begun.get(name) != settings.get(name):
             raise ValueError(f"{out} was begun with {name} {begun.get(name)!r}, not {settings.get(name)!r}; give that, or another --out")
     (out / "settings.json").write_text(json.dumps(settings) + "\n")
-    kept = [line["id"] for line in read_lines(out / "reflections.jsonl")]
-    done = {*kept, *(line["id"] for line in read_lines(out / "rejected.jsonl"))}
-    first = {line["id"]: line["response"] for line in read_lines(out / "first_answers.jsonl")}
+    kept = [line["id"] for line in read_lines(out / "reflections.jsonl", "id")]
+    done = {*kept, *(line["id"] for line in read_lines(out / "rejected.jsonl", "id"))}
+    first = {line["id"]: line["response"] for line in read_lines(out / "first_answers.jsonl", "id", "response")}
 
     def append(name: str, record: dict) -> None:
         with lock, (out / f"{name}.jsonl").open("a") as file:
@@ -378,12 +384,21 @@ def build(rows: list[Row], first_answers: Callable[[list[Row]], list[str]], teac
             append("rejected", asdict(Rejected(item.id, item.source, reason, response)))
             done.add(item.id)
 
+    def answered(chunk: list[Row]) -> list[tuple[Row, str]]:
+        try:
+            return list(zip(chunk, first_answers(chunk), strict=True))
+        except ValueError as error:         # one of them is more than the model takes: which?
+            if len(chunk) > 1:
+                return [pair for row in chunk for pair in answered([row])]
+            reject(chunk[0], f"cannot be asked: {error}")
+            return []
+
     for item in rejected:
         reject(item, item.reason)
     new = [row for row in rows if row.id not in done and row.id not in first]
     for start in tqdm(range(0, len(new), batch), desc="first answers", disable=None):
         chunk = new[start:start + batch]
-        for row, response in zip(chunk, first_answers(chunk), strict=True):
+        for row, response in answered(chunk):
             append("first_answers", {"id": row.id, "response": response})
             first[row.id] = response
     jobs = []
@@ -419,6 +434,14 @@ def build(rows: list[Row], first_answers: Callable[[list[Row]], list[str]], teac
                     return reject(jobs[0].row, f"refused by the teacher: {error}")
                 left.append(f"{error}; no reply for {jobs[0].row.source}")
                 return
+            except ValueError as error:
+                if isinstance(teacher, Teacher):
+                    raise
+                if len(jobs) == 1:          # more than the local model takes
+                    return reject(jobs[0].row, f"the teacher cannot be asked: {error}")
+                for job in jobs:
+                    work([job])
+                return
             again = []
             for job, text in zip(jobs, texts, strict=True):
                 try:
@@ -440,16 +463,21 @@ def build(rows: list[Row], first_answers: Callable[[list[Row]], list[str]], teac
         raise RuntimeError(f"teacher {teacher.url}: {left[-1]}; {len(kept)} reflections are kept in {out}, the same command again goes on")
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The objects of a JSONL file, [] if there is none. A last line that a crash cut off is dropped, from the file too."""
+def read_lines(path: Path, *needed: str) -> list[dict]:
+    """The objects of a JSONL file, [] if there is none. A last line that a crash cut off is dropped, from the file too. ValueError names
+    a line that is broken or lacks a key `needed`."""
     data = path.read_bytes() if path.exists() else b""
     whole = data[:data.rfind(b"\n") + 1]
     if whole != data:
         os.truncate(path, len(whole))
-    try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise ValueError(f"{path} holds a broken line that is not its last: {error}") from None
+    lines = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            lines.append(json.loads(line))
+            [lines[-1][name] for name in needed]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} line {number} is broken ({type(error).__name__}: {error}); delete that line") from None
+    return lines
 
 
 def _record(job: Job, reflection: str, think: str | None, form: str, out: Path) -> dict:
@@ -489,8 +517,17 @@ def _add_row_arguments(parser: argparse.ArgumentParser, name: str, **more) -> No
     parser.add_argument("--columns", nargs="*", default=[], metavar="NAME=COLUMN", help="other column names: query=problem image=images")
 
 
+def column_names(pairs: list[str]) -> dict[str, str]:
+    """["query=problem"] -> {"query": "problem"}. Raises ValueError for any other form or name."""
+    names = dict(pair.partition("=")[::2] for pair in pairs)
+    for name, column in names.items():
+        if name not in COLUMNS or not column:
+            raise ValueError(f"--columns {name}={column}: it takes NAME=COLUMN, where NAME is one of {', '.join(COLUMNS)}")
+    return names
+
+
 def _read(args: argparse.Namespace) -> tuple[list[Row], list[Rejected]]:
-    return read_rows(args.rows, args.images, dict(pair.partition("=")[::2] for pair in args.columns))
+    return read_rows(args.rows, args.images, column_names(args.columns))
 
 
 def run(args: argparse.Namespace, load_model: Callable[[], Generate], settings: dict | None = None) -> int:
@@ -499,6 +536,9 @@ def run(args: argparse.Namespace, load_model: Callable[[], Generate], settings: 
     load_model() -> generate(rows, prompts) -> texts: called once, when first needed; a resumed run may need no local model.
     settings: what a resumed run must share besides the flags, such as the model's name.
     """
+    for name in ("batch", "in_flight", "teacher_tokens"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if bool(args.teacher_url) != bool(args.teacher_model):
         raise ValueError("--teacher-url and --teacher-model go together; give both, or neither for the local model")
     load_model = cache(load_model)
@@ -509,7 +549,7 @@ def run(args: argparse.Namespace, load_model: Callable[[], Generate], settings: 
     rows, rejected = _read(args)
     build(rows, lambda some: load_model()(some, [first_prompt(row.query) for row in some]), teacher, args.out, form=args.form,
           right_share=args.right_share, batch=args.batch, in_flight=args.in_flight, rejected=rejected,
-          settings=(settings or {}) | {"rows": Path(args.rows).name, "teacher": args.teacher_model})
+          settings=(settings or {}) | {"rows": Path(args.rows).name, "columns": args.columns, "teacher": args.teacher_model})
     kept, refused = (read_lines(Path(args.out) / f"{name}.jsonl") for name in ("reflections", "rejected"))
     right = sum(line["first_correct"] for line in kept)
     print(f"{args.out}: {len(kept)} reflections, {right} of them on right first answers; rejected: {len(refused)}")

@@ -17,7 +17,7 @@ packing, a value network.
     python reflection_srpo.py data --model Qwen/Qwen2.5-VL-7B-Instruct --rows rows.jsonl --images DIR --out data/ --teacher-url URL --teacher-model NAME
     python reflection_srpo.py sft --paper --model Qwen/Qwen2.5-VL-7B-Instruct --data data/reflections.jsonl --out out/sft
     python reflection_srpo.py rl --paper --model out/sft/policy --data rows.jsonl --images DIR --out out/rl
-    torchrun --nproc-per-node 8 reflection_srpo.py rl --paper ...       # any of the above on 8 GPUs: parallel.py
+    torchrun --nproc-per-node 8 reflection_srpo.py rl --paper ...       # sft and rl on 8 GPUs: parallel.py
 """
 import argparse
 import json
@@ -26,6 +26,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: idle threads sleep instead of keeping cores busy
@@ -36,13 +37,13 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
+import arrows
 import eval as evaluation
 import grpo
 import parallel
 import plan
 import reflection_data
 import rewards
-import arrows
 import vlm
 from reflection_data import Row
 
@@ -58,11 +59,13 @@ class Settings:
     model: str = flag("", "folder or hub id of a vision-language model (default: a tiny Qwen2.5-VL with random weights)")
     data: str = flag("arrows", "arrows, or rows as reflection_data.py reads them: JSONL, parquet, dataset of the hub; for sft with targets")
     images: str = flag("", "folder the rows' image paths start from (default: the data's own)")
+    columns: list[str] = field(default_factory=list, metadata={"help": "the data's own names: query=problem image=images"})
     eval_data: str = flag("", "held-out rows (default: of arrows 400 new ones, of other data none)")
     prompt: str = flag("query", "query: the question alone, for the tiny model; reflection: with instructions", choices=["query", "reflection"])
     max_pixels: int = flag(reflection_data.MAX_PIXELS, "larger pictures are scaled down to this area")
     max_prompt: int = flag(1024, "rows with longer prompts, in tokens, image tokens included, are set aside (paper: 1024)")
     max_new_tokens: int = flag(56, "longest response, in tokens (paper: 2048)")
+    max_length: int = flag(4096, "sft: rows of more tokens, prompt and target, are set aside (paper: 4096)")
     sft_rows: int = flag(6400, "sft on arrows: rows to draw")
     sft_epochs: float = flag(6.0, "sft: passes over the rows (paper: 1)")
     sft_batch: int = flag(64, "sft: rows per update")
@@ -82,7 +85,7 @@ class Settings:
     aggregate: str = flag("sequence", "mean of each response's tokens, then over responses; token: over all tokens; constant: Dr. GRPO",
                           choices=["sequence", "token", "constant"])
     std_scale: bool = flag(True, "divide advantages by the group's standard deviation (False: Dr. GRPO)")
-    keep: str = flag("signal", "groups to train on; signal: rewards differ; mixed: mean reward within 0.1..0.9, as published",
+    keep: str = flag("signal", "groups to train on; signal: rewards differ; mixed: and the mean of what the answers earn lies within 0.1..0.9, as published",
                      choices=["signal", "mixed"])
     mask_truncated: bool = flag(False, "responses cut off at --max_new_tokens get no gradient")
     max_norm: float = flag(1.0, "gradient clipping")
@@ -104,15 +107,15 @@ class Settings:
 
 
 # The paper's settings, where they differ from the small ones above
-PAPER = dict(prompt="reflection", max_new_tokens=2048, sft_epochs=1.0, sft_lr=1e-5, steps=500, prompts=128, lr=1e-6, minibatch=0,
-             max_pixels=768 * 28 * 28, keep="mixed", freeze_vision=True, gradient_checkpointing=True, dtype="bfloat16", rollout_batch=128, eval_every=50)
+PAPER = dict(prompt="reflection", max_new_tokens=2048, sft_epochs=1.0, sft_lr=1e-5, steps=500, prompts=128, lr=1e-6,
+             max_pixels=640 * 28 * 28, keep="mixed", freeze_vision=True, gradient_checkpointing=True, dtype="bfloat16", rollout_batch=128, eval_every=50)
 FREE = {"out", "resume", "threads", "eval_every", "save_every", "rollout_batch", "micro_tokens"}    # may change on resume
 
 
 def check(s: Settings) -> None:
     """ValueError, one line, for a setting out of range."""
     for name, low in (("steps", 0), ("prompts", 1), ("group_size", 2), ("epochs", 1), ("minibatch", 0), ("sft_rows", 1), ("sft_batch", 1),
-                      ("max_new_tokens", 1), ("max_prompt", 1), ("micro_tokens", 1), ("rollout_batch", 1), ("save_every", 1), ("eval_every", 0),
+                      ("max_new_tokens", 1), ("max_prompt", 1), ("max_length", 1), ("micro_tokens", 1), ("rollout_batch", 1), ("save_every", 1), ("eval_every", 0),
                       ("threads", 0), ("seed", 0), ("beta", 0), ("lora_rank", 0), ("max_pixels", reflection_data.MIN_PIXELS)):
         if not low <= getattr(s, name) < math.inf:
             raise ValueError(f"--{name} must be at least {low}, got {getattr(s, name)}"
@@ -127,25 +130,29 @@ def check(s: Settings) -> None:
 # Rewards and what is measured
 
 def score(response: str, answer: str, kind: str, processor: vlm.Processor) -> rewards.ReflectionRecord:
-    """`rewards.reflection_reward`, or one of the two ablations. Lengths are in tokens, tags not counted: a response that writes twice
-    what its first attempt wrote meets the length target, however few words there are."""
-    record = rewards.reflection_reward(response, answer, variant=kind if kind in ("openrlhf", "verl") else "paper",
-                                       count_tokens=lambda text: processor.count(rewards.TAG.sub(" ", text)))
-    if kind == "outcome":
-        record.total = float(record.final_correct)
+    """`rewards.reflection_reward`, or one of the two ablations. Lengths are in tokens. Paper/ours differ: the tags are not counted (the
+    published variants count them), so that writing twice what the first attempt wrote meets the target, however few words there are."""
+    if kind in ("openrlhf", "verl"):
+        return rewards.reflection_reward(response, answer, variant=kind, count_tokens=processor.count)
+    record = rewards.reflection_reward(response, answer, count_tokens=lambda text: processor.count(rewards.TAG.sub(" ", text)))
     if kind == "no_length":
         record.total, record.length = record.total - record.length, 0.0
+    if kind == "outcome":
+        record.total = record.accuracy = float(record.final_correct)
+        record.format = record.effectiveness = record.reflection = record.length = 0.0
     return record
 
 
 def behaviour(records: list[rewards.ReflectionRecord], completions: list[vlm.Completion]) -> dict[str, float]:
     """Means over responses: what the policy does (rates), and what it is paid for (reward and its parts)."""
+    if not records:
+        raise ValueError("none of the held-out rows can be used; the rejected.jsonl of the run says why")
     first, final = (np.array([getattr(r, name) for r in records]) for name in ("first_correct", "final_correct"))
     parts = {name: float(np.mean([getattr(r, name) for r in records])) for name in ("format", "accuracy", "effectiveness", "reflection", "length")}
     return {"first_accuracy": float(first.mean()), "final_accuracy": float(final.mean()),
             "fix_rate": float(final[~first].mean()) if not first.all() else None,           # wrong -> right, among the wrong
             "break_rate": float((~final[first]).mean()) if first.any() else None,           # right -> wrong, among the right
-            "format_rate": float(np.mean([r.format > 0 for r in records])), "tokens": float(np.mean([c.tokens for c in completions])),
+            "format_rate": float(np.mean([rewards.format_holds(c.text) for c in completions])), "tokens": float(np.mean([c.tokens for c in completions])),
             "truncated": float(np.mean([c.truncated for c in completions])), "reward": float(np.mean([r.total for r in records])),
             **{f"part_{name}": x for name, x in parts.items()}}
 
@@ -170,7 +177,7 @@ class Rejections:
     """Rows that cannot be used, written to a file as they are met, each once."""
 
     def __init__(self, path: Path):
-        self.path, self.seen = path, {line["id"] for line in reflection_data.read_lines(path)}
+        self.path, self.seen = path, {line["id"] for line in reflection_data.read_lines(path, "id")}
 
     def add(self, row: Row | reflection_data.Rejected, reason: str) -> None:
         if row.id not in self.seen:
@@ -180,21 +187,25 @@ class Rejections:
             tqdm.write(f"{row.source}: {reason}; set aside in {self.path}")
 
 
-def encode(rows: list[Row], s: Settings, processor: vlm.Processor, rejected: Rejections) -> tuple[list[Row], list[vlm.Prompt]]:
-    """The rows that can be used, and their prompts."""
+def encode(rows: list[Row], s: Settings, processor: vlm.Processor, rejected: Rejections, spare: list[Row] = ()) -> tuple[list[Row], list[vlm.Prompt]]:
+    """The rows that can be used, and their prompts; if it is none, the first of `spare` that can."""
     kept, prompts = [], []
-    for row in rows:
+    for i, row in enumerate(chain(rows, spare)):
+        if i >= len(rows) and kept:
+            break
         try:
             images = [reflection_data.fit_image(reflection_data.load_image(row, i), max_pixels=s.max_pixels) for i in range(len(row.images))]
             prompt = processor.prompt(images, reflection_data.reflection_prompt(row.query) if s.prompt == "reflection" else row.query)
             room = min(s.max_prompt, processor.context - s.max_new_tokens)
             if len(prompt.ids) > room:
                 raise ValueError(f"a prompt of {len(prompt.ids)} tokens, and there is room for {room}; see --max_prompt and --max_pixels")
+            if row.target and (n := len(prompt.ids) + len(processor.target(row.target))) > min(s.max_length, processor.context):
+                raise ValueError(f"prompt and target of {n} tokens, and there is room for {min(s.max_length, processor.context)}; see --max_length")
             kept.append(row), prompts.append(prompt)
         except ValueError as error:
             rejected.add(row, str(error))
-    if not kept:
-        raise ValueError(f"none of {len(rows)} rows can be used; {rejected.path} says why")
+    if spare and not kept:
+        raise ValueError(f"none of {len(spare)} rows can be used; {rejected.path} says why")
     return kept, prompts
 
 
@@ -213,7 +224,7 @@ def supervised(s: Settings, out: Path, model, processor, rows: list[Row], step: 
             optimizer.param_groups[0]["lr"] = s.sft_lr * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
             batch = order[step * s.sft_batch:(step + 1) * s.sft_batch]
             batch = np.resize(batch, max(len(batch), parallel.world()))             # a last batch smaller than the number of ranks
-            some, prompts = encode([rows[i] for i in parallel.share(batch)], s, processor, rejected)
+            some, prompts = encode([rows[i] for i in parallel.share(batch)], s, processor, rejected, rows)
             targets = [processor.target(row.target) for row in some]
             tokens, total = sum(parallel.gather([sum(map(len, targets))])), 0.0
             for part in parallel.even(list(vlm.micro_batches([len(p.ids) + len(t) for p, t in zip(prompts, targets)], s.micro_tokens))):
@@ -328,7 +339,7 @@ def reinforce(s: Settings, out: Path, model, reference, processor, rows: list[Ro
 
             began = time.perf_counter()                                                 # 1. responses
             chosen = parallel.share(rng.choice(len(rows), min(s.prompts, len(rows)), replace=False))
-            chosen, prompts = encode([rows[i] for i in chosen], s, processor, rejected)
+            chosen, prompts = encode([rows[i] for i in chosen], s, processor, rejected, rows)
             repeated = [p for p in prompts for _ in range(s.group_size)]
             completions = generate(model, processor, repeated, s, s.temperature)
             sampled = time.perf_counter()
@@ -341,16 +352,14 @@ def reinforce(s: Settings, out: Path, model, reference, processor, rows: list[Ro
             scored = time.perf_counter()
 
             advantages = grpo.group_advantages(reward, scale=s.std_scale)               # 3. advantages (P, G)
-            if s.keep == "mixed":
-                advantages = advantages * ((reward.mean(1) >= 0.1) & (reward.mean(1) <= 0.9))[:, None]
-            used, flat = (advantages != 0).any(1), advantages.flatten()
-            flat = flat * torch.tensor([not (s.mask_truncated and c.truncated) for c in completions])
-            own = range(first, first + len(repeated))
-            keep = [i for i in own if flat[i] != 0]
+            used = groups_used(advantages, records, s)
+            flat, own = advantages.flatten(), range(first, first + len(repeated))
+            trained = [bool(used[i // s.group_size]) and not (s.mask_truncated and c.truncated) for i, c in enumerate(completions)]
+            keep = [i for i in own if trained[i]]
 
             model.train()                                                               # 4. update
             batch = Batch(*zip(*[(repeated[i - first], completions[i].ids) for i in keep or own[:1]]), flat[keep or own[:1]], idle=not keep)
-            stats = update(model, reference, processor, optimizer, batch, s) if flat.any() else {"updates": 0, "skipped": 0}
+            stats = update(model, reference, processor, optimizer, batch, s) if any(trained) else {"updates": 0, "skipped": 0}
             if stats["skipped"]:
                 tqdm.write(f"step {step}: {stats['skipped']} updates skipped, loss or gradient not finite")
             tokens = sum(c.tokens for c in completions)
@@ -378,9 +387,20 @@ def reinforce(s: Settings, out: Path, model, reference, processor, rows: list[Ro
     return step
 
 
+def groups_used(advantages: torch.Tensor, records: list[rewards.ReflectionRecord], s: Settings) -> torch.Tensor:
+    """Which groups are trained on, bool (P,), from advantages (P, G) and the P * G records. Code: "mixed" looks at what the answers
+    earn, without format and length."""
+    used = (advantages != 0).any(1)
+    if s.keep == "mixed":
+        earned = torch.tensor([r.accuracy + r.effectiveness for r in records]).view(advantages.shape).mean(1)
+        used &= (earned >= 0.1) & (earned <= 0.9)
+    return used
+
+
 def describe(row: Row, completion: vlm.Completion, record: rewards.ReflectionRecord, advantage: float) -> str:
     """One response with its reward, part by part."""
     parts = " + ".join(f"{name} {getattr(record, name):.2f}" for name in ("format", "accuracy", "effectiveness", "reflection", "length"))
+    parts = f"half of {parts}" if record.variant == "verl" else parts           # its code's weights
     return (f"{row.query!r}, answer {row.answer}\n    {completion.text}{' ...' if completion.truncated else ''}\n"
             f"    reward {record.total:.2f} ({parts}), advantage {advantage:+.2f}")
 
@@ -444,8 +464,8 @@ def save_policy(model, processor, path: Path) -> None:
     parallel.barrier()
 
 
-def read_rows(data: str, images: str, rejected: Rejections) -> list[Row]:
-    rows, bad = reflection_data.read_rows(data, images or None)
+def read_rows(data: str, s: Settings, rejected: Rejections) -> list[Row]:
+    rows, bad = reflection_data.read_rows(data, s.images or None, reflection_data.column_names(s.columns))
     for item in bad:
         rejected.add(item, item.reason)
     return rows
@@ -456,9 +476,10 @@ def prepare(s: Settings, given: set[str]) -> tuple[Settings, Path, dict | None]:
     if not s.resume:
         if "resume" in given:
             raise ValueError("--resume is empty; give the folder of a run")
-        if (Path(s.out) / "checkpoint" / "state.json").exists():
-            raise ValueError(f"{s.out} holds a run already; go on with --resume {s.out}, or choose another --out")
+        grpo.refuse_taken(Path(s.out))
         return s, Path(s.out), None
+    if "out" in given:
+        raise ValueError(f"--resume goes on in {s.resume}; drop --out")
     out = Path(s.resume)
     state = grpo.read_state(out / "checkpoint")
     saved = state.get("settings", {})
@@ -480,6 +501,8 @@ def run(s: Settings, given: set[str] = frozenset()) -> int:
         raise ValueError("--data needs a stage: python reflection_srpo.py sft ... (rows with targets) or rl ...")
     if stage != "all" and not s.model:
         raise ValueError(f"{stage} needs --model: a folder or hub id")
+    if s.reward == "verl" and s.data == "arrows":
+        raise ValueError("--reward verl reads boxed answers, which the arrows do not have; give --data")
     if s.prompts < parallel.world():
         raise ValueError(f"--prompts {s.prompts} for {parallel.world()} ranks: each needs one")
     if s.offload_optimizer and parallel.world() > 1:
@@ -502,17 +525,17 @@ def run(s: Settings, given: set[str] = frozenset()) -> int:
     if saved:
         parallel.load_checkpoint(out / "checkpoint", trainable(model), optimizer)
         step = saved["step"]
-    print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v != ""))
+    print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v not in ("", [])))
     print("memory: " + plan.summary(s, plan.inputs(s, base)[1]))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(map(torch.Tensor.numel, trainable(model).values())):,} of them trained, "
           f"on {parallel.world()} x {model.device.type}; results go to {out}/" + (f"; resumed after step {step} of {saved['stage']}" if saved else ""))
     if s.data == "arrows":
         heldout = arrows.dataset(400, seed=10**6)
     else:
-        heldout = read_rows(s.eval_data, s.images, rejected) if s.eval_data else []
+        heldout = read_rows(s.eval_data, s, rejected) if s.eval_data else []
 
     if stage != "rl" and (saved is None or saved["stage"] == "sft"):
-        rows = arrows.dataset(s.sft_rows, s.seed, targets=True) if s.data == "arrows" else read_rows(s.data, s.images, rejected)
+        rows = arrows.dataset(s.sft_rows, s.seed, targets=True) if s.data == "arrows" else read_rows(s.data, s, rejected)
         if missing := [row.source for row in rows if not row.target]:
             raise ValueError(f"{missing[0]} has no target to imitate; make targets with: python reflection_srpo.py data")
         done = supervised(s, out, model, processor, rows, step, optimizer)
@@ -538,7 +561,7 @@ def run(s: Settings, given: set[str] = frozenset()) -> int:
     if s.beta and not s.lora_rank:
         reference, _ = load(s, (out / "sft") if stage == "all" else base)
         reference.to("cpu").requires_grad_(False).eval()
-    rows = arrows.dataset(s.steps * s.prompts, s.seed + 1000) if s.data == "arrows" else read_rows(s.data, s.images, rejected)
+    rows = arrows.dataset(s.steps * s.prompts, s.seed + 1000) if s.data == "arrows" else read_rows(s.data, s, rejected)
     done = reinforce(s, out, model, reference, processor, rows, heldout, step, optimizer, before)
     if done == s.steps:
         save_policy(model, processor, out / "policy")
@@ -574,15 +597,21 @@ def table(results: dict[str, dict]) -> str:
 def study(s: Settings, kinds: list[str], seeds: int) -> int:
     """Cold start once per seed, then RL with each reward from there; one picture. What is finished is not done again."""
     out, runs = Path(s.out), {}
+    if seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {seeds}")
     for seed in range(seeds):
         for kind in kinds:
             folder = out / f"{kind}-{seed}"
             first = kind == kinds[0]
             base = replace(s, seed=seed, reward=kind, out=str(folder), stage="all" if first else "rl",
                            model="" if first else str(out / f"{kinds[0]}-{seed}" / "sft"))
+            if (folder / "checkpoint").exists():
+                saved = grpo.read_state(folder / "checkpoint")["settings"]
+                for name in sorted(set(saved) - FREE - {"model"}):
+                    if saved[name] != getattr(base, name, None):
+                        raise ValueError(f"{folder} was made with --{name} {saved[name]}, not {getattr(base, name, None)}; choose another --out")
+                base = replace(base, resume=str(folder))
             if not (folder / "after.json").exists():
-                if (folder / "checkpoint").exists():
-                    base = replace(base, resume=str(folder))
                 print(f"\n{folder}")
                 if code := run(base):
                     return code
@@ -608,6 +637,8 @@ def data(argv: list[str]) -> int:
     parser.add_argument("--temperature", type=float, default=0.0, help="of the first answers; 0: greedy")
     reflection_data.add_arguments(parser)
     args = parser.parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("data runs as one process; start it without torchrun")
 
     def load_model():
         model, processor = vlm.load_vlm(args.model, getattr(torch, args.dtype), "cuda" if torch.cuda.is_available() else "cpu")
@@ -618,7 +649,8 @@ def data(argv: list[str]) -> int:
             return [c.text for c in vlm.complete(model, processor, images, texts, args.max_new_tokens, args.temperature)]
         return generate
 
-    return reflection_data.run(args, load_model, {"model": args.model})
+    sampler = {name: getattr(args, name) for name in ("model", "dtype", "max_new_tokens", "temperature", "max_pixels")}
+    return reflection_data.run(args, load_model, sampler)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -647,6 +679,8 @@ def main(argv: list[str] | None = None) -> int:
         parallel.start()
         given = {a[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for a in argv if a.startswith("--")} - {"paper", "plan", "seeds", "rewards"}
         given |= {"stage"} if stage in ("sft", "rl") else set()
+        if stage == "study" and (wrong := given & {"model", "data", "resume", "reward", "seed", "stage"} or {"paper"} & {a[2:] for a in argv}):
+            raise ValueError(f"study has no --{min(wrong)}: it runs every reward of --rewards with --seeds seeds on the arrows")
         code = plan.show(s) if more.plan else study(s, more.rewards, more.seeds) if stage == "study" else run(s, given)
         parallel.stop()
         return code

@@ -199,13 +199,13 @@ def progress_reward(latents: np.ndarray, success: Sequence[bool], task: Sequence
 def _normalise(text: str) -> str:
     r"""The answer as a plain string, from the last \boxed{} if there is one; "" if that box never closes.
 
-    >>> [_normalise(t) for t in (r"The answer is $\boxed{\frac{2}{3}}$.", "( B )", "1,250", r"1\frac{1}{2}", r"\boxed{7")]
+    >>> [_normalise(t) for t in (r"The answer is $\boxed{\frac{2}{3}}$.", r"(\textbf{B})", "1,250", r"1\frac{1}{2}", r"\boxed{7")]
     ['2/3', 'b', '1250', '1 1/2', '']
     """
     start = text.rfind(r"\boxed{")
     if start >= 0:
         text = _boxed(text[start:]) or ""
-    text = text.replace("$", " ").lower()
+    text = re.sub(r"\\(?:text(?:bf|it|rm)?|math(?:bf|it|rm))\s*\{([^{}]*)\}", r"\1", text).replace("$", " ").lower()
     text = re.sub(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}", r" \1/\2 ", text)     # blanks: 1\frac{1}{2} is not 11/2
     text = re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", text).rstrip(".")                     # "( B )", but not "6 1"
     if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?|-?\d{1,3}( \d{3})+(\.\d+)?", text):
@@ -234,9 +234,9 @@ def _number(text: str) -> Fraction | None:
 def default_verify(prediction: str, answer: str) -> bool | None:
     r"""Whether the prediction equals the answer; None if the answer itself cannot be read.
 
-    Right if equal after normalising or equal as numbers: the prediction must be the answer alone, or box it. Else, where
-    math-verify is installed, right if that finds an equal expression in it. Empty or unreadable predictions are never
-    right. (The "openrlhf" code hands math-verify its tags too, which hide an answer in neither $...$ nor a box; not so here.)
+    Right if equal after normalising or equal as numbers: the prediction must be the answer alone, or box it; of an option,
+    "B", also "(B) 60". Else, where math-verify is installed, right if that finds an equal expression in it, and neither
+    alternatives nor a list of numbers. Empty or unreadable predictions are never right. (The "openrlhf" code hands math-verify its tags too, which hide an answer in neither $...$ nor a box; not so here.)
 
     >>> [default_verify(p, "3/4") for p in (r"so $\boxed{0.75}$", r"\frac{3}{4}", "13/4", "")]
     [True, True, False, False]
@@ -248,6 +248,11 @@ def default_verify(prediction: str, answer: str) -> bool | None:
         return False
     if guess == gold or (_number(guess) is not None and _number(guess) == _number(gold)):
         return True
+    if len(gold) == 1 and answer.strip(" ().").isupper():
+        match = re.match(r"(?:\(([a-z])\)|([a-z])[.:)])(.*)", guess, re.DOTALL)
+        return bool(match) and (match[1] or match[2]) == gold and not re.search(r"\([a-z]\)|^\W*(?:and|or|not)\b", match[3])
+    if re.search(r"\b(?:or|not|but|either|nor)\b|\d\s+\d+(?![\d/])", guess):       # math-verify would pick one
+        return False
     # math-verify reads a word as a product of symbols ("der" would equal "red"), so words and letters end here.
     if gold.isalpha() or importlib.util.find_spec("math_verify") is None:
         return False
@@ -290,7 +295,7 @@ TAG = re.compile(r"</?(?:think|answer|reflection)>")
 TAG_ORDER = [f"<{end}{name}>" for name in ("think", "answer", "reflection", "think", "answer") for end in ("", "/")]
 
 
-def _format_holds(response: str, published: bool) -> bool:
+def format_holds(response: str, published: bool = False) -> bool:
     """Exactly the ten tags in order, text inside each pair, none between and after."""
     if TAG.findall(response) != TAG_ORDER:
         return False
@@ -362,7 +367,7 @@ def reflection_reward(response: str, answer: str, *, variant: str = "paper",
             _score_openrlhf(record, response, answer, unreadable=first is None or final is None)
         return record
 
-    record.format = 0.5 if _format_holds(response, published=False) else 0.0  # SRPO-MLLM: R_format
+    record.format = 0.5 if format_holds(response, published=False) else 0.0  # SRPO-MLLM: R_format
     record.accuracy = 0.5 if record.first_correct else 0.0  # SRPO-MLLM: R_accuracy, of the FIRST answer
     if len(answers) == 2:  # SRPO-MLLM: I_eff; ours: nothing for one answer, or for many to choose from
         table = {(True, True): 0.25, (False, True): 0.5, (False, False): 0.0, (True, False): -0.25}
@@ -374,7 +379,7 @@ def reflection_reward(response: str, answer: str, *, variant: str = "paper",
 
 
 def _score_openrlhf(record: ReflectionRecord, response: str, answer: str, unreadable: bool) -> None:
-    record.format = 0.5 if _format_holds(response, published=True) else 0.0
+    record.format = 0.5 if format_holds(response, published=True) else 0.0
     # Paper / code differ: a corrected answer earns more than being right twice, so faking a wrong first answer pays.
     table = {(True, True): 0.75, (False, True): 1.0, (True, False): 0.25, (False, False): 0.0}
     record.accuracy = table[record.first_correct, record.final_correct]
@@ -392,7 +397,7 @@ def _score_verl(record: ReflectionRecord, response: str, answer: str, count_toke
                 verify: Callable[[str, str], bool | None]) -> None:
     response = re.sub(r"\s*([<>/])\s*", r"\1", response)  # code: blanks round these characters go first
     record.n_tokens = count_tokens(response)
-    record.format = 0.5 if _format_holds(response, published=True) else 0.0
+    record.format = 0.5 if format_holds(response, published=True) else 0.0
     # Code: the first and the last box anywhere in the text, whatever the tags; the word "None" if there is none.
     starts = [match.start() for match in re.finditer(r"\\boxed\{", response)] or [len(response)]
     record.first_answer, record.final_answer = (_boxed(response[i:]) or "None" for i in (starts[0], starts[-1]))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
@@ -105,7 +106,7 @@ def load_vlm(path: str | Path, dtype: torch.dtype = torch.float32, device=None):
         processor = Processor(path)
         # device_map: shards go straight to the device, without a second copy of the weights in RAM
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map=device and {"": device})
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be loaded as a vision-language model: {str(error).strip().splitlines()[0]}") from None
     end = model.generation_config.eos_token_id or processor.tokenizer.eos_token_id
     # Checkpoints bring top-k, top-p and repetition penalties, under which log-probabilities would not be the sampling distribution's.

@@ -1,12 +1,10 @@
 """plan.py against measured tensors: weights, gradients and optimiser state to the byte, activations by saved-tensor hooks within 15%."""
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 import arrows
 import grpo

@@ -173,6 +173,19 @@ def test_json_layouts(tmp_path):
 
 # Prompts
 
+def test_images_are_those_of_training(tmp_path):
+    """White where they are transparent, upright, within the pixel budget."""
+    clear, turned = Image.new("RGBA", (8, 6), (0, 0, 0, 0)), Image.new("RGB", (80, 40))
+    clear.save(tmp_path / "clear.png")
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert re_eval.decode("clear.png", tmp_path).getpixel((0, 0)) == (255, 255, 255)
+    picture = re_eval.decode("turned.jpg", tmp_path)
+    assert picture.width * 2 == pytest.approx(picture.height, abs=2)
+    assert (small := re_eval.decode(cell(png(size=(900, 600))), tmp_path, max_pixels=60_000)).size == (300, 200) and small.mode == "RGB"
+
+
 def question(kind="choice", answer="B", options=("40°", "60°"), **other) -> Question:
     fields = {"id": "1", "text": "How big?", "answer": answer, "kind": kind, "images": [], "options": list(options), "labels": []}
     return Question(**fields | other)
@@ -417,7 +430,7 @@ def test_faulty_rows_are_counted_and_named_and_tried_again(tmp_path):
     assert model.asked == ["1"] and [o.right for o in outcomes] == [True] + [None] * 6
     errors = {o.id: o.error for o in outcomes[1:]}
     assert list(errors) == ["2", "testmini.json row 3", "4", "testmini.json row 5", "testmini.json row 6", "testmini.json row 7"]
-    for words, error in zip(("its image cannot be decoded", "its answer '9' is none of its choices", "there is no image 4.png",
+    for words, error in zip(("corrupt image", "its answer '9' is none of its choices", "there is no image 4.png",
                              "its answer is ''", "it has no field 'answer'", "'int' object"), errors.values()):
         assert words in error and "\n" not in error
     assert {row["id"] for row in lines(tmp_path / "out" / "mathvista.jsonl")} == {o.id for o in outcomes}
@@ -542,7 +555,7 @@ def test_run(command, folder, capsys):
     assert "66.7%" in printed and "the paper" not in printed and "greedy" in printed
     result = json.loads((command.out / "result.json").read_text())["mathvista"]
     assert result["all"]["questions"] == 3 and result["settings"] | {"weights_saved": 0, "math_verify": 0} == {
-        "model": "m", "weights_saved": 0, "max_new_tokens": 64, "dtype": "bfloat16", "math_verify": 0, "prompt": "reflection", "limit": 3}
+        "model": "m", "weights_saved": 0, "max_new_tokens": 64, "max_pixels": 1280 * 28 * 28, "dtype": "bfloat16", "math_verify": 0, "prompt": "reflection", "limit": 3}
     command("--benchmark", "mathvista", "--data", folder, "--max-new-tokens", 64)          # a larger limit asks the rest
     assert command.model.asked == ["1", "2", "3", "4", "5"]
     with pytest.raises(ValueError, match="max_new_tokens was 64, is 65"):

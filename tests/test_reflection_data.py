@@ -355,7 +355,7 @@ def test_half_written_lines(tmp_path):
     build(rows, answer, teach, out)
     assert [sorted(path.read_text().splitlines()) for path in files] == whole
     files[1].write_text("{broken\n" + files[1].read_text())
-    with pytest.raises(ValueError, match="reflections.jsonl holds a broken line"):
+    with pytest.raises(ValueError, match="reflections.jsonl line 1 is broken"):
         build(rows, answer, teach, out)
 
 

@@ -8,15 +8,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import arrows
 import grpo
+import reflection_data
 import reflection_srpo as rs
 import rewards
-import arrows
 import vlm
 
 ROOT = Path(rs.__file__).parent
@@ -165,10 +164,25 @@ def test_ablated_rewards(base):
     assert rs.score(response, "2", "paper", processor).total == paper.total and paper.length > 0
     assert rs.score(response, "2", "no_length", processor).total == pytest.approx(paper.total - paper.length)
     assert [rs.score(response, answer, "outcome", processor).total for answer in ("2", "1")] == [1, 0]
+    for kind in ("paper", "no_length", "outcome", "openrlhf"):                  # parts add up to what is paid
+        record = rs.score(response, "2", kind, processor)
+        assert record.total == pytest.approx(record.format + record.accuracy + record.effectiveness + record.reflection + record.length)
+    assert rs.score(response, "2", "openrlhf", processor).n_tokens == processor.count(response) > paper.n_tokens      # code: with its tags
     for garbage in ("", "<answer>", "2", "</answer> 2 <answer>", "<think> 2 </think>"):
         for kind in rs.REWARDS:
             record = rs.score(garbage, "2", kind, processor)
             assert record.accuracy <= 0 and not record.final_correct and record.total <= 0
+
+
+def test_which_groups_are_trained_on():
+    """mixed: by what the answers earn: rare corrections count, format and length do not; equal rewards never do."""
+    right, wrong = (rewards.ReflectionRecord("paper", total=total, format=0.5, effectiveness=earned, reflection=0.25, length=0.07)
+                    for total, earned in ((1.32, 0.5), (0.82, 0.0)))
+    groups = [[right] * 2 + [wrong] * 6, [right] + [wrong] * 7, [wrong] * 8, [right] * 8]
+    advantages = grpo.group_advantages(torch.tensor([[r.total for r in group] for group in groups]))
+    records = [r for group in groups for r in group]
+    assert rs.groups_used(advantages, records, rs.Settings()).tolist() == [True, True, False, False]
+    assert rs.groups_used(advantages, records, rs.Settings(keep="mixed")).tolist() == [True, False, False, False]
 
 
 def run(*arguments, **more) -> subprocess.CompletedProcess:
@@ -244,8 +258,64 @@ def test_rl_on_rows_of_a_file_sets_unusable_ones_aside(base, tmp_path, capsys):
     assert [r["source"].split(":")[1] for r in reasons] == ["7", "8", "9", "10", "11"]
     for r, words in zip(reasons, ("missing image", "empty question", "no answer", "broken JSON", "room for 1024")):
         assert words in r["reason"]
-    assert "rows.jsonl:7" in capsys.readouterr().err + "rows.jsonl:7"
+    printed = capsys.readouterr()
+    assert "rows.jsonl:7: missing image" in printed.out + printed.err
     assert metrics(tmp_path / "out")[-1]["step"] == 2
+
+
+def write_data(folder: Path, rows: int) -> Path:
+    assert subprocess.run([sys.executable, "arrows.py", "--out", str(folder), "--rows", str(rows)], cwd=ROOT).returncode == 0
+    return folder / "rows.jsonl"
+
+
+@pytest.mark.parametrize("stage, flags", [("rl", ["--steps", "3", "--prompts", "1", "--group_size", "2", "--max_new_tokens", "6"]),
+                                          ("sft", ["--sft_batch", "1", "--sft_epochs", "1"])])
+def test_a_batch_of_unusable_rows_takes_another(stage, flags, base, tmp_path):
+    lines = [json.loads(line) for line in write_data(tmp_path / "data", 3).read_text().splitlines()]
+    for line in lines:
+        line["target"] = "<think> a </think> <answer> a1 </answer>"
+    lines[0]["query"] = "how many " * 600
+    (tmp_path / "data" / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = [stage, "--model", str(base), "--data", str(tmp_path / "data" / "rows.jsonl"), *flags, "--threads", "1", "--out", str(tmp_path / "out")]
+    assert rs.main(arguments) == 0
+    assert [json.loads(line)["source"] for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()] == ["rows.jsonl:1"]
+
+
+def test_training_with_the_flags_of_scale(base, tmp_path, capsys):
+    """parquet with other column names, the reflection prompt, LoRA, bf16, KL, both filters, no division by the std, held-out rows."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+    pytest.importorskip("peft")
+    rows = [{"problem": row.query, "images": [{"bytes": row.images[0], "path": "a.png"}], "answer": row.answer} for row in arrows.dataset(4, 0)]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    arguments = ["rl", "--model", str(base), "--data", str(tmp_path / "rows.parquet"), "--eval_data", str(tmp_path / "rows.parquet"), "--columns",
+                 "query=problem", "image=images", "--prompt", "reflection", "--lora_rank", "2", "--dtype", "bfloat16", "--beta", "0.1", "--keep", "mixed",
+                 "--mask_truncated", "--no_std_scale", "--steps", "2", "--prompts", "2", "--group_size", "2", "--max_new_tokens", "8", "--threads", "1"]
+    assert rs.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    assert metrics(tmp_path / "out")[-1]["heldout_rows"] == 4 and (tmp_path / "out" / "policy_adapter").is_dir()
+    assert rs.main([*arguments, "--columns", "quer=problem", "--out", str(tmp_path / "b")]) == 2 and "--columns quer=problem" in capsys.readouterr().err
+
+
+def test_data_command_with_a_server(base, tmp_path, monkeypatch):
+    """First answers of the model, reflections from a server; a question that the model cannot be asked is rejected, and named."""
+    pytest.importorskip("openai")
+    from test_reflection_data import REPLY, chat, server
+    monkeypatch.setattr(vlm, "complete", lambda model, processor, images, texts, *more: [
+        vlm.Completion(torch.tensor([1]), "<think>one by one</think><answer>a1</answer>", False)
+        for _ in [processor.prompt(*turn) for turn in zip(images, texts)]])
+    path = write_data(tmp_path / "data", 4)
+    lines = path.read_text().splitlines()
+    lines[2] = json.dumps(json.loads(lines[2]) | {"query": "from <|image_pad|> a2 go 6 ?"})
+    path.write_text("\n".join(lines) + "\n")
+    with server(lambda n, body: chat(REPLY)) as state:
+        arguments = ["data", "--model", str(base), "--dtype", "float32", "--rows", str(path), "--out", str(tmp_path / "out"),
+                     "--teacher-url", state.url, "--teacher-model", "m"]
+        assert rs.main(arguments) == 0
+        assert rs.main(arguments) == 0 and len(state.requests) == 3                            # nothing is done twice
+    rows, _ = reflection_data.read_rows(tmp_path / "out" / "reflections.jsonl")
+    assert len(rows) == 3 and all("<reflection>" in row.target for row in rows)
+    [rejected] = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert rejected["source"] == "rows.jsonl:3" and "place holders" in rejected["reason"]
 
 
 def test_data_command_with_a_local_model(base, tmp_path, capsys):
@@ -267,25 +337,30 @@ def test_data_command_with_a_local_model(base, tmp_path, capsys):
     (["--resume", "nowhere"], ["nowhere", "no checkpoint"]),
     (["--data", "rows.jsonl"], ["--data", "stage"]),
     (["rl"], ["rl", "--model"]),
+    (["--reward", "verl"], ["verl", "boxed"]),
+    (["study", "--seeds", "0"], ["--seeds", "at least 1"]),
+    (["study", "--model", "m"], ["study", "--model"]),
+    (["--resume", "RUN", "--out", "elsewhere"], ["--resume", "drop --out"]),
     (["rl", "--model", "nowhere/at/all"], ["nowhere/at/all"]),
     (["sft", "--model", "BASE", "--data", "missing.jsonl"], ["missing.jsonl", "does not exist"]),
     (["sft", "--model", "BASE", "--data", "ROWS"], ["no target", "reflection_srpo.py data"])], ids=" ".join)
 def test_bad_flags_are_one_line(argv, words, base, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     if "ROWS" in argv:
-        arrows.dataset(1, 0)[0]
         (tmp_path / "a.png").write_bytes(arrows.dataset(1, 0)[0].images[0])
         rows.write_text(json.dumps({"query": "q", "image": "a.png", "answer": "1"}) + "\n")
     argv = [str(base) if a == "BASE" else str(rows) if a == "ROWS" else a for a in argv]
-    assert rs.main([*argv, "--out", str(tmp_path / "out")] if argv[0] != "--resume" else argv) == 2
+    assert rs.main([*argv, "--out", str(tmp_path / "out")] if "--resume" not in argv else argv) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and all(word in error for word in words)
 
 
-def test_resume_with_other_settings_and_a_taken_folder(finished, capsys):
+def test_resume_with_other_settings_and_a_taken_folder(finished, tmp_path, capsys):
     out, _ = finished
     assert rs.main(["--resume", str(out), "--lr", "0.5"]) == 2 and "--lr 0.5 differs from the run's 0.0005" in capsys.readouterr().err
     assert rs.main([*SMALL, "--out", str(out)]) == 2 and f"--resume {out}" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_bytes((out / "metrics.jsonl").read_bytes())              # a record of a run, without checkpoint
+    assert rs.main([*SMALL, "--out", str(tmp_path)]) == 2 and "metrics.jsonl is of another run" in capsys.readouterr().err
 
 
 def test_paper_settings_yield_to_flags(monkeypatch):
@@ -304,3 +379,4 @@ def test_study_draws_one_picture_and_skips_what_is_done(tmp_path, capsys):
     capsys.readouterr()
     began = time.time()
     assert rs.main(arguments) == 0 and time.time() - began < 10 and "settings:" not in capsys.readouterr().out
+    assert rs.main([*arguments, "--lr", "1"]) == 2 and "was made with --lr 0.0005, not 1.0" in capsys.readouterr().err

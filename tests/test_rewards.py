@@ -308,6 +308,8 @@ def test_verifier_and_token_count_are_called():
     ("1,250", "1250", True), ("(b)", "B", True), ("B.", "B", True), ("A or B", "B", False), ("Red", "red", True),
     ("der", "red", False), ("\\boxed{\\frac{2}{3}}", "\\frac23", False), ("7/0", "7", False), ("-4", "4", False),
     ("6 1", "61", False), ("1 1/2", "5.5", False), ("1\\frac{1}{2}", "5.5", False), ("1\\frac{1}{2}", "1 1/2", True), ("- \\frac {1}{2}", "-0.5", True),
+    ("\\boxed{\\text{B}}", "B", True), ("(\\textbf{B})", "B", True), ("(B) 60", "B", True), ("\\boxed{B. 60}", "B", True), ("(B) or (C)", "B", False),
+    ("(C) 60", "B", False), ("Bob", "B", False), ("\\boxed{\\text{yes}}", "yes", True),
     ("9" * 500, "7", False), ("see $\\boxed{1}$, then $\\boxed{7}$", "7", True)])
 def test_plain_verifier(guess, gold, right, monkeypatch):
     monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda name: None)
@@ -316,7 +318,8 @@ def test_plain_verifier(guess, gold, right, monkeypatch):
 
 @pytest.mark.parametrize("guess, gold, right", [
     ("$x^2+2x+1$", "(x+1)^2", True), ("$\\boxed{\\frac{2}{3}}$", "\\frac23", True), ("$\\sqrt{4}$", "2", True),
-    ("der", "red", False), ("A", "B", False), ("$x^2$", "(x+1)^2", False)])
+    ("der", "red", False), ("A", "B", False), ("$x^2$", "(x+1)^2", False), ("The answer is 7.", "7", True), ("9 or 7", "7", False),
+    ("not 7", "7", False), ("1 2 3 4 5 6 7", "7", False)])
 def test_math_verify_where_installed(guess, gold, right):
     pytest.importorskip("math_verify")
     assert default_verify(guess, gold) is right
