@@ -42,7 +42,7 @@ STEP = 0.04                     # metres the hand's set point moves for an actio
 TURN = 0.1                      # radians, likewise
 SUCCESS_RADIUS = 0.05           # metres between the centres of cube and plate (its radius is 0.065)
 LAYOUT = {"red": (0.08, -0.09), "blue": (0.08, 0.09), "green": (-0.08, -0.10), "yellow": (-0.08, 0.10)}  # metres
-JITTER = 0.025                  # metres, uniform, per object and axis
+JITTER = 0.02                   # metres, uniform, per object and axis
 HOME = np.array([0.0, 0.0, 0.14])
 LOW, HIGH = np.array([-0.2, -0.2, 0.005]), np.array([0.2, 0.2, 0.2])
 FINGER_OPEN = 0.044             # metres from the middle, each finger
@@ -341,6 +341,8 @@ class Suite:
 
 def tabletop(tasks: tuple[int, ...] = ()) -> Suite:
     """The built-in tasks, or some of them by number."""
+    if len(set(tasks)) < len(tasks):
+        raise ValueError(f"--tasks {' '.join(map(str, tasks))}: each once")
     return Suite("tabletop", TASKS, tuple(map(task_id, tasks or range(len(TASKS)))), dict.fromkeys(("train", "heldout"), N_STATES))
 
 
@@ -532,6 +534,8 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=20, help="expert episodes per task")
     parser.add_argument("--gif", default="expert.gif", help="where to write one episode per task")
     args = parser.parse_args()
+    if args.episodes < 1 or not os.path.isdir(os.path.dirname(args.gif) or "."):
+        raise ValueError(f"--episodes {args.episodes} must be at least 1" if args.episodes < 1 else f"--gif {args.gif}: there is no such folder")
     env, frames = Tabletop(size=128), []
     rng = np.random.default_rng(0)
     for every, name in ((None, "no camera"), (CHUNK, f"a 128 px frame every {CHUNK} steps"), (1, "a frame every step")):
@@ -568,5 +572,5 @@ def save_gif(path: str, frames: list[np.ndarray], fps: int = 10) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")

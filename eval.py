@@ -6,6 +6,8 @@
     python eval.py vla --checkpoint FOLDER_OR_ID --suite libero_plus --plus FOLDER      # LIBERO-Plus: a line per dimension
     python eval.py paper --checkpoint libero_spatial=FOLDER_OR_ID libero_object=FOLDER_OR_ID    # the paper's table, and ours below
     python eval.py curves runs/tabletop/*/metrics.jsonl --out runs/tabletop/curves.png
+    python eval.py curves runs/reflection/*/metrics.jsonl --kind reflection --out runs/reflection/curves.png
+    python eval.py reasoning --model FOLDER_OR_ID --benchmark mathvista --out out/reasoning     # reasoning_eval.py
 
 Policies act greedily, as in the papers' evaluations. Every initial state of a task is played once; 95% intervals are Wilson's.
 The papers train and evaluate on the same 50 initial states of LIBERO (`--split all`); here `heldout` states never occur in training.
@@ -14,8 +16,11 @@ LIBERO takes hours: finished episodes are written down one by one, and the same 
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: idle threads sleep, or they would fight the simulator for cores
 
 import numpy as np
 import torch
@@ -307,6 +312,7 @@ def main() -> None:
         p.add_argument("--plus", default="", help="folder of a LIBERO-Plus copy (default: LIBERO_PLUS_PATH)")
         p.add_argument("--key", default="", help="of the action statistics (default: the suite's)")
         p.add_argument("--device", default="", help="default: cuda if there is one")
+        p.add_argument("--threads", type=int, default=2, help="torch threads; 0: all cores")
     p = commands.add_parser("curves", help="learning curves; runs in folders named LABEL-SEED are averaged by label")
     p.add_argument("metrics", nargs="+", help="metrics.jsonl files")
     p.add_argument("--out", default="curves.png")
@@ -326,6 +332,9 @@ def main() -> None:
         return reasoning_eval.run(args)
     if not 1 <= args.states <= envs.N_STATES:
         raise ValueError(f"--states must be 1..{envs.N_STATES}, got {args.states}")
+    if min(args.gifs, args.threads) < 0 or args.workers < 1:
+        raise ValueError("--gifs and --threads must be at least 0, --workers at least 1")
+    torch.set_num_threads(args.threads or os.cpu_count())
     if args.command == "paper":
         pairs = dict(pair.partition("=")[::2] for pair in args.checkpoint)
         if unknown := [name for name, checkpoint in pairs.items() if name not in libero_envs.SUITES or not checkpoint]:

@@ -16,7 +16,6 @@ has one; `token_logprobs` returns a differentiable entropy to those who want it)
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import sys
@@ -311,7 +310,7 @@ def clip_and_step(optimizer: torch.optim.Optimizer, model: nn.Module, max_norm: 
     return norm, stepped
 
 
-# Checkpoints: a folder of model.safetensors, trainer.safetensors (optimiser, random generators) and state.json
+# Checkpoints: a folder of model.safetensors, trainer.safetensors (optimiser) and state.json
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """An optimiser's state as {"optimizer.<parameter index>.<name>": tensor}; lr and such are the run's settings."""
@@ -334,30 +333,6 @@ def load_optimizer_tensors(optimizer: MasterAdamW, tensors: dict[str, Tensor]) -
         state.setdefault(p, {})[name] = value.to(optimizer.home(p) if value.dim() else "cpu", copy=True)  # steps stay on the CPU
     optimizer.state.clear()
     optimizer.state.update(state)
-
-
-def rng_state() -> dict[str, Tensor]:
-    """State of torch's, numpy's and Python's global generators, and the current GPU's, as uint8 tensors."""
-    _, keys, *rest = np.random.get_state()
-    texts = {"rng.numpy": json.dumps([keys.tolist(), *rest]), "rng.python": json.dumps(random.getstate())}
-    state = {k: torch.tensor(list(v.encode()), dtype=torch.uint8) for k, v in texts.items()}
-    state["rng.torch"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        state["rng.cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_rng_state(tensors: dict[str, Tensor]) -> None:
-    """Inverse of `rng_state`, ignoring other keys. ValueError if a generator's state is missing."""
-    for key in ("rng.torch", "rng.numpy", "rng.python"):
-        if key not in tensors:
-            raise ValueError(f"no {key} among the checkpoint's tensors: the run cannot be resumed exactly")
-    np.random.set_state(("MT19937", *json.loads(bytes(tensors["rng.numpy"].tolist()))))
-    version, words, gauss = json.loads(bytes(tensors["rng.python"].tolist()))
-    random.setstate((version, tuple(words), gauss))
-    torch.set_rng_state(tensors["rng.torch"])
-    if "rng.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
 
 
 def _fsync(path: Path) -> None:

@@ -423,6 +423,8 @@ def make_suite(name: str, numbers: tuple[int, ...] = (), protocol: str = "openvl
           plus: str = "") -> Suite:
     """A suite of LIBERO or LIBERO-Plus, or some of its tasks by number, for envs.py's workers; horizon 0: the protocol's. Nothing is built
     yet. ValueError and RuntimeError as from `tasks` and `Libero`."""
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"--tasks {' '.join(map(str, numbers))}: each once")
     make = partial(Libero, name, protocol=protocol, fast=fast, assets=assets, plus=plus)
     env = make()
     instructions, steps = tuple(t.instruction for t in env.tasks), horizon or max(PROTOCOLS[protocol][t.suite] for t in env.tasks)

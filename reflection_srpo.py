@@ -512,7 +512,7 @@ def run(s: Settings, given: set[str] = frozenset()) -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--out {out} cannot be made ({error.strerror}); choose another folder") from None
+        raise ValueError(f"--out {out} cannot be written to ({error.strerror}); choose another folder") from None
     rejected = Rejections(rejections_file(out))
     began, base = time.time(), s.model or str(out / "base")
     if not s.model and parallel.rank() == 0 and not (out / "base" / "config.json").exists():
@@ -525,6 +525,8 @@ def run(s: Settings, given: set[str] = frozenset()) -> int:
     if saved:
         parallel.load_checkpoint(out / "checkpoint", trainable(model), optimizer)
         step = saved["step"]
+    if parallel.rank() == 0:
+        (out / "settings.json").write_text(json.dumps(asdict(s), indent=1) + "\n")
     print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v not in ("", [])))
     print("memory: " + plan.summary(s, plan.inputs(s, base)[1]))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(map(torch.Tensor.numel, trainable(model).values())):,} of them trained, "
@@ -681,6 +683,7 @@ def main(argv: list[str] | None = None) -> int:
         given |= {"stage"} if stage in ("sft", "rl") else set()
         if stage == "study" and (wrong := given & {"model", "data", "resume", "reward", "seed", "stage"} or {"paper"} & {a[2:] for a in argv}):
             raise ValueError(f"study has no --{min(wrong)}: it runs every reward of --rewards with --seeds seeds on the arrows")
+        check(s)
         code = plan.show(s) if more.plan else study(s, more.rewards, more.seeds) if stage == "study" else run(s, given)
         parallel.stop()
         return code

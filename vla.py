@@ -7,6 +7,8 @@
 4. Bins become numbers in [-1, 1], and those become actions by the quantiles of the demonstrations.
 5. The image pipeline of the published evaluation (rotate, JPEG, lanczos3, crop) is done with Pillow and numpy.
 
+`TinyVLA` at the end has the same interface in 0.4 M parameters: the policy of vla_srpo.py's main job.
+
 Modules carry the names of the published checkpoints' tensors, so these load as they are, with no key mapping.
 Left out: proprioception, FiLM, diffusion and L1-regression heads (no checkpoint of the paper uses them); generation and
 its cache (all action tokens come out of one pass); timm, torchvision, tensorflow.
@@ -377,7 +379,7 @@ class OpenVLA(nn.Module):
 # The small policy of the built-in simulator
 
 class TinyVLA(nn.Module):
-    """A policy of 0.3 M parameters with OpenVLA's interface: instruction and image -> logits of 8 x 7 tokens of 256 bins.
+    """A policy of 0.4 M parameters with OpenVLA's interface: instruction and image -> logits of 8 x 7 tokens of 256 bins.
 
     What differs, and why. Random ViTs of this size do not learn to localise from a few thousand frames, so the towers are
     three convolutions with coordinate channels and a spatial softmax (where is each feature?). The instruction is a sum of
@@ -422,11 +424,12 @@ class TinyVLA(nn.Module):
         return (self.head(h).unflatten(1, (ACTION_TOKENS, -1)) @ self.cosines).float()
 
     def pixel_values(self, frames) -> torch.Tensor:
-        """Frames uint8 (B, 1, size, size, 3) -> (B, 3, size, size) float32 in [-1, 1]."""
+        """Frames uint8 (B, 1, size, size, 3) -> (B, 3, size, size) in [-1, 1], of the weights' dtype."""
         frames, size = torch.as_tensor(frames), self.config["size"]
         if frames.dtype != torch.uint8 or frames.shape[1:] != (1, size, size, 3):
             raise ValueError(f"frames must be uint8 (B, 1, {size}, {size}, 3), got {frames.dtype} {tuple(frames.shape)}")
-        return frames[:, 0].to(self.head.weight.device).permute(0, 3, 1, 2).float() / 127.5 - 1    # stays channels-last
+        pixels = frames[:, 0].to(self.head.weight.device).permute(0, 3, 1, 2).float() / 127.5 - 1      # stays channels-last
+        return pixels.to(self.head.weight.dtype)
 
     def prompt_ids(self, instructions: str | list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Instructions -> right-padded hashed words and their mask, (B, L) int64 each. Word order is lost."""
@@ -576,7 +579,7 @@ def _check_inputs(input_ids, attention_mask, pixel_values) -> None:
 def main() -> None:
     """Load or make a policy, print its sizes, and turn one random frame into a chunk of actions."""
     parser = argparse.ArgumentParser(description="one random frame through an OpenVLA-OFT policy")
-    parser.add_argument("--checkpoint", help="folder or hub id; without it a tiny random model is made in memory")
+    parser.add_argument("--checkpoint", help="folder or hub id of an OpenVLA; without it a tiny random one is made in memory")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--instruction", default="put the red cube on the green plate")
@@ -591,7 +594,7 @@ def main() -> None:
             model = OpenVLA(TINY, (32, 3, 128), (48, 4, 192)).to(args.device, dtype)
             for p in (p for p in model.parameters() if p.ndim == 2):
                 nn.init.normal_(p, std=0.3)             # from the usual 0.02 all 56 tokens would come out alike
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError, RuntimeError, AssertionError) as error:         # the last: --device cuda without CUDA
         raise SystemExit(f"error: {error}") from None
     for name, tower in model.vision_backbone.items():
         fc1 = tower.blocks[0].mlp["fc1"]

@@ -10,14 +10,15 @@ One step, numbered as in the code of `train`:
      has moved too far (grpo.py).
 Before that the policy is fine-tuned on a few demonstrations; that one is shipped in weights/ (`--stage sft` makes it anew).
 
-Left out: a value network, entropy bonus, dynamic sampling (refilling dropped groups), asynchronous rollouts.
+Beyond the paper, for a policy of 0.4 M parameters: what is evaluated is a running average of the weights, the temperature falls during
+the run, two passes over a step's rollouts, fewer groups. Left out: a value network, entropy bonus, dynamic sampling (refilling dropped groups), asynchronous rollouts.
 Paper and published code differ; where they do, the line says so. `--reward binary` is plain GRPO on 0/1 rewards.
 
     python vla_srpo.py --steps 200                               # the main job: about 10 minutes on two CPU cores
     python vla_srpo.py --steps 200 --reward binary --seed 1      # plain GRPO, to compare with
     python vla_srpo.py --resume out/srpo                         # go on after Ctrl-C, a crash or a power cut
     torchrun --nproc-per-node 8 vla_srpo.py ...                  # the same on 8 GPUs: parallel.py
-    python vla_srpo.py --stage sft --out weights/tiny_vla
+    python vla_srpo.py --stage sft --out out/tiny_vla            # how weights/tiny_vla was made
     python vla_srpo.py --stage sft --suite libero_object --tasks 0 1 2 --fast_sim --demos 10 --out out/libero_sft   # LIBERO itself
     python vla_srpo.py --suite libero_object --tasks 0 1 2 --fast_sim --model out/libero_sft --groups 8
 """
@@ -71,7 +72,7 @@ class Settings:
     temperature_end: float = flag(0.6, "the temperature falls linearly to this at the last step (paper: stays), so that what is trained "
                                        "comes near the greedy policy that is evaluated")
     lr: float = flag(5e-4, "AdamW's learning rate: 10 steps of warmup, then linearly down (paper: 5e-6 at 7B)")
-    lr_end: float = flag(0.3, "to this fraction of it at the last step")
+    lr_end: float = flag(0.3, "towards this fraction of it at the end")
     epochs: int = flag(2, "passes over a step's rollouts (paper: 1)")
     minibatch: int = flag(256, "action chunks per update")
     micro_batch: int = flag(256, "action chunks per forward pass; smaller saves memory, same gradient")
@@ -83,7 +84,8 @@ class Settings:
     average: float = flag(0.97, "the policy that is evaluated and saved is a running average of the weights, its decay a step rising to this; "
                                "0: the last weights, and no second copy of them in memory (paper: 0)")
     std_scale: bool = flag(True, "divide advantages by the group's standard deviation (False: Dr. GRPO)")
-    keep: str = flag("signal", "groups to train on; signal: rewards differ; mixed: success rate within 0.1..0.9, as published",
+    keep: str = flag("signal", "groups to train on; signal: rewards differ; mixed: success rate within 0.1..0.9, others are dropped before "
+                               "rewards are shaped, as published",
                      choices=["signal", "mixed"])
     model: str = flag(str(WEIGHTS / "tiny_vla"), "starting policy: folder or hub id")
     world_model: str = flag(str(WEIGHTS / "vjepa_tiny"), "V-JEPA 2 encoder: folder or hub id; pixels: mean frames instead of latents, a baseline")
@@ -108,7 +110,7 @@ class Settings:
     fast_sim: bool = flag(False, "LIBERO: other pixels, same physics, faster; for policies trained so")
     assets: str = flag("", "LIBERO: folder of its assets (default: LIBERO_ASSETS, else from the hub)")
     stage: str = flag("rl", "sft: only make the starting policy from demonstrations, into --out", choices=["rl", "sft"])
-    demos: int = flag(14, "sft: demonstrations per task")
+    demos: int = flag(6, "sft: demonstrations per task")
     sft_steps: int = flag(800, "sft: updates of 64 chunks")
     sft_lr: float = flag(2e-3, "sft: learning rate, cosine")
     size: int = flag(64, "sft on LIBERO: pixels of the camera images")
@@ -136,6 +138,8 @@ def check(s: Settings) -> None:
         raise ValueError(f"--tables {s.tables} is less than --workers {s.workers}: each worker needs one")
     if not s.clip_low < 1:
         raise ValueError(f"--clip_low must be below 1, got {s.clip_low}")
+    if s.suite == "tabletop" and s.workers > (s.tables or 128):
+        raise ValueError(f"--workers {s.workers} for 128 tables: each worker needs one; set --tables")
     if s.groups < parallel.world():
         raise ValueError(f"--groups {s.groups} for {parallel.world()} ranks: each needs one")
     if s.offload_optimizer and parallel.world() > 1:
@@ -308,9 +312,20 @@ def score(episodes: list[envs.Episode], encoder, s: Settings) -> tuple[np.ndarra
     if s.reward == "binary":
         return success.astype(float), None
     latents = torch.stack(parallel.gather(list(encoder.encode([e.video for e in episodes])))).numpy()       # (N, D): one per ROLLOUT
-    group = np.repeat(np.arange(len(success) // s.group_size), s.group_size)
-    return rewards.progress_reward(latents, success, parallel.gather([e.start.task for e in episodes]), variant=s.variant, alpha=s.alpha,
-                                   group=group)
+    group, task = np.repeat(np.arange(len(success) // s.group_size), s.group_size), np.array(parallel.gather([e.start.task for e in episodes]))
+    kept = mixed(success, s)
+    if not kept.any():
+        return success.astype(float), None
+    shaped, record = rewards.progress_reward(latents[kept], success[kept], task[kept], variant=s.variant, alpha=s.alpha, group=group[kept])
+    reward, distances = success.astype(float), np.full(len(success), np.nan)
+    reward[kept], distances[kept] = shaped, record.distances
+    return reward, replace(record, distances=distances)
+
+
+def mixed(success: np.ndarray, s: Settings) -> np.ndarray:
+    """bool (N,): the rollouts that --keep mixed does not drop; else all. Code: by the success rate, BEFORE the reward is shaped."""
+    rate = success.reshape(-1, s.group_size).mean(1)
+    return np.repeat((rate >= 0.1) & (rate <= 0.9) | (s.keep == "signal"), s.group_size)
 
 
 def train(s: Settings, suite: envs.Suite, out: Path, step: int, policy, average, reference, encoder, optimizer, log: grpo.MetricsLog,
@@ -346,12 +361,11 @@ def train(s: Settings, suite: envs.Suite, out: Path, step: int, policy, average,
             by_group = torch.tensor(reward, dtype=torch.float32).view(s.groups, s.group_size)
             advantages = grpo.group_advantages(by_group, scale=s.std_scale)             # 3. advantages (P, G)
             rate = torch.tensor([e.success for e in episodes]).float().view(s.groups, s.group_size).mean(1)
-            if s.keep == "mixed":                   # code: filters on the success rate BEFORE the reward is shaped
-                advantages = advantages * ((rate >= 0.1) & (rate <= 0.9))[:, None]
+            advantages *= torch.from_numpy(mixed(np.array([e.success for e in episodes]), s)).view_as(advantages)
             used = (advantages != 0).any(1)
 
             batch = collate(played, advantages.flatten()[first:first + len(played)], suite.instructions)            # 4. update
-            if not len(batch.mask):
+            if not len(batch.mask):                 # this rank's part in the others' update: a row without a valid token
                 batch = collate(played[:1], torch.ones(1), suite.instructions)
                 batch.mask[:] = False
             stats = update(policy, reference, optimizer, batch, now) if used.any() else {"updates": 0, "skipped": 0}
@@ -364,7 +378,8 @@ def train(s: Settings, suite: envs.Suite, out: Path, step: int, policy, average,
                    "failure_reward": float(by_group.flatten()[[not e.success for e in episodes]].mean()) if rate.mean() < 1 else None,
                    "length": env_steps / len(episodes), "groups_used": int(used.sum()), "groups_failed": int((rate == 0).sum()),
                    "groups_solved": int((rate == 1).sum()), "entropy": float(np.mean([r[2] for e in episodes for r in e.records])),
-                   **stats, "lr": optimizer.param_groups[0]["lr"], "temperature": now.temperature, "env_steps": env_steps, "tokens": sum(parallel.gather([int(batch.mask.sum())])),
+                   **stats, "lr": optimizer.param_groups[0]["lr"], "temperature": now.temperature, "env_steps": env_steps,
+                   "tokens": sum(parallel.gather([int(batch.mask.sum())])),
                    "workers_replaced": workers.replaced, "seconds_rollout": rolled - began, "seconds_reward": scored - rolled,
                    "seconds_update": time.perf_counter() - scored}
             if record is not None:
@@ -478,9 +493,10 @@ def prepare(s: Settings, given: set[str]) -> tuple[Settings, Path, int, bool]:
         raise ValueError("--resume is empty; give the folder of a run")
     if not s.resume:
         out = Path(s.out or f"out/{s.reward}")
-        if (out / "checkpoint" / "state.json").exists():
-            raise ValueError(f"{out} holds a run already; go on with --resume {out}, or choose another --out")
+        grpo.refuse_taken(out)
         return s, out, 0, False
+    if "out" in given:
+        raise ValueError(f"--resume goes on in {s.resume}; drop --out")
     out = Path(s.resume)
     state = grpo.read_state(out / "checkpoint")
     saved = state.get("settings", {})
@@ -494,6 +510,16 @@ def prepare(s: Settings, given: set[str]) -> tuple[Settings, Path, int, bool]:
     return s, out, state["step"], True
 
 
+def make_folder(out: Path) -> None:
+    """ValueError, one line, if nothing can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".probe").touch()
+        (out / ".probe").unlink()
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written to ({error.strerror}); choose another folder") from None
+
+
 def splits(s: Settings) -> tuple[str, str]:
     """Which initial states are trained on, and which are evaluated on."""
     return ("train", "heldout") if s.split == "disjoint" else ("all", "all")
@@ -501,19 +527,20 @@ def splits(s: Settings) -> tuple[str, str]:
 
 def run(s: Settings, given: set[str]) -> int:
     """The whole job; returns the exit code."""
-    check(s)
     if s.stage == "rl":
         s, out, step, saved = prepare(s, given)
-    if s.suite.startswith("libero_plus") or s.suite == "tabletop" and s.split == "all":
-        raise ValueError("libero_plus is for evaluation only: python eval.py vla --suite " + s.suite if s.suite != "tabletop" else
-                         "--split all is LIBERO's; the tabletop has 50 training and 50 held-out initial states per task")
+    if s.suite.startswith("libero_plus"):
+        raise ValueError("libero_plus is for evaluation only: python eval.py vla --suite " + s.suite)
+    if s.suite == "tabletop" and s.split == "all":
+        raise ValueError("--split all is LIBERO's; the tabletop has 50 training and 50 held-out initial states per task")
     suite = evaluation.find_suite(s.suite, s.tasks, **dict(protocol=s.protocol, horizon=s.horizon, fast=s.fast_sim, assets=s.assets)
                                   if s.suite != "tabletop" else {})
     torch.set_num_threads(s.threads or os.cpu_count())
     torch.set_flush_denormal(True)          # CPU arithmetic on numbers below 1e-38 is many times slower, and they are noise
     if s.stage == "sft":
-        if not s.out or Path(s.out).exists():
-            raise ValueError("--stage sft needs --out, a new folder for the policy" + (f"; {s.out} exists" if s.out else ""))
+        if not s.out or Path(s.out).exists() and any(Path(s.out).iterdir()):
+            raise ValueError("--stage sft needs --out, a new folder for the policy" + (f"; {s.out} is not empty" if s.out else ""))
+        make_folder(Path(s.out))                # now rather than after the work
         if s.suite == "tabletop":
             policy, more = fine_tune(demonstrations(s.demos), s.sft_steps, s.sft_lr, s.seed), ""
         else:
@@ -533,10 +560,7 @@ def run(s: Settings, given: set[str]) -> int:
         encoder = world_model.PixelModel(encoder) if pixels else encoder
     key = vla.find_key(policy.norm_stats, suite.name)
     evaluation.try_suite(suite, vla.camera_size(policy))        # whatever is wrong with the models or OpenGL shows before anything is written
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be made ({error.strerror}); choose another folder") from None
+    make_folder(out)
     average = AveragedModel(policy, multi_avg_fn=running_average(s.average)) if s.average else None
     optimizer = grpo.make_optimizer(parallel.shard(policy), s.lr, betas=(0.9, 0.99), offload=s.offload_optimizer)
     if average is not None:
@@ -544,6 +568,8 @@ def run(s: Settings, given: set[str]) -> int:
     if saved:
         weights, averaged = kept(policy, average)
         parallel.load_checkpoint(out / "checkpoint", weights | averaged, optimizer)
+    if parallel.rank() == 0:
+        (out / "settings.json").write_text(json.dumps(asdict(s), indent=1) + "\n")
     heldout, began = splits(s)[1], time.time()
     hidden = ("stage", "demos", "sft_steps", "sft_lr", "size")
     print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v not in ("", []) and k not in hidden))
@@ -608,6 +634,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"unknown argument {unknown[0]}; see --help")
         parallel.start()
         given = {a[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for a in argv if a.startswith("--")}
+        check(s)
         code = plan.show(s) if more.plan else run(s, given)
         parallel.stop()
         return code

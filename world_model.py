@@ -42,7 +42,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet, RGB in [
 TINY = dict(crop_size=64, patch_size=16, frames_per_clip=4, tubelet_size=2, hidden_size=96, num_hidden_layers=3,
             num_attention_heads=2, mlp_ratio=4.0, initializer_range=0.06, pred_hidden_size=48,
             pred_num_hidden_layers=2, pred_num_attention_heads=2, pred_num_mask_tokens=1)
-# Four frames: a rollout seen once per action chunk has five to seven, so none is ever repeated to fill the clip.
+# Four frames: a rollout seen once per action chunk has five to eight, so none is ever repeated to fill the clip.
 BLOCKS, SHARE = 2, 0.3  # hidden rectangles and each one's share of the frame; V-JEPA 2: (8, .15) and (2, .7) on 16x16
 
 
@@ -426,8 +426,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     logging.disable_progress_bar()
     try:
-        if args.command == "train" and not args.out:
-            raise ValueError("train needs --out FOLDER")
+        if args.command == "train" and (not args.out or Path(args.out).exists()):
+            raise ValueError("train needs --out, a new folder" + (f"; {args.out} exists" if args.out else ""))
+        if not Path(args.out or ".").absolute().parent.is_dir():
+            raise ValueError(f"--out {args.out}: there is no such folder")
         videos, success, task = (read_rollouts(args.videos) if args.videos else
                                  simulator_rollouts(800) if args.command == "train" else simulator_rollouts(seed=1))
         if args.command == "draw":
@@ -465,8 +467,8 @@ def main(argv: list[str] | None = None) -> None:
                                     report=report, report_every=max(args.steps // 10, 1))
         trained.save_pretrained(args.out)
         print(f"wrote {args.out}")
-    except ValueError as error:
-        sys.exit(f"world_model.py: {error}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -559,6 +559,15 @@ def test_tiny_round_trip_and_load_policy(tiny, frames, tmp_path):
                        tiny_logits(small, small_frames, "wait"))
 
 
+def test_tiny_in_bf16(tiny, tmp_path, frames):
+    """Near the fp32 logits: evaluation on a GPU runs so."""
+    tiny.save_pretrained(tmp_path / "policy")
+    half = vla.load_policy(tmp_path / "policy", torch.bfloat16)
+    assert half.head.weight.dtype == torch.bfloat16
+    exact, near = (tiny_logits(policy, frames, INSTRUCTIONS) for policy in (tiny, half))
+    assert near.dtype == torch.float32 and (near - exact).abs().max() < 0.05 * exact.abs().max()
+
+
 def test_tiny_bad_checkpoints_are_one_clear_line(tiny, tmp_path):
     tiny.save_pretrained(tmp_path / "good")
     weights = load_file(tmp_path / "good" / "model.safetensors")

@@ -426,9 +426,11 @@ def test_groups_without_signal_are_dropped(monkeypatch, tmp_path, reward, keep):
         assert {2, 3} <= signal and 1 not in signal
         if reward == "binary":
             assert 0 not in signal
+        elif keep == "mixed":                                                   # dropped before rewards are shaped
+            assert 0 not in signal and set(groups[2]) == {0, 1} and 0 < min(groups[3]) < 1
         elif {s.task for s in starts[12:24]} & {starts[0].task}:
             assert 0 in signal                                                  # failures told apart by distance
-        used = signal if keep == "signal" else signal - {0, 1, 2}
+        used = signal if keep == "signal" else {3}
         shaped += 0 in used
         assert set((batch.trajectory // 12).tolist()) == used and row["groups_used"] == len(used)
         assert (row["groups_failed"], row["groups_solved"], row["success"]) == (1, 1, pytest.approx(18 / 48))
@@ -440,6 +442,25 @@ def test_groups_without_signal_are_dropped(monkeypatch, tmp_path, reward, keep):
         assert row["reward"] == pytest.approx(scores.mean())
         assert row["failure_reward"] == pytest.approx(scores[scores < 1].mean(), abs=1e-6)
     assert bool(shaped) == (reward == "srpo" and keep == "signal")
+
+
+def test_the_temperature_and_the_rate_follow_their_schedules(monkeypatch, tmp_path):
+    """In the metrics, and in sampling and update alike: with one update a step every ratio is 1."""
+    Pretend(monkeypatch, tmp_path)
+    assert go(tmp_path, "run", "--reward", "binary", "--epochs", "1", "--minibatch", "1000", "--temperature", "1.5", "--temperature_end", "0.5",
+              "--lr", "0.01", "--lr_end", "0.4", "--average", "0") == 0
+    rows = metrics(tmp_path / "run")[1:]
+    assert [r["temperature"] for r in rows] == pytest.approx([1.5, 1.3, 1.1, 0.9, 0.7, 0.5])
+    assert [r["lr"] for r in rows] == pytest.approx([0.01 * (i + 1) / 10 * (1 - 0.6 * i / 6) for i in range(6)])
+    assert [r["updates"] for r in rows] == [1] * 6 and [r["ratio_max"] for r in rows] == pytest.approx([1] * 6, abs=1e-3)
+
+
+def test_advantages_without_division_by_the_std(monkeypatch, tmp_path):
+    pretend = Pretend(monkeypatch, tmp_path)
+    assert go(tmp_path, "run", "--reward", "binary", "--no_std_scale") == 0
+    for batch, (scores, _) in zip(pretend.batches, pretend.scores):
+        centred = scores.reshape(4, 12) - scores.reshape(4, 12).mean(1, keepdims=True)
+        np.testing.assert_allclose(batch.advantage, centred.flatten()[batch.trajectory], atol=1e-6)
 
 
 def test_no_signal_at_all(monkeypatch, tmp_path):
@@ -568,6 +589,11 @@ def refused(argv: list, words: list[str], folder: Path, capsys) -> None:
     (["--average", "1"], ["--average", "[0, 1)"]),
     (["--clip_low", "1.5"], ["--clip_low", "below 1"]),
     (["--workers", "0"], ["--workers", "at least 1"]),
+    (["--workers", "200"], ["--workers 200", "--tables"]),
+    (["--tasks", "1", "1"], ["--tasks 1 1", "each once"]),
+    (["--plan", "--group_size", "1"], ["--group_size", "baseline"]),
+    (["--split", "all"], ["--split all", "LIBERO"]),
+    (["--resume", "run", "--out", "elsewhere"], ["--resume", "drop --out"]),
     (["--seed", "-3"], ["--seed", "at least 0"]),
     (["--resume", "nowhere"], ["nowhere", "no checkpoint"]),
     (["--stage", "sft"], ["--stage sft", "--out"])], ids=lambda x: " ".join(x) if isinstance(x, list) and x[0][0] == "-" else "")
@@ -621,6 +647,9 @@ def test_resume_with_other_settings_or_a_damaged_checkpoint(stopped, tmp_path, c
         refused(["--resume", run, f"--{flag}", value], [f"--{flag} {value} differs from the run's", "drop the flag"],
                 tmp_path, capsys)
     refused(["--out", run, "--reward", "binary"], ["holds a run already", f"--resume {run}"], tmp_path, capsys)
+    (tmp_path / "record").mkdir()
+    shutil.copy(run / "metrics.jsonl", tmp_path / "record")
+    refused(["--out", tmp_path / "record"], ["metrics.jsonl is of another run"], tmp_path, capsys)
     for name in ("model.safetensors", "trainer.safetensors", "state.json"):
         file = run / "checkpoint" / name
         content = file.read_bytes()
@@ -689,7 +718,7 @@ def test_a_run_writes_what_it_promises(whole, folder):
     (code, stdout, stderr), out = whole
     assert code == 0, stderr
     assert sorted(p.name for p in out.iterdir()) == ["after.gif", "after.json", "before.gif", "before.json", "checkpoint",
-                                                     "curve.png", "metrics.jsonl", "policy"]
+                                                     "curve.png", "metrics.jsonl", "policy", "settings.json"]
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == list(range(6))
     for row in rows[1:]:
