@@ -18,6 +18,7 @@ import json
 import math
 import os
 import sys
+from itertools import cycle
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: idle threads sleep, or they would fight the simulator for cores
@@ -197,7 +198,7 @@ def draw_panels(runs: dict[str, list[list[dict]]], out: str | Path, panels: list
     import matplotlib.pyplot as plt
     rows_of_panels = math.ceil(len(panels) / columns)
     figure, axes = plt.subplots(rows_of_panels, columns, figsize=(max(10, 3.4 * columns), 3.6 if columns == 2 else 2.8 * rows_of_panels), squeeze=False)
-    for color, (label, seeds) in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], runs.items()):
+    for color, (label, seeds) in zip(cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"]), runs.items()):
         for panel, (key, _, window) in zip(axes.flat, panels):
             curves = [{r["step"]: r[key] for r in rows if r.get(key) is not None} for rows in seeds]
             steps = sorted(set.intersection(*map(set, curves)))

@@ -116,7 +116,8 @@ class Settings:
     size: int = flag(64, "sft on LIBERO: pixels of the camera images")
 
 
-FREE = {"out", "resume", "workers", "threads", "eval_every", "save_every", "assets"}  # may change on resume (threads: other rounding)
+# May change on resume; threads change the rounding, LIBERO's workers the draws
+FREE = {"out", "resume", "workers", "threads", "eval_every", "save_every", "assets"}
 
 
 def check(s: Settings) -> None:
