@@ -222,13 +222,13 @@ def supervised(s: Settings, out: Path, model, processor, rows: list[Row], step: 
         while step < steps and not stop:
             warmup = max(1, round(0.1 * steps))
             optimizer.param_groups[0]["lr"] = s.sft_lr * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            batch = order[step * s.sft_batch:(step + 1) * s.sft_batch]
-            batch = np.resize(batch, max(len(batch), parallel.world()))             # a last batch smaller than the number of ranks
-            some, prompts = encode([rows[i] for i in parallel.share(batch)], s, processor, rejected, rows)
+            own = [rows[i] for i in parallel.share(order[step * s.sft_batch:(step + 1) * s.sft_batch])]
+            some, prompts = encode(own, s, processor, rejected, rows)
+            idle = any(busy := parallel.gather([some[0] in own])) and not busy[parallel.rank()]     # some is a spare row, which only fills up passes
             targets = [processor.target(row.target) for row in some]
-            tokens, total = sum(parallel.gather([sum(map(len, targets))])), 0.0
+            tokens, total = sum(parallel.gather([0 if idle else sum(map(len, targets))])), 0.0
             for part in parallel.even(list(vlm.micro_batches([len(p.ids) + len(t) for p, t in zip(prompts, targets)], s.micro_tokens))):
-                counts, part = part is not None, part or [0]
+                counts, part = part is not None and not idle, part or [0]
                 inputs, ids, mask = processor.batch([prompts[i] for i in part], [targets[i] for i in part], model.device)
                 logp, _ = grpo.token_logprobs(vlm.completion_logits(model, inputs, ids.shape[1]), ids)      # (B, n)
                 loss = -(logp * mask * counts).sum() / tokens

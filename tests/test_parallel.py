@@ -73,6 +73,28 @@ def updates(folder: Path) -> None:
             (folder / f"{name}.json").write_text(json.dumps(stats))
 
 
+SFT_CASES = {"plain": {}, "lora": dict(lora_rank=2), "checkpointed": dict(gradient_checkpointing=True, freeze_vision=True)}
+
+
+def fine_tuning(folder: Path, out: Path, **changes) -> tuple[dict, list[dict]]:
+    """Four updates on ten rows, by three: a rank has one and two of them, the last update's only row is one rank's alone. So is the second's first
+    row, whose picture is broken: that rank has nothing to train on then. -> (all weights, sft.jsonl)."""
+    s = rs.Settings(model=str(folder / "base"), sft_epochs=1, sft_batch=3, sft_lr=1e-2, micro_tokens=80, save_every=100, **changes)
+    out.mkdir(exist_ok=True)
+    rows = arrows.dataset(10, 0, targets=True)
+    rows[np.random.default_rng([s.seed, 0]).permutation(10)[3]].images = [b"broken"]
+    model, processor = rs.load(s, folder / "base")
+    assert rs.supervised(s, out, model, processor, rows, 0, rs.optimizer_of(model, s)) == 4
+    return parallel.whole_weights(model), [json.loads(line) for line in (out / "sft.jsonl").read_text().splitlines()] if parallel.rank() == 0 else []
+
+
+def sft(folder: Path) -> None:
+    for name, changes in SFT_CASES.items():
+        weights, _ = fine_tuning(folder, folder / f"sft-{name}", **changes)
+        if parallel.rank() == 0:
+            save_file({k: v.contiguous() for k, v in weights.items()}, folder / f"sft-{name}.safetensors")
+
+
 def idle(folder: Path) -> None:
     """The second rank has no response with an advantage."""
     s, model, processor, batch = reflection_case(folder)
@@ -208,6 +230,21 @@ def test_two_ranks_make_the_update_of_one(folder):
         assert moved > 1e-3
         for key, x in json.loads((folder / f"{name}.json").read_text()).items():
             assert x == pytest.approx(stats[key], rel=1e-3, abs=1e-5), (name, key)
+
+
+def test_two_ranks_fine_tune_as_one(folder, tmp_path):
+    """Weights after four steps, losses and norms, with rows that ranks share unevenly; see `fine_tuning`."""
+    job("sft", folder)
+    start = reflection_case(folder)[1].state_dict()
+    for name, changes in SFT_CASES.items():
+        weights, log = fine_tuning(folder, tmp_path / name, **changes)
+        two, rows = load_file(folder / f"sft-{name}.safetensors"), (folder / f"sft-{name}" / "sft.jsonl").read_text().splitlines()
+        assert set(two) == set(weights) and len(log) == len(rows) == 4
+        for key, x in weights.items():
+            torch.testing.assert_close(two[key], x, atol=1e-4, rtol=0, msg=lambda m: f"{name} {key}: {m}")      # 1% of the largest step
+        assert max(float((x - start[key]).abs().max()) for key, x in weights.items()) > 1e-2
+        for row, expected in zip(map(json.loads, rows), log):
+            assert row == pytest.approx(expected, rel=1e-3), name
 
 
 def test_two_ranks_make_the_vla_update_of_one(folder):
