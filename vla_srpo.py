@@ -570,7 +570,7 @@ def run(s: Settings, given: set[str]) -> int:
         weights, averaged = kept(policy, average)
         parallel.load_checkpoint(out / "checkpoint", weights | averaged, optimizer)
     if parallel.rank() == 0:
-        (out / "settings.json").write_text(json.dumps(asdict(s), indent=1) + "\n")
+        (out / "settings.json").write_text(json.dumps(asdict(replace(s, out="", resume="")), indent=1) + "\n")
     heldout, began = splits(s)[1], time.time()
     hidden = ("stage", "demos", "sft_steps", "sft_lr", "size")
     print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v not in ("", []) and k not in hidden))
