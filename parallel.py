@@ -53,6 +53,7 @@ def start() -> None:
 def stop() -> None:
     """Leave the process group. Only after success: after a failure the others may be waiting in a collective, and torchrun ends them."""
     if dist.is_initialized():
+        dist.barrier()                  # gloo aborts a rank that leaves while another still talks to it
         dist.destroy_process_group()
 
 

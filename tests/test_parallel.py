@@ -409,3 +409,5 @@ if __name__ == "__main__":
     parallel.start()
     globals()[sys.argv[1]](Path(sys.argv[2]))
     parallel.stop()
+    sys.stdout.flush()
+    os._exit(0)             # gloo's threads may abort an interpreter that takes its time to end
