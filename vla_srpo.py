@@ -516,7 +516,7 @@ def make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / ".probe").touch()
-        (out / ".probe").unlink()
+        (out / ".probe").unlink(missing_ok=True)      # another rank may have been quicker
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written to ({error.strerror}); choose another folder") from None
 
