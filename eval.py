@@ -197,7 +197,8 @@ def draw_panels(runs: dict[str, list[list[dict]]], out: str | Path, panels: list
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows_of_panels = math.ceil(len(panels) / columns)
-    figure, axes = plt.subplots(rows_of_panels, columns, figsize=(max(10, 3.4 * columns), 3.6 if columns == 2 else 2.8 * rows_of_panels), squeeze=False)
+    figure, axes = plt.subplots(rows_of_panels, columns, figsize=(max(10, 3.4 * columns), 3.6 if columns == 2 else 2.8 * rows_of_panels), squeeze=False,
+                                layout="constrained")
     for color, (label, seeds) in zip(cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"]), runs.items()):
         for panel, (key, _, window) in zip(axes.flat, panels):
             curves = [{r["step"]: r[key] for r in rows if r.get(key) is not None} for rows in seeds]
@@ -216,10 +217,7 @@ def draw_panels(runs: dict[str, list[list[dict]]], out: str | Path, panels: list
         panel.grid(alpha=0.3)
         if key in ("heldout", "success") or key.endswith(("accuracy", "rate")) and key.startswith("heldout"):
             panel.set_ylim(0, 1.02)
-    for panel in axes.flat[:2 if columns == 2 else 1]:
-        if panel.lines:
-            panel.legend(loc="lower right", fontsize=8)
-    figure.tight_layout()
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(runs), fontsize=8)
     figure.savefig(out, dpi=110)
     plt.close(figure)
 

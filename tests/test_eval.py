@@ -237,7 +237,7 @@ def test_draw_curves(tmp_path, monkeypatch):
         near = steps[max(k - 2, 0):k + 3]
         smooth.append(np.mean([rows[t]["success"] for rows in seeds for t in near]))
     np.testing.assert_allclose(success.lines[0].get_ydata(), smooth)
-    labels = [text.get_text() for text in heldout.get_legend().get_texts()]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["srpo (3 seeds)", "binary (1 seed)"]
     monkeypatch.undo()
     plt.close(figure)
