@@ -39,7 +39,7 @@ class Expert:
         self.env, self.noise, self.rng, self.drift = env, noise, rng or np.random.default_rng(), np.zeros(4)
         self.item, self.into = goal[0][1], goal[0][0] == "in"
         self.target = env.env.obj_body_id[goal[0][2].removesuffix("_contain_region")]
-        self.body, self.phase, self.wait, self.attempt = env.env.obj_body_id[self.item], 0, 0, 0
+        self.body, self.phase, self.wait, self.attempt, self.height = env.env.obj_body_id[self.item], 0, 0, 0, 0.0
         self.sides = sorted((np.pi / 2, -np.pi / 2, np.pi, 0), key=self.crowded)
 
     def crowded(self, side: float) -> float:
@@ -80,12 +80,16 @@ class Expert:
         if self.phase == 0:                                     # hover
             goal, free = point + [0, 0, 0.12 if self.into else 0.10], True
             if np.linalg.norm(hand[:2] - point[:2]) < 0.008 and abs(turn) < 0.1:
-                self.phase, self.wait = 1, 40
+                self.phase, self.wait = 1, 60
         if self.phase == 1:                                     # descend
-            goal, gain, free, self.wait = point, 18.0, hand[2] > point[2] + 0.05, self.wait - 1
-            if abs(hand[2] - point[2]) < 0.006 or self.wait < 0:
+            above, self.wait = hand[2] - point[2], self.wait - 1
+            stopped, self.height = abs(hand[2] - self.height) < 0.001, hand[2]
+            goal, gain, free = point - [0, 0, 0.02], 18.0, 1.0 if above > 0.05 else 0.5 if above > 0.015 else 0.0
+            if above > 0.015 and np.linalg.norm(hand[:2] - point[:2]) > 0.01:       # first over it, then down
+                goal[2] = max(hand[2] - 0.005, point[2])
+            elif above < 0.004 or stopped and above < 0.03 or self.wait < 0:
                 self.phase, self.wait = 2, 8
-            elif self.wait < 20 and hand[2] > point[2] + 0.03:  # something is in the way
+            elif self.wait < 20 and above > 0.03:               # something is in the way
                 self.phase, self.attempt = 0, self.attempt + 1
         if self.phase == 2:                                     # close
             goal, grip, self.wait = hand, 1.0, self.wait - 1
@@ -120,7 +124,7 @@ class Expert:
         action[6] = grip
         self.intended = action.clip(-1, 1)
         self.drift = 0.9 * self.drift + self.noise * 0.19 ** 0.5 * self.rng.standard_normal(4)      # standard deviation: noise
-        action[[0, 1, 2, 5]] += self.drift * [1, 1, 1, 0.3] * (free and self.env.steps % 30 < 15)
+        action[[0, 1, 2, 5]] += self.drift * [1, 1, 1, 0.3] * free * (self.env.steps % 30 < 15)
         return action.clip(-1, 1)
 
 

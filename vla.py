@@ -386,12 +386,17 @@ class TinyVLA(nn.Module):
     hashed word embeddings that scales and shifts the features (FiLM). The 256 logits of a token are 16 numbers times a
     fixed cosine basis over the bins, so that what is learnt about one bin holds for its neighbours, as it would not with
     256 free rows.
+
+    size: pixels of the images, square; crop: (top, left, side) of the part that it looks at, None: all of it.
     """
 
     def __init__(self, norm_stats: dict, channels: tuple[int, int, int] = (16, 32, 32), width: int = 256, basis: int = 16,
-                 size: int = 64):
+                 size: int = 64, crop: tuple[int, int, int] | None = None):
         super().__init__()
-        self.config = {"model_type": "tiny_vla", "channels": list(channels), "width": width, "basis": basis, "size": size}
+        top, left, side = crop or (0, 0, size)
+        if size % 4 or side % 4 or side < 4 or min(top, left) < 0 or max(top, left) + side > size:
+            raise ValueError(f"size={size}, crop={crop}: both sides must be multiples of 4, and the crop lie within the image")
+        self.config = {"model_type": "tiny_vla", "channels": list(channels), "width": width, "basis": basis, "size": size, "crop": crop}
         self.norm_stats, (c1, c2, c3) = norm_stats, channels
         self.conv1, self.conv2 = nn.Conv2d(5, c1, 5, 2, 2), nn.Conv2d(c1, c2, 3, 2, 1)
         self.conv3 = nn.Conv2d(c2, c3, 3, 1, 1)
@@ -402,8 +407,8 @@ class TinyVLA(nn.Module):
         nn.init.normal_(self.head.weight, std=0.1 / width ** 0.5)
         x = torch.linspace(0, 1, BINS)
         self.register_buffer("cosines", 3 * torch.stack([torch.cos(torch.pi * k * x) for k in range(1, basis + 1)]), False)
-        self.register_buffer("pixel_grid", self._grid(size), False)                 # (2, size, size)
-        self.register_buffer("cell_grid", self._grid(size // 4).flatten(1).T, False)  # (cells, 2)
+        self.register_buffer("pixel_grid", self._grid(side), False)                 # (2, side, side)
+        self.register_buffer("cell_grid", self._grid(side // 4).flatten(1).T, False)  # (cells, 2)
         self.to(memory_format=torch.channels_last)
 
     @staticmethod
@@ -412,23 +417,25 @@ class TinyVLA(nn.Module):
         return torch.stack([line.expand(n, n), line[:, None].expand(n, n)])         # (2, n, n): x, y
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        """input_ids, attention_mask (B, L), pixel_values (B, 3, size, size) -> logits (B, 56, 256) float32."""
+        """input_ids, attention_mask (B, L), pixel_values (B, 3, side, side) -> logits (B, 56, 256) float32."""
         words = self.words(input_ids * attention_mask)                              # (B, 64); id 0 is padding
         grid = self.pixel_grid.expand(len(pixel_values), -1, -1, -1)
-        x = F.relu(self.conv1(torch.cat([pixel_values, grid], 1)))                  # (B, c1, size/2, size/2)
+        x = F.relu(self.conv1(torch.cat([pixel_values, grid], 1)))                  # (B, c1, side/2, side/2)
         scale, shift = self.film(words)[..., None, None].chunk(2, 1)                # (B, c2, 1, 1) each
-        x = F.relu(self.conv2(x) * (1 + scale) + shift)                             # (B, c2, size/4, size/4)
+        x = F.relu(self.conv2(x) * (1 + scale) + shift)                             # (B, c2, side/4, side/4)
         where = (self.conv3(x).flatten(2) * self.sharpness.exp()).softmax(-1)       # (B, c3, cells)
         h = F.relu(self.fc1(torch.cat([(where @ self.cell_grid).flatten(1), words], 1)))
         h = h + F.relu(self.fc2(h))                                                 # (B, width)
         return (self.head(h).unflatten(1, (ACTION_TOKENS, -1)) @ self.cosines).float()
 
     def pixel_values(self, frames) -> torch.Tensor:
-        """Frames uint8 (B, 1, size, size, 3) -> (B, 3, size, size) in [-1, 1], of the weights' dtype."""
+        """Frames uint8 (B, 1, size, size, 3) -> what lies in the crop, (B, 3, side, side) in [-1, 1], of the weights' dtype."""
         frames, size = torch.as_tensor(frames), self.config["size"]
         if frames.dtype != torch.uint8 or frames.shape[1:] != (1, size, size, 3):
             raise ValueError(f"frames must be uint8 (B, 1, {size}, {size}, 3), got {frames.dtype} {tuple(frames.shape)}")
-        pixels = frames[:, 0].to(self.head.weight.device).permute(0, 3, 1, 2).float() / 127.5 - 1      # stays channels-last
+        top, left, side = self.config["crop"] or (0, 0, size)
+        frames = frames[:, 0, top:top + side, left:left + side]
+        pixels = frames.to(self.head.weight.device).permute(0, 3, 1, 2).float() / 127.5 - 1      # stays channels-last
         return pixels.to(self.head.weight.dtype)
 
     def prompt_ids(self, instructions: str | list[str]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,7 +19,7 @@ Paper and published code differ; where they do, the line says so. `--reward bina
     python vla_srpo.py --resume out/srpo                         # go on after Ctrl-C, a crash or a power cut
     torchrun --nproc-per-node 8 vla_srpo.py ...                  # the same on 8 GPUs: parallel.py
     python vla_srpo.py --stage sft --out out/tiny_vla            # how weights/tiny_vla was made
-    python vla_srpo.py --stage sft --suite libero_object --tasks 0 1 2 --fast_sim --demos 10 --out out/libero_sft   # LIBERO itself
+    python vla_srpo.py --stage sft --suite libero_object --tasks 0 1 2 --fast_sim --demos 40 --size 128 --crop 8 8 96 --sft_steps 2000 --out out/libero_sft   # LIBERO itself
     python vla_srpo.py --suite libero_object --tasks 0 1 2 --fast_sim --model out/libero_sft --groups 8
 """
 import json
@@ -63,6 +63,7 @@ def flag(default, text: str, **more):
 @dataclass
 class Settings:
     steps: int = flag(200, "RL steps")
+    until: float = flag(0.0, "end before that when a held-out evaluation reaches this success rate; 0: never")
     reward: str = flag("srpo", "srpo: failures earn progress; binary: 0/1, plain GRPO", choices=["srpo", "binary"])
     variant: str = flag("paper", "progress reward of the paper or of its published code", choices=["paper", "official"])
     alpha: float = flag(0.3, "paper variant: bound on what a failure earns, below the 1 of a success (paper: 0.8 best of 0..1)")
@@ -114,6 +115,8 @@ class Settings:
     sft_steps: int = flag(800, "sft: updates of 64 chunks")
     sft_lr: float = flag(2e-3, "sft: learning rate, cosine")
     size: int = flag(64, "sft on LIBERO: pixels of the camera images")
+    crop: list[int] = field(default_factory=list, metadata={"help": "sft on LIBERO: top, left and side of the square of the image that the policy "
+                                                                    "looks at (default: all of it)"})
 
 
 # May change on resume; threads change the rounding, LIBERO's workers the draws
@@ -133,6 +136,8 @@ def check(s: Settings) -> None:
             raise ValueError(f"--{name} must be positive and finite, got {getattr(s, name)}")
     if not 0 <= s.average < 1:
         raise ValueError(f"--average must lie in [0, 1), got {s.average}")
+    if not 0 <= s.until <= 1:
+        raise ValueError(f"--until must lie in [0, 1], got {s.until}")
     if not 0 <= s.alpha < 1:
         raise ValueError(f"--alpha must lie in [0, 1), got {s.alpha}: a failure must earn less than a success")
     if 0 < s.tables < s.workers:
@@ -143,6 +148,8 @@ def check(s: Settings) -> None:
         raise ValueError(f"--workers {s.workers} for 128 tables: each worker needs one; set --tables")
     if s.groups < parallel.world():
         raise ValueError(f"--groups {s.groups} for {parallel.world()} ranks: each needs one")
+    if s.size % 4 or s.crop and (len(s.crop) != 3 or s.crop[2] % 4 or s.crop[2] < 4 or min(s.crop) < 0 or max(s.crop[:2]) + s.crop[2] > s.size):
+        raise ValueError(f"--size {s.size} --crop {' '.join(map(str, s.crop))}: both sides must be multiples of 4, and the crop lie within the image")
     if s.offload_optimizer and parallel.world() > 1:
         raise ValueError("--offload_optimizer is for one process; ranks divide the optimiser's state among them already")
 
@@ -187,14 +194,15 @@ def libero_demonstrations(s: Settings, tasks: tuple[int, ...], every: int = 2) -
 
 
 def fine_tune(data: dict[str, np.ndarray], steps: int, lr: float, seed: int = 0, key: str = "tabletop",
-              instructions: tuple[str, ...] = envs.TASKS) -> vla.TinyVLA:
+              instructions: tuple[str, ...] = envs.TASKS, crop: list[int] | None = None) -> vla.TinyVLA:
     """A TinyVLA from random weights, by cross-entropy on the demonstrations' action tokens; `key`: the name of their statistics."""
     torch.manual_seed(seed)
     actions = vla.from_env_actions(data["actions"])
     flat = actions.reshape(-1, 7)
     stats = {"q01": np.quantile(flat, 0.01, 0).tolist(), "q99": np.quantile(flat, 0.99, 0).tolist(),
              "mask": [True] * 6 + [False]}
-    policy = vla.TinyVLA({key: {"action": stats, "num_transitions": len(flat), "num_trajectories": 0}}, size=data["image"].shape[1])
+    policy = vla.TinyVLA({key: {"action": stats, "num_transitions": len(flat), "num_trajectories": 0}}, size=data["image"].shape[1],
+                          crop=crop)
     optimizer = grpo.make_optimizer(policy, lr)
     ids, mask = policy.prompt_ids(list(instructions))
     task, images = torch.from_numpy(data["task"]), torch.from_numpy(data["image"])
@@ -387,9 +395,12 @@ def train(s: Settings, suite: envs.Suite, out: Path, step: int, policy, average,
                 row |= {"groups_changed": record.n_groups_changed, "clusters": sum(record.clusters.values()),
                         "noise": sum(record.noise.values()), "fallbacks": sum(map(bool, record.fallbacks.values()))}
             if step == s.steps or s.eval_every and step % s.eval_every == 0:
-                gifs = out / "after" if step == s.steps and suite.name != "tabletop" else None
+                gifs = out / "after" if suite.name != "tabletop" else None             # of the latest evaluation
+                if gifs and parallel.rank() == 0:
+                    shutil.rmtree(gifs, ignore_errors=True)
                 result = evaluate(policy if average is None else average.module, workers, heldout, key, suite, gifs)
                 row["heldout"] = result["success"]
+                stop = reached(s, result)
                 tqdm.write(f"step {step:4d}  held-out success {result['success']:.1%} (greedy, {result['episodes']} episodes)")
             log.append(row)
             bar.set_postfix(success=f"{row['success']:.0%}", reward=f"{row['reward']:.2f}")
@@ -400,10 +411,15 @@ def train(s: Settings, suite: envs.Suite, out: Path, step: int, policy, average,
                            f"  reward {row['seconds_reward']:.1f} s  update {row['seconds_update']:.1f} s")
             if step % 25 == 1:
                 tqdm.write("  sample: " + describe(suite, episodes, reward, advantages.flatten(), record, int(rng.integers(len(episodes)))))
-            stop = bool(parallel.gather(interrupted))                                   # on any rank
+            stop = stop or bool(parallel.gather(interrupted))                           # on any rank
             if step % s.save_every == 0 or step == s.steps or stop:
                 save(out, s, step, policy, average, optimizer)
     return step, result
+
+
+def reached(s: Settings, result: dict | None) -> bool:
+    """Whether an evaluation is what --until waits for."""
+    return result is not None and 0 < s.until <= result["success"]
 
 
 def evaluate(policy, workers: envs.Workers, split: str, key: str, suite: envs.Suite, gifs: Path | None) -> dict:
@@ -546,7 +562,7 @@ def run(s: Settings, given: set[str]) -> int:
             policy, more = fine_tune(demonstrations(s.demos), s.sft_steps, s.sft_lr, s.seed), ""
         else:
             data = libero_demonstrations(s, suite.tasks)
-            policy = fine_tune(data, s.sft_steps, s.sft_lr, s.seed, f"{s.suite}_no_noops", suite.instructions)
+            policy = fine_tune(data, s.sft_steps, s.sft_lr, s.seed, f"{s.suite}_no_noops", suite.instructions, s.crop or None)
             more = f" --suite {s.suite} --tasks {' '.join(map(str, suite.tasks))}" + " --fast-sim" * s.fast_sim
         policy.save_pretrained(s.out)
         print(f"wrote {s.out}; measure it: python eval.py vla --checkpoint {s.out}{more}")
@@ -572,7 +588,7 @@ def run(s: Settings, given: set[str]) -> int:
     if parallel.rank() == 0:
         (out / "settings.json").write_text(json.dumps(asdict(replace(s, out="", resume="")), indent=1) + "\n")
     heldout, began = splits(s)[1], time.time()
-    hidden = ("stage", "demos", "sft_steps", "sft_lr", "size")
+    hidden = ("stage", "demos", "sft_steps", "sft_lr", "size", "crop")
     print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v not in ("", []) and k not in hidden))
     print("memory: " + plan.summary(s, plan.inputs(s)[1]))
     if suite.protocol:
@@ -596,25 +612,29 @@ def run(s: Settings, given: set[str]) -> int:
         log = grpo.MetricsLog(os.devnull if parallel.rank() else out / "metrics.jsonl", resume_step=step or -1)
         if step == 0:
             log.append({"step": 0, "heldout": before["success"]})
-        done, after = train(s, suite, out, step, policy, average, reference, encoder, optimizer, log, workers)
+        if saved and (out / "after.json").exists():             # finished before
+            done, after = step, json.loads((out / "after.json").read_text())
+        else:
+            done, after = train(s, suite, out, step, policy, average, reference, encoder, optimizer, log, workers)
         log.close()
         final = policy if average is None else average.module
-        if done == s.steps:
-            after = after or evaluate(final, workers, heldout, key, suite, None)        # a finished run may be resumed too
+        finished = done == s.steps or reached(s, after)
+        if finished:
+            after = after or evaluate(final, workers, heldout, key, suite, None)        # it died between its last step and here
             if builtin:
                 film(final, film_starts, key, out / "after.gif")
             save_policy(final, out)
         if parallel.rank():
-            return 0 if done == s.steps else 130
+            return 0 if finished else 130
         rows = evaluation.read_metrics(out / "metrics.jsonl")
         evaluation.draw_curves({s.reward: [rows]}, out / "curve.png")
-        if done < s.steps:
+        if not finished:
             print(f"stopped after step {done}; go on with: python vla_srpo.py --resume {out}")
             return 130
         (out / "after.json").write_text(json.dumps(after, indent=1))
     finally:
         workers.close()
-    print("\nheld-out success, greedy, 95% Wilson intervals\n" + evaluation.table({"before": before, f"after {s.steps} steps": after}))
+    print("\nheld-out success, greedy, 95% Wilson intervals\n" + evaluation.table({"before": before, f"after {done} steps": after}))
     trained = [r for r in rows if "seconds_rollout" in r]
     seconds = {part: np.mean([r[f"seconds_{part}"] for r in trained]) for part in ("rollout", "reward", "update")}
     print(f"{time.time() - began:.0f} s; per step: " + ", ".join(f"{part} {t:.2f} s" for part, t in seconds.items()))

@@ -540,6 +540,9 @@ def test_tiny_forward_in_loops(tiny, frames):
 
 
 def test_tiny_round_trip_and_load_policy(tiny, frames, tmp_path):
+    cropped = vla.TinyVLA(STATS, crop=(8, 20, 40))
+    cropped.save_pretrained(tmp_path / "cropped")
+    assert torch.equal(tiny_logits(vla.load_policy(tmp_path / "cropped"), frames, INSTRUCTIONS), tiny_logits(cropped, frames, INSTRUCTIONS))
     tiny.save_pretrained(tmp_path / "policy")
     loaded = vla.load_policy(tmp_path / "policy")
     assert type(loaded) is vla.TinyVLA and type(vla.load_policy(CHECKPOINT)) is OpenVLA
@@ -557,6 +560,20 @@ def test_tiny_round_trip_and_load_policy(tiny, frames, tmp_path):
     small_frames = frames[:1, :, :32, :32]
     assert torch.equal(tiny_logits(vla.load_policy(tmp_path / "small"), small_frames, "wait"),
                        tiny_logits(small, small_frames, "wait"))
+
+
+def test_tiny_crop(tiny, frames):
+    """A crop is a smaller policy's whole image, and the checkpoint remembers it."""
+    cropped = vla.TinyVLA(STATS, crop=(8, 20, 40))
+    small = vla.TinyVLA(STATS, size=40)
+    for policy in (cropped, small):
+        policy.load_state_dict(tiny.state_dict())
+    expected = tiny_logits(small, frames[:, :, 8:48, 20:60], INSTRUCTIONS)
+    assert torch.equal(tiny_logits(cropped, frames, INSTRUCTIONS), expected)
+    assert not torch.allclose(tiny_logits(tiny, frames, INSTRUCTIONS), expected)
+    for wrong in ((8, 30, 40), (-4, 0, 40), (0, 0, 42), (0, 0, 0)):
+        with pytest.raises(ValueError, match="multiples of 4, and the crop lie within the image"):
+            vla.TinyVLA(STATS, crop=wrong)
 
 
 def test_tiny_in_bf16(tiny, tmp_path, frames):

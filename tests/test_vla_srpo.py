@@ -496,6 +496,16 @@ def test_the_saved_policy_is_the_running_average(monkeypatch, tmp_path, decay):
     assert any(not torch.allclose(average[k], weights[-1][k], rtol=1e-4) for k in average) == (decay > 0)
 
 
+def test_until_ends_a_run_at_the_evaluation_that_reaches_it(monkeypatch, tmp_path, capsys):
+    """What stands in for the evaluation gives 50%."""
+    pretend = Pretend(monkeypatch, tmp_path)
+    assert go(tmp_path, "early", "--reward", "binary", "--eval_every", "2", "--until", "0.5") == 0
+    assert "after 2 steps" in capsys.readouterr().out and [row["step"] for row in metrics(tmp_path / "early")] == [0, 1, 2]
+    assert (tmp_path / "early/after.json").exists() and (tmp_path / "early/policy").exists()
+    assert vla_srpo.main(["--resume", str(tmp_path / "early")]) == 0 and len(pretend.starts) == 2       # finished: nothing is played
+    assert go(tmp_path, "late", "--reward", "binary", "--eval_every", "2", "--until", "0.51") == 0 and len(metrics(tmp_path / "late")) == 7
+
+
 def test_starts_are_groups_of_training_states(monkeypatch, tmp_path):
     pretend = Pretend(monkeypatch, tmp_path)
     assert go(tmp_path, "a", "--reward", "binary") == go(tmp_path, "b", "--reward", "binary") == 0
@@ -586,6 +596,10 @@ def refused(argv: list, words: list[str], folder: Path, capsys) -> None:
     (["--lr", "nan"], ["--lr", "nan"]),
     (["--temperature", "-1"], ["--temperature", "positive"]),
     (["--alpha", "1"], ["--alpha", "[0, 1)"]),
+    (["--until", "95"], ["--until", "[0, 1]"]),
+    (["--size", "66"], ["--size 66", "multiples of 4"]),
+    (["--size", "64", "--crop", "8", "8"], ["--crop 8 8", "multiples of 4"]),
+    (["--size", "64", "--crop", "0", "8", "60"], ["--crop 0 8 60", "within the image"]),
     (["--average", "1"], ["--average", "[0, 1)"]),
     (["--clip_low", "1.5"], ["--clip_low", "below 1"]),
     (["--workers", "0"], ["--workers", "at least 1"]),
