@@ -15,20 +15,12 @@ has one; `token_logprobs` returns a differentiable entropy to those who want it)
 """
 import json
 import math
-import os
-import shutil
-import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 NEGATIVE = -1e30        # stands in for logits of -inf where they are multiplied by a probability of 0
@@ -310,8 +302,6 @@ def clip_and_step(optimizer: torch.optim.Optimizer, model: nn.Module, max_norm: 
     return norm, stepped
 
 
-# Checkpoints: a folder of model.safetensors, trainer.safetensors (optimiser) and state.json
-
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """An optimiser's state as {"optimizer.<parameter index>.<name>": tensor}; lr and such are the run's settings."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -333,181 +323,6 @@ def load_optimizer_tensors(optimizer: MasterAdamW, tensors: dict[str, Tensor]) -
         state.setdefault(p, {})[name] = value.to(optimizer.home(p) if value.dim() else "cpu", copy=True)  # steps stay on the CPU
     optimizer.state.clear()
     optimizer.state.update(state)
-
-
-def _fsync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
-        return
-    fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def save_checkpoint(path: str | Path, *, model_tensors: dict[str, Tensor], trainer_tensors: dict[str, Tensor],
-                    state: dict) -> None:
-    """Write a checkpoint folder, replacing the one at `path`. `state` is plain JSON: step, settings, ...
-
-    Killed between any two operations, `load_checkpoint` finds a complete checkpoint, the previous or the new:
-      1. <path>.tmp is written, and flushed to disk (path: previous)
-      2. path is renamed to <path>.old (no path: load reads <path>.old)
-      3. <path>.tmp is renamed to path (path: new)
-      4. <path>.old is deleted, as are leftovers of a killed save: .tmp before 1, .old only while path is complete
-    Raises ValueError, with nothing touched, if state is not JSON or path holds something other than a checkpoint.
-    """
-    path = Path(path).absolute()
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        text = json.dumps(state, indent=1, allow_nan=False)
-    except (TypeError, ValueError) as e:
-        raise ValueError(f"checkpoint state must be plain finite JSON values: {e}") from e
-    if path.exists() and not (path / "state.json").is_file():
-        raise ValueError(f"{path} exists and is not a checkpoint folder: choose another path")
-    if tmp.exists():
-        shutil.rmtree(tmp)
-    tmp.mkdir(parents=True)
-    for name, tensors in (("model", model_tensors), ("trainer", trainer_tensors)):
-        plain, seen = {}, set()
-        for key, value in tensors.items():
-            value = value.detach().cpu().contiguous()
-            memory = value.untyped_storage().data_ptr()
-            plain[key] = value.clone() if memory in seen else value  # tied weights: safetensors refuses shared memory
-            seen.add(memory)
-        save_file(plain, tmp / f"{name}.safetensors")
-    (tmp / "state.json").write_text(text)
-    replace_folder(tmp, path)
-
-
-def replace_folder(tmp: Path, path: Path) -> None:
-    """Steps 2 to 4 of `save_checkpoint`, after flushing tmp to disk."""
-    old = path.with_name(path.name + ".old")
-    for part in (*sorted(tmp.iterdir()), tmp):
-        _fsync(part)
-    if path.exists():
-        if old.exists():
-            shutil.rmtree(old)
-        os.rename(path, old)
-    os.rename(tmp, path)
-    _fsync(path.parent)
-    if old.exists():
-        shutil.rmtree(old)
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """The newest complete checkpoint folder at `path`; FileNotFoundError if there is none."""
-    path = Path(path).absolute()
-    if not path.exists() and path.with_name(path.name + ".old").exists():
-        path = path.with_name(path.name + ".old")  # killed between steps 2 and 3 of save_checkpoint
-    if not path.is_dir():
-        raise FileNotFoundError(f"no checkpoint folder at {path}")
-    return path
-
-
-def read_state(path: str | Path) -> dict:
-    """The `state` of a checkpoint folder alone; errors as `load_checkpoint`."""
-    file = find_checkpoint(path) / "state.json"
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"checkpoint {file.parent} has no {file.name}: it is incomplete, use another one") from None
-    except ValueError as e:
-        raise ValueError(f"checkpoint file {file} is truncated or corrupt, use another checkpoint ({e})") from e
-
-
-def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
-    """(model_tensors, trainer_tensors, state) of a folder `save_checkpoint` wrote, tensors on the CPU.
-
-    Raises FileNotFoundError if there is none; ValueError, naming the file, if one is missing, truncated or unreadable.
-    """
-    path, loaded = find_checkpoint(path), []
-    for file in (path / "model.safetensors", path / "trainer.safetensors"):
-        try:
-            loaded.append(load_file(file))
-        except FileNotFoundError:
-            raise ValueError(f"checkpoint {path} has no {file.name}: it is incomplete, use another one") from None
-        except SafetensorError as e:
-            raise ValueError(f"checkpoint file {file} is truncated or corrupt, use another checkpoint ({e})") from e
-    return (*loaded, read_state(path))
-
-
-# Stopping, and the metrics log
-
-@contextmanager
-def ctrl_c() -> Iterator[list]:
-    """Within it, Ctrl-C makes the yielded list true instead of raising, so that a loop can finish its step and save. A second one raises."""
-    interrupted: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-
-    def handler(*_):
-        interrupted.append(1)
-        signal.signal(signal.SIGINT, before)
-        print("\nCtrl-C: finishing this step and saving; press again to stop at once", file=sys.stderr)
-
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _jsonable(x):
-    """Tensors and numpy values become numbers or lists; NaN and infinities, which JSON does not have, null."""
-    if isinstance(x, dict):
-        return {str(k): _jsonable(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [_jsonable(v) for v in x]
-    if isinstance(x, (Tensor, np.ndarray, np.generic)):
-        return _jsonable(x.tolist())
-    return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
-def refuse_taken(out: Path) -> None:
-    """ValueError if a new run into this folder would overwrite one: its checkpoint, or metrics alone, as a record of it holds."""
-    if any((out / name / "state.json").exists() for name in ("checkpoint", "checkpoint.old")):
-        raise ValueError(f"{out} holds a run already; go on with --resume {out}, or choose another --out")
-    metrics = out / "metrics.jsonl"
-    if metrics.exists() and metrics.stat().st_size:
-        raise ValueError(f"{metrics} is of another run; choose another --out")
-
-
-class MetricsLog:
-    """A JSON-lines file of metrics, each row flushed at once, so that a killed run keeps every finished row.
-
-    With resume_step, rows of later steps (they will be done again) and a half-written last line are first removed. Raises
-    ValueError if the file has rows and resume_step is None (nothing is overwritten) or a line before the last is no row.
-    """
-
-    def __init__(self, path: str | Path, resume_step: int | None = None):
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        if lines and resume_step is None:
-            raise ValueError(f"{path} already has {len(lines)} rows: resume that run or choose another folder")
-        kept = []
-        for number, line in enumerate(lines, 1):
-            try:
-                if json.loads(line)["step"] <= resume_step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError) as e:
-                if number < len(lines):  # only the last line can be half-written
-                    raise ValueError(f"{path} line {number} is not a metrics row: {line[:60]!r}") from e
-        if lines:
-            tmp = path.with_name(path.name + ".tmp")
-            tmp.write_text("".join(kept))
-            _fsync(tmp)
-            os.replace(tmp, path)
-        self.file = open(path, "a")
-
-    def append(self, row: dict) -> None:
-        """Write one row, which must have an integer "step"."""
-        if not isinstance(row.get("step"), int):
-            raise ValueError(f"a metrics row needs an integer 'step', got {row.get('step')!r}")
-        self.file.write(json.dumps(_jsonable(row), allow_nan=False) + "\n")
-        self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
 
 
 # Demonstration. Tokens 0-9 are digits; 10, printed #, says "now copy". Prompt d d d d #, response 4 tokens, so no EOS.

@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import grpo
+import job
 
 PATIENCE = timedelta(hours=2)   # the longest that ranks wait for one that evaluates or has the slowest rollouts
 
@@ -164,11 +165,11 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer, state: dict,
                     more: dict[str, Tensor] = {}) -> None:
-    """`grpo.save_checkpoint`, or on several ranks a folder of torch.distributed.checkpoint: each rank writes its shards into
+    """`job.save_checkpoint`, or on several ranks a folder of torch.distributed.checkpoint: each rank writes its shards into
     <path>.tmp, which is renamed when all are on disk. `tensors`: the trained parameters by name; `more`: what else is to be kept."""
     path, trainer = Path(path).absolute(), grpo.optimizer_tensors(optimizer) | more
     if world() == 1:
-        return grpo.save_checkpoint(path, model_tensors=tensors, trainer_tensors=trainer, state=state)
+        return job.save_checkpoint(path, model_tensors=tensors, trainer_tensors=trainer, state=state)
     tmp = path.with_name(path.name + ".tmp")
     if rank() == 0:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -177,17 +178,17 @@ def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], optimizer: tor
     barrier()
     dcp.save(tensors | trainer, checkpoint_id=tmp)          # returns when every rank's files are flushed
     if rank() == 0:
-        grpo.replace_folder(tmp, path)
+        job.replace_folder(tmp, path)
     barrier()
 
 
 @torch.no_grad()
 def load_checkpoint(path: str | Path, tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
     """Fill `tensors` and the optimiser's state from a checkpoint written by any number of ranks. ValueError if they do not fit."""
-    path = grpo.find_checkpoint(path)
+    path = job.find_checkpoint(path)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if not (path / ".metadata").exists():       # one process wrote it
-        model, trainer, _ = grpo.load_checkpoint(path)
+        model, trainer, _ = job.load_checkpoint(path)
         model |= trainer
         if wrong := [name for name, x in tensors.items() if name not in model or model[name].shape != x.shape]:
             raise ValueError(f"{path}: {wrong[0]} is missing or has another shape; the checkpoint is another model's")

@@ -15,13 +15,14 @@ import math
 import os
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import psutil
 import torch
 
-import grpo
+import job
 import vla
 
 GiB = 2**30
@@ -250,17 +251,22 @@ def show(s) -> int:
     return 2 if problems else 0
 
 
-def explain(error: Exception, s) -> str:
-    """The error of a run with settings s, None while these are being read; or if memory ran out, on the GPU or the CPU, one line of what was needed and what to change."""
-    if s is None or not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
-        return str(error)
-    if s.resume:
-        s = replace(s, **grpo.read_state(Path(s.resume) / "checkpoint")["settings"])
-    if not s.model:
-        return "out of memory: lower the batch sizes, see --help"
-    _, given = inputs(s)
-    free = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else free_memory()[0]
-    return f"out of memory: {summary(s, given)}; {advice(s, given, min(free, 0.9 * needs(s, *given).peak))}"    # it did not fit, whatever the plan says
+@contextmanager
+def explained(s):
+    """Within it, running out of memory, on the GPU or the CPU, is a RuntimeError of one line: what settings s needed, and what to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        if s.resume:
+            s = replace(s, **job.read_state(Path(s.resume) / "checkpoint")["settings"])
+        if not s.model:
+            raise RuntimeError("out of memory: lower the batch sizes, see --help") from error
+        _, given = inputs(s)
+        free = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else free_memory()[0]
+        free = min(free, 0.9 * needs(s, *given).peak)                                   # it did not fit, whatever the plan says
+        raise RuntimeError(f"out of memory: {summary(s, given)}; {advice(s, given, free)}") from error
 
 
 # What else would stop the run

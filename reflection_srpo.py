@@ -25,7 +25,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -40,18 +40,16 @@ from transformers.utils import logging
 import arrows
 import eval as evaluation
 import grpo
+import job
 import parallel
 import plan
 import reflection_data
 import rewards
 import vlm
+from job import flag
 from reflection_data import Row
 
 REWARDS = ("paper", "openrlhf", "verl", "outcome", "no_length")
-
-
-def flag(default, text: str, **more):
-    return field(default=default, metadata={"help": text, **more})
 
 
 @dataclass
@@ -59,7 +57,7 @@ class Settings:
     model: str = flag("", "folder or hub id of a vision-language model (default: a tiny Qwen2.5-VL with random weights)")
     data: str = flag("arrows", "arrows, or rows as reflection_data.py reads them: JSONL, parquet, dataset of the hub; for sft with targets")
     images: str = flag("", "folder the rows' image paths start from (default: the data's own)")
-    columns: list[str] = field(default_factory=list, metadata={"help": "the data's own names: query=problem image=images"})
+    columns: list[str] = flag([], "the data's own names: query=problem image=images")
     eval_data: str = flag("", "held-out rows (default: of arrows 400 new ones, of other data none)")
     prompt: str = flag("query", "query: the question alone, for the tiny model; reflection: with instructions", choices=["query", "reflection"])
     max_pixels: int = flag(reflection_data.MAX_PIXELS, "larger pictures are scaled down to this area")
@@ -114,15 +112,10 @@ FREE = {"out", "resume", "threads", "eval_every", "save_every", "rollout_batch",
 
 def check(s: Settings) -> None:
     """ValueError, one line, for a setting out of range."""
-    for name, low in (("steps", 0), ("prompts", 1), ("group_size", 2), ("epochs", 1), ("minibatch", 0), ("sft_rows", 1), ("sft_batch", 1),
-                      ("max_new_tokens", 1), ("max_prompt", 1), ("max_length", 1), ("micro_tokens", 1), ("rollout_batch", 1), ("save_every", 1), ("eval_every", 0),
-                      ("threads", 0), ("seed", 0), ("beta", 0), ("lora_rank", 0), ("max_pixels", reflection_data.MIN_PIXELS)):
-        if not low <= getattr(s, name) < math.inf:
-            raise ValueError(f"--{name} must be at least {low}, got {getattr(s, name)}"
-                             + (": a group of one has no baseline" if name == "group_size" else ""))
-    for name in ("temperature", "lr", "sft_lr", "sft_epochs", "max_norm", "clip_low", "clip_high"):
-        if not 0 < getattr(s, name) < math.inf:
-            raise ValueError(f"--{name} must be positive and finite, got {getattr(s, name)}")
+    job.require(s, dict(steps=0, prompts=1, group_size=2, epochs=1, minibatch=0, sft_rows=1, sft_batch=1, max_new_tokens=1, max_prompt=1, max_length=1,
+                        micro_tokens=1, rollout_batch=1, save_every=1, eval_every=0, threads=0, seed=0, beta=0, lora_rank=0,
+                        max_pixels=reflection_data.MIN_PIXELS),
+                ("temperature", "lr", "sft_lr", "sft_epochs", "max_norm", "clip_low", "clip_high"), {"group_size": "a group of one has no baseline"})
     if not s.clip_low < 1:
         raise ValueError(f"--clip_low must be below 1, got {s.clip_low}")
 
@@ -218,7 +211,7 @@ def supervised(s: Settings, out: Path, model, processor, rows: list[Row], step: 
     log, rejected = metrics_log(out / "sft.jsonl", step), Rejections(rejections_file(out))
     model.train()
     stop = False
-    with grpo.ctrl_c() as interrupted, tqdm(total=steps, initial=step, desc="SFT", unit="step", mininterval=1, disable=parallel.rank() > 0) as bar:
+    with job.ctrl_c() as interrupted, tqdm(total=steps, initial=step, desc="SFT", unit="step", mininterval=1, disable=parallel.rank() > 0) as bar:
         while step < steps and not stop:
             warmup = max(1, round(0.1 * steps))
             optimizer.param_groups[0]["lr"] = s.sft_lr * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -328,7 +321,7 @@ def reinforce(s: Settings, out: Path, model, reference, processor, rows: list[Ro
     if step == 0:
         log.append({"step": 0, **{f"heldout_{k}": x for k, x in before.items()}})
     stop = False
-    with grpo.ctrl_c() as interrupted, tqdm(total=s.steps, initial=step, desc=f"RL, {s.reward}", unit="step", mininterval=1,
+    with job.ctrl_c() as interrupted, tqdm(total=s.steps, initial=step, desc=f"RL, {s.reward}", unit="step", mininterval=1,
                                             disable=parallel.rank() > 0) as bar:
         while step < s.steps and not stop:
             step += 1
@@ -407,9 +400,9 @@ def describe(row: Row, completion: vlm.Completion, record: rewards.ReflectionRec
 
 # Models, checkpoints, the whole job
 
-def metrics_log(path: Path, resume_step: int) -> grpo.MetricsLog:
+def metrics_log(path: Path, resume_step: int) -> job.MetricsLog:
     """The first rank writes it."""
-    return grpo.MetricsLog(os.devnull if parallel.rank() else path, resume_step)
+    return job.MetricsLog(os.devnull if parallel.rank() else path, resume_step)
 
 
 def rejections_file(out: Path) -> Path:
@@ -471,31 +464,10 @@ def read_rows(data: str, s: Settings, rejected: Rejections) -> list[Row]:
     return rows
 
 
-def prepare(s: Settings, given: set[str]) -> tuple[Settings, Path, dict | None]:
-    """Settings, output folder, and the checkpoint to go on from. Nothing is written if anything is wrong."""
-    if not s.resume:
-        if "resume" in given:
-            raise ValueError("--resume is empty; give the folder of a run")
-        grpo.refuse_taken(Path(s.out))
-        return s, Path(s.out), None
-    if "out" in given:
-        raise ValueError(f"--resume goes on in {s.resume}; drop --out")
-    out = Path(s.resume)
-    state = grpo.read_state(out / "checkpoint")
-    saved = state.get("settings", {})
-    if set(saved) != set(asdict(s)):
-        raise ValueError(f"{out}/checkpoint was written by another version of reflection_srpo.py; start a new run with --out")
-    for name in sorted(given - FREE):
-        if getattr(s, name) != saved.get(name):
-            raise ValueError(f"--{name} {getattr(s, name)} differs from the run's {saved.get(name)}; drop the flag, or start a new run with --out")
-    s = Settings(**saved | {name: getattr(s, name) for name in given & FREE} | {"out": str(out), "resume": str(out)})
-    return s, out, state
-
-
 def run(s: Settings, given: set[str] = frozenset()) -> int:
     """The whole job; returns the exit code."""
     check(s)
-    s, out, saved = prepare(s, given)
+    s, out, saved = job.begin(s, given, FREE, s.out)
     stage = s.stage
     if stage == "all" and s.data != "arrows":
         raise ValueError("--data needs a stage: python reflection_srpo.py sft ... (rows with targets) or rl ...")
@@ -509,10 +481,7 @@ def run(s: Settings, given: set[str] = frozenset()) -> int:
         raise ValueError("--offload_optimizer is for one process; ranks divide the optimiser's state among them already")
     torch.set_num_threads(s.threads or os.cpu_count())
     logging.disable_progress_bar()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written to ({error.strerror}); choose another folder") from None
+    job.make_folder(out)
     rejected = Rejections(rejections_file(out))
     began, base = time.time(), s.model or str(out / "base")
     if not s.model and parallel.rank() == 0 and not (out / "base" / "config.json").exists():
@@ -608,7 +577,7 @@ def study(s: Settings, kinds: list[str], seeds: int) -> int:
             base = replace(s, seed=seed, reward=kind, out=str(folder), stage="all" if first else "rl",
                            model="" if first else str(out / f"{kinds[0]}-{seed}" / "sft"))
             if (folder / "checkpoint").exists():
-                saved = grpo.read_state(folder / "checkpoint")["settings"]
+                saved = job.read_state(folder / "checkpoint")["settings"]
                 for name in sorted(set(saved) - FREE - {"model"}):
                     if saved[name] != getattr(base, name, None):
                         raise ValueError(f"{folder} was made with --{name} {saved[name]}, not {getattr(base, name, None)}; choose another --out")
@@ -659,40 +628,33 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     stage, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("all", argv)
     parser = HfArgumentParser(Settings, prog="reflection_srpo.py [data | sft | rl | study]", description="Reflection-aware SRPO", allow_abbrev=False)
-    parser.error = lambda message: (_ for _ in ()).throw(ValueError(message))
     parser.add_argument("--plan", action="store_true", help="only say what the flags need of the GPU, and what would stop the run")
     parser.add_argument("--paper", action="store_true", help="the paper's settings, but for flags given")
     if stage == "study":
         parser.add_argument("--seeds", type=int, default=3)
         parser.add_argument("--rewards", nargs="+", default=["paper", "openrlhf", "outcome", "no_length"], choices=REWARDS)
-    s = None
-    try:
+    if "--paper" in argv:
+        parser.set_defaults(**PAPER)
+
+    def work() -> int:
         if stage == "data":
             return data(argv)
         if stage not in ("all", "sft", "rl", "study"):
             raise ValueError(f"no command {stage!r}; there are data, sft, rl and study, and none for the small run")
-        if "--paper" in argv:
-            parser.set_defaults(**PAPER)
-        s, more, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-        if unknown:
-            raise ValueError(f"unknown argument {unknown[0]}; see --help")
+        s, more, given = job.parse(parser, argv)
+        if stage == "study" and (wrong := given & {"model", "data", "resume", "reward", "seed", "stage", "paper"}):
+            raise ValueError(f"study has no --{min(wrong)}: it runs every reward of --rewards with --seeds seeds on the arrows")
+        given -= {"paper", "plan"}
         if stage in ("sft", "rl"):
             s.stage = stage
-        parallel.start()
-        given = {a[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for a in argv if a.startswith("--")} - {"paper", "plan", "seeds", "rewards"}
-        given |= {"stage"} if stage in ("sft", "rl") else set()
-        if stage == "study" and (wrong := given & {"model", "data", "resume", "reward", "seed", "stage"} or {"paper"} & {a[2:] for a in argv}):
-            raise ValueError(f"study has no --{min(wrong)}: it runs every reward of --rewards with --seeds seeds on the arrows")
-        check(s)
-        code = plan.show(s) if more.plan else study(s, more.rewards, more.seeds) if stage == "study" else run(s, given)
-        parallel.stop()
-        return code
-    except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        print(f"error: {plan.explain(error, s)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; if the run had saved a checkpoint, go on with --resume FOLDER", file=sys.stderr)
-        return 130
+            given.add("stage")
+        with plan.explained(s):
+            parallel.start()
+            check(s)
+            code = plan.show(s) if more.plan else study(s, more.rewards, more.seeds) if stage == "study" else run(s, given)
+            parallel.stop()
+            return code
+    return job.command(work)
 
 
 if __name__ == "__main__":

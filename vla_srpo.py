@@ -8,7 +8,7 @@ One step, numbered as in the code of `train`:
      and are dropped.
   4. A clipped policy-gradient update over the executed tokens, a few passes in minibatches, stopped early if the policy
      has moved too far (grpo.py).
-Before that the policy is fine-tuned on a few demonstrations; that one is shipped in weights/ (`--stage sft` makes it anew).
+Before that the policy is fine-tuned on a few demonstrations (vla_sft.py); that one is shipped in weights/.
 
 Beyond the paper, for a policy of 0.4 M parameters: what is evaluated is a running average of the weights, the temperature falls during
 the run, two passes over a step's rollouts, fewer groups. Left out: a value network, entropy bonus, dynamic sampling (refilling dropped groups), asynchronous rollouts.
@@ -18,9 +18,7 @@ Paper and published code differ; where they do, the line says so. `--reward bina
     python vla_srpo.py --steps 200 --reward binary --seed 1      # plain GRPO, to compare with
     python vla_srpo.py --resume out/srpo                         # go on after Ctrl-C, a crash or a power cut
     torchrun --nproc-per-node 8 vla_srpo.py ...                  # the same on 8 GPUs: parallel.py
-    python vla_srpo.py --stage sft --out out/tiny_vla            # how weights/tiny_vla was made
-    python vla_srpo.py --stage sft --suite libero_object --tasks 0 1 2 --fast_sim --demos 40 --size 128 --crop 8 8 96 --sft_steps 2000 --out out/libero_sft   # LIBERO itself
-    python vla_srpo.py --suite libero_object --tasks 0 1 2 --fast_sim --model out/libero_sft --groups 8
+    python vla_srpo.py --suite libero_object --tasks 0 1 2 --fast_sim --model out/libero_sft --groups 8 --horizon 200     # LIBERO itself
 """
 import json
 import math
@@ -29,7 +27,7 @@ import shutil
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: idle threads sleep, or they would fight the simulator for cores
@@ -45,19 +43,16 @@ from transformers.utils import logging
 import envs
 import eval as evaluation
 import grpo
+import job
 import libero_envs
-import libero_expert
 import parallel
 import plan
 import rewards
 import vla
 import world_model
+from job import flag
 
 WEIGHTS = Path(__file__).parent / "weights"
-
-
-def flag(default, text: str, **more):
-    return field(default=default, metadata={"help": text, **more})
 
 
 @dataclass
@@ -103,20 +98,13 @@ class Settings:
     tables: int = flag(0, "simulators over all workers; 0: 128, or with LIBERO one per worker")
     threads: int = flag(2, "torch threads; 0: all cores")
     suite: str = flag("tabletop", "tabletop, " + ", ".join(libero_envs.SUITES) + " or libero_90")
-    tasks: list[int] = field(default_factory=list, metadata={"help": "task numbers (default: all)"})
+    tasks: list[int] = flag([], "task numbers (default: all)")
     split: str = flag("disjoint", "disjoint: trained on one half of the initial states, evaluated on the other; all: trained and evaluated on "
                                   "all 50 of LIBERO's, the papers' own protocol", choices=["disjoint", "all"])
     protocol: str = flag("openvla-oft", "LIBERO: whose horizons", choices=list(libero_envs.PROTOCOLS))
     horizon: int = flag(0, "LIBERO: env steps of an episode at most; 0: the protocol's")
     fast_sim: bool = flag(False, "LIBERO: other pixels, same physics, faster; for policies trained so")
     assets: str = flag("", "LIBERO: folder of its assets (default: LIBERO_ASSETS, else from the hub)")
-    stage: str = flag("rl", "sft: only make the starting policy from demonstrations, into --out", choices=["rl", "sft"])
-    demos: int = flag(6, "sft: demonstrations per task")
-    sft_steps: int = flag(800, "sft: updates of 64 chunks")
-    sft_lr: float = flag(2e-3, "sft: learning rate, cosine")
-    size: int = flag(64, "sft on LIBERO: pixels of the camera images")
-    crop: list[int] = field(default_factory=list, metadata={"help": "sft on LIBERO: top, left and side of the square of the image that the policy "
-                                                                    "looks at (default: all of it)"})
 
 
 # May change on resume; threads change the rounding, LIBERO's workers the draws
@@ -125,15 +113,9 @@ FREE = {"out", "resume", "workers", "threads", "eval_every", "save_every", "asse
 
 def check(s: Settings) -> None:
     """ValueError, one line, for a setting out of range."""
-    for name, low in (("steps", 1), ("groups", 1), ("group_size", 2), ("epochs", 1), ("minibatch", 1), ("micro_batch", 1),
-                      ("workers", 1), ("tables", 0), ("demos", 1), ("sft_steps", 1), ("save_every", 1), ("threads", 0), ("lora_rank", 0),
-                      ("horizon", 0), ("eval_every", 0), ("seed", 0), ("beta", 0), ("target_kl", 0), ("lr_end", 0)):
-        if not low <= getattr(s, name) < math.inf:
-            raise ValueError(f"--{name} must be at least {low}, got {getattr(s, name)}"
-                             + (": a group of one has no baseline" if name == "group_size" else ""))
-    for name in ("temperature", "temperature_end", "lr", "sft_lr", "max_norm", "clip_low", "clip_high"):
-        if not 0 < getattr(s, name) < math.inf:
-            raise ValueError(f"--{name} must be positive and finite, got {getattr(s, name)}")
+    job.require(s, dict(steps=1, groups=1, group_size=2, epochs=1, minibatch=1, micro_batch=1, workers=1, tables=0, save_every=1, threads=0,
+                        lora_rank=0, horizon=0, eval_every=0, seed=0, beta=0, target_kl=0, lr_end=0),
+                ("temperature", "temperature_end", "lr", "max_norm", "clip_low", "clip_high"), {"group_size": "a group of one has no baseline"})
     if not 0 <= s.average < 1:
         raise ValueError(f"--average must lie in [0, 1), got {s.average}")
     if not 0 <= s.until <= 1:
@@ -148,79 +130,9 @@ def check(s: Settings) -> None:
         raise ValueError(f"--workers {s.workers} for 128 tables: each worker needs one; set --tables")
     if s.groups < parallel.world():
         raise ValueError(f"--groups {s.groups} for {parallel.world()} ranks: each needs one")
-    if s.size % 4 or s.crop and (len(s.crop) != 3 or s.crop[2] % 4 or s.crop[2] < 4 or min(s.crop) < 0 or max(s.crop[:2]) + s.crop[2] > s.size):
-        raise ValueError(f"--size {s.size} --crop {' '.join(map(str, s.crop))}: both sides must be multiples of 4, and the crop lie within the image")
     if s.offload_optimizer and parallel.world() > 1:
         raise ValueError("--offload_optimizer is for one process; ranks divide the optimiser's state among them already")
 
-
-# Demonstrations and supervised fine-tuning
-
-def demonstrations(per_task: int, noise: float = 0.1, seed: int = 0) -> dict[str, np.ndarray]:
-    """The scripted expert on the first training initial states: at every step the image and the next 8 actions.
-
-    Noise disturbs what is executed, the labels stay clean, so the policy also sees how to come back from small errors.
-    -> {"image": uint8 (N, 64, 64, 3), "task": int64 (N,), "actions": float64 (N, 8, 7) in LIBERO's convention}
-    """
-    env, rng = envs.Tabletop(), np.random.default_rng(seed)
-    data = {"image": [], "task": [], "actions": []}
-    for task in range(len(envs.TASKS)):
-        for index in range(per_task):
-            image = env.reset(options={"task": task, "index": index % envs.N_STATES})[0]["image"]
-            expert, actions, ended = envs.Expert(env), [], False
-            while not ended:
-                actions.append(expert())
-                data["image"].append(image), data["task"].append(task)
-                ended = env.advance((actions[-1] + noise * np.array([*rng.standard_normal(3), 0, 0, 0, 0])).clip(-1, 1))
-                image = env.render()
-            rest = [np.array([0, 0, 0, 0, 0, 0, -1.0])] * envs.CHUNK                # after success: stand still, open
-            data["actions"] += [np.stack((actions + rest)[t:t + envs.CHUNK]) for t in range(len(actions))]
-    return {name: np.stack(rows) for name, rows in data.items()}
-
-
-def libero_demonstrations(s: Settings, tasks: tuple[int, ...], every: int = 2) -> dict[str, np.ndarray]:
-    """The same from LIBERO's scripted expert, a frame every `every` steps: noisy execution, clean labels. Episodes are kept in
-    cache/demos and never played twice."""
-    env = libero_envs.Libero(s.suite, split="train" if s.split == "disjoint" else "all", size=s.size, fast=s.fast_sim, assets=s.assets)
-    folder = Path("cache/demos") / f"{s.suite}-{env.split}-{s.size}px{'-fast' * s.fast_sim}-every{every}"
-    data = {"image": [], "task": [], "actions": []}
-    for episode in libero_expert.collect(env, list(tasks), s.demos, folder, every=every):
-        actions = np.concatenate([episode["intended"], np.tile([0, 0, 0, 0, 0, 0, -1.0], (envs.CHUNK, 1))])
-        data["image"] += list(episode["images"])
-        data["task"] += [int(episode["task"])] * len(episode["images"])
-        data["actions"] += [actions[t * every:t * every + envs.CHUNK] for t in range(len(episode["images"]))]
-    env.close()
-    return {name: np.stack(rows) for name, rows in data.items()}
-
-
-def fine_tune(data: dict[str, np.ndarray], steps: int, lr: float, seed: int = 0, key: str = "tabletop",
-              instructions: tuple[str, ...] = envs.TASKS, crop: list[int] | None = None) -> vla.TinyVLA:
-    """A TinyVLA from random weights, by cross-entropy on the demonstrations' action tokens; `key`: the name of their statistics."""
-    torch.manual_seed(seed)
-    actions = vla.from_env_actions(data["actions"])
-    flat = actions.reshape(-1, 7)
-    stats = {"q01": np.quantile(flat, 0.01, 0).tolist(), "q99": np.quantile(flat, 0.99, 0).tolist(),
-             "mask": [True] * 6 + [False]}
-    policy = vla.TinyVLA({key: {"action": stats, "num_transitions": len(flat), "num_trajectories": 0}}, size=data["image"].shape[1],
-                          crop=crop)
-    optimizer = grpo.make_optimizer(policy, lr)
-    ids, mask = policy.prompt_ids(list(instructions))
-    task, images = torch.from_numpy(data["task"]), torch.from_numpy(data["image"])
-    bins = policy.encode(actions, key).flatten(1)                            # (N, 56)
-    bar = tqdm(range(steps), desc="SFT", mininterval=1)
-    for step in bar:
-        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        rows = torch.randint(len(bins), (64,))
-        logits = policy(ids[task[rows]], mask[task[rows]], policy.pixel_values(images[rows][:, None]))
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), bins[rows].flatten())
-        loss.backward()
-        grpo.clip_and_step(optimizer, policy, 1.0)
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    return policy
-
-
-# Reinforcement learning
 
 def sampler(policy, temperature: float, key: str):
     """act() of `envs.play`: samples every token; a call's record is (bins (56,), log-probabilities (56,), entropy)."""
@@ -337,14 +249,14 @@ def mixed(success: np.ndarray, s: Settings) -> np.ndarray:
     return np.repeat((rate >= 0.1) & (rate <= 0.9) | (s.keep == "signal"), s.group_size)
 
 
-def train(s: Settings, suite: envs.Suite, out: Path, step: int, policy, average, reference, encoder, optimizer, log: grpo.MetricsLog,
+def train(s: Settings, suite: envs.Suite, out: Path, step: int, policy, average, reference, encoder, optimizer, log: job.MetricsLog,
           workers: envs.Workers) -> tuple[int, dict | None]:
     """Steps `step` + 1 .. s.steps; stops early on Ctrl-C. Returns the last step done and the last held-out evaluation.
     average: running average of the policy's weights, or None; reference: starting policy, or None if beta is 0; encoder: world model, or None for 0/1 rewards."""
     key, (trained, heldout) = vla.find_key(policy.norm_stats, suite.name), splits(s)
     result = None
     stop = False
-    with grpo.ctrl_c() as interrupted, tqdm(total=s.steps, initial=step, desc=s.reward, unit="step", dynamic_ncols=True, mininterval=1,
+    with job.ctrl_c() as interrupted, tqdm(total=s.steps, initial=step, desc=s.reward, unit="step", dynamic_ncols=True, mininterval=1,
                                             disable=parallel.rank() > 0) as bar:
         while step < s.steps and not stop:
             step += 1
@@ -504,39 +416,6 @@ def save_policy(policy, out: Path) -> None:
                       out / "policy_adapter" / "adapter_model.safetensors")
 
 
-def prepare(s: Settings, given: set[str]) -> tuple[Settings, Path, int, bool]:
-    """Settings, output folder, last step done, and whether there is a checkpoint to go on from. Nothing is written if anything is wrong."""
-    if "resume" in given and not s.resume:
-        raise ValueError("--resume is empty; give the folder of a run")
-    if not s.resume:
-        out = Path(s.out or f"out/{s.reward}")
-        grpo.refuse_taken(out)
-        return s, out, 0, False
-    if "out" in given:
-        raise ValueError(f"--resume goes on in {s.resume}; drop --out")
-    out = Path(s.resume)
-    state = grpo.read_state(out / "checkpoint")
-    saved = state.get("settings", {})
-    if set(saved) != set(asdict(s)):
-        raise ValueError(f"{out}/checkpoint was written by another version of vla_srpo.py; start a new run with --out")
-    for name in sorted(given - FREE):
-        if getattr(s, name) != saved.get(name):
-            raise ValueError(f"--{name} {getattr(s, name)} differs from the run's {saved.get(name)}; "
-                             f"drop the flag, or start a new run with --out")
-    s = Settings(**saved | {name: getattr(s, name) for name in given & FREE} | {"out": str(out), "resume": str(out)})
-    return s, out, state["step"], True
-
-
-def make_folder(out: Path) -> None:
-    """ValueError, one line, if nothing can be written there."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".probe").touch()
-        (out / ".probe").unlink(missing_ok=True)      # another rank may have been quicker
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written to ({error.strerror}); choose another folder") from None
-
-
 def splits(s: Settings) -> tuple[str, str]:
     """Which initial states are trained on, and which are evaluated on."""
     return ("train", "heldout") if s.split == "disjoint" else ("all", "all")
@@ -544,8 +423,8 @@ def splits(s: Settings) -> tuple[str, str]:
 
 def run(s: Settings, given: set[str]) -> int:
     """The whole job; returns the exit code."""
-    if s.stage == "rl":
-        s, out, step, saved = prepare(s, given)
+    s, out, saved = job.begin(s, given, FREE, s.out or f"out/{s.reward}")
+    step = saved["step"] if saved else 0
     if s.suite.startswith("libero_plus"):
         raise ValueError("libero_plus is for evaluation only: python eval.py vla --suite " + s.suite)
     if s.suite == "tabletop" and s.split == "all":
@@ -554,19 +433,6 @@ def run(s: Settings, given: set[str]) -> int:
                                   if s.suite != "tabletop" else {})
     torch.set_num_threads(s.threads or os.cpu_count())
     torch.set_flush_denormal(True)          # CPU arithmetic on numbers below 1e-38 is many times slower, and they are noise
-    if s.stage == "sft":
-        if not s.out or Path(s.out).exists() and any(Path(s.out).iterdir()):
-            raise ValueError("--stage sft needs --out, a new folder for the policy" + (f"; {s.out} is not empty" if s.out else ""))
-        make_folder(Path(s.out))                # now rather than after the work
-        if s.suite == "tabletop":
-            policy, more = fine_tune(demonstrations(s.demos), s.sft_steps, s.sft_lr, s.seed), ""
-        else:
-            data = libero_demonstrations(s, suite.tasks)
-            policy = fine_tune(data, s.sft_steps, s.sft_lr, s.seed, f"{s.suite}_no_noops", suite.instructions, s.crop or None)
-            more = f" --suite {s.suite} --tasks {' '.join(map(str, suite.tasks))}" + " --fast-sim" * s.fast_sim
-        policy.save_pretrained(s.out)
-        print(f"wrote {s.out}; measure it: python eval.py vla --checkpoint {s.out}{more}")
-        return 0
     logging.disable_progress_bar()          # transformers' own bar for loading weights
     policy = prepared(vla.load_policy(s.model, getattr(torch, s.dtype), parallel.device()), s)
     reference = vla.load_policy(s.model, getattr(torch, s.dtype)) if s.beta > 0 and not s.lora_rank else None
@@ -577,7 +443,7 @@ def run(s: Settings, given: set[str]) -> int:
         encoder = world_model.PixelModel(encoder) if pixels else encoder
     key = vla.find_key(policy.norm_stats, suite.name)
     evaluation.try_suite(suite, vla.camera_size(policy))        # whatever is wrong with the models or OpenGL shows before anything is written
-    make_folder(out)
+    job.make_folder(out)
     average = AveragedModel(policy, multi_avg_fn=running_average(s.average)) if s.average else None
     optimizer = grpo.make_optimizer(parallel.shard(policy), s.lr, betas=(0.9, 0.99), offload=s.offload_optimizer)
     if average is not None:
@@ -588,8 +454,7 @@ def run(s: Settings, given: set[str]) -> int:
     if parallel.rank() == 0:
         (out / "settings.json").write_text(json.dumps(asdict(replace(s, out="", resume="")), indent=1) + "\n")
     heldout, began = splits(s)[1], time.time()
-    hidden = ("stage", "demos", "sft_steps", "sft_lr", "size", "crop")
-    print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v not in ("", []) and k not in hidden))
+    print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v not in ("", [])))
     print("memory: " + plan.summary(s, plan.inputs(s)[1]))
     if suite.protocol:
         print(f"{suite.name}: {'; '.join(libero_envs.SPLIT_NAMES[split] for split in dict.fromkeys(splits(s)))}; {suite.protocol}")
@@ -609,7 +474,7 @@ def run(s: Settings, given: set[str]) -> int:
         else:
             before = json.loads((out / "before.json").read_text())
             print(f"resumed after step {step}")
-        log = grpo.MetricsLog(os.devnull if parallel.rank() else out / "metrics.jsonl", resume_step=step or -1)
+        log = job.MetricsLog(os.devnull if parallel.rank() else out / "metrics.jsonl", resume_step=step or -1)
         if step == 0:
             log.append({"step": 0, "heldout": before["success"]})
         if saved and (out / "after.json").exists():             # finished before
@@ -644,27 +509,18 @@ def run(s: Settings, given: set[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser(Settings, description="SRPO for vision-language-action policies", allow_abbrev=False)
     parser.add_argument("--plan", action="store_true", help="only say what the flags need of the GPU, and what would stop the run")
-    parser.error = lambda message: (_ for _ in ()).throw(ValueError(message))
-    s = None
-    try:
-        s, more, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-        if unknown:
-            raise ValueError(f"unknown argument {unknown[0]}; see --help")
-        parallel.start()
-        given = {a[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for a in argv if a.startswith("--")}
-        check(s)
-        code = plan.show(s) if more.plan else run(s, given)
-        parallel.stop()
-        return code
-    except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        print(f"error: {plan.explain(error, s)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; if the run had saved a checkpoint, go on with: python vla_srpo.py --resume FOLDER", file=sys.stderr)
-        return 130
+
+    def work() -> int:
+        s, more, given = job.parse(parser, sys.argv[1:] if argv is None else argv)
+        with plan.explained(s):
+            parallel.start()
+            check(s)
+            code = plan.show(s) if more.plan else run(s, given)
+            parallel.stop()
+            return code
+    return job.command(work)
 
 
 if __name__ == "__main__":

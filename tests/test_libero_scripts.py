@@ -1,4 +1,4 @@
-"""vla_srpo.py and eval.py on real LIBERO, small: demonstrations, fine-tuning, a step of RL, evaluation cut off and gone on with."""
+"""vla_sft.py, vla_srpo.py and eval.py on real LIBERO, small: demonstrations, fine-tuning, a step of RL, evaluation cut off and gone on with."""
 import importlib.util
 import json
 import os
@@ -12,12 +12,13 @@ import torch
 import eval as evaluation
 import libero_envs
 import vla
+import vla_sft
 import vla_srpo
 
 pytestmark = pytest.mark.skipif(not os.environ.get("LIBERO_ASSETS") or not importlib.util.find_spec("libero"),
                                 reason="LIBERO_ASSETS is not set, or LIBERO is not installed: nothing to simulate")
 CHECKPOINT = Path(__file__).parent.resolve() / "fixtures" / "openvla_tiny" / "checkpoint"
-LIBERO = ["--suite", "libero_object", "--tasks", "3", "--fast_sim", "--workers", "1"]
+LIBERO = ["--suite", "libero_object", "--tasks", "3", "--fast_sim"]
 
 
 @pytest.fixture
@@ -32,19 +33,19 @@ def small(tmp_path, monkeypatch):
 
 
 def test_from_demonstrations_to_a_table(small, monkeypatch, capsys):
-    sft = ["--stage", "sft", *LIBERO, "--demos", "1", "--size", "64", "--sft_steps", "20", "--threads", "1"]
-    assert vla_srpo.main([*sft, "--out", "sft"]) == 0
+    sft = [*LIBERO, "--demos", "1", "--size", "64", "--steps", "20", "--threads", "1"]
+    assert vla_sft.main([*sft, "--out", "sft"]) == 0
     said = capsys.readouterr().out
     assert "python eval.py vla --checkpoint sft --suite libero_object --tasks 3 --fast-sim" in said and "kept" in said
-    monkeypatch.setattr(vla_srpo.libero_expert, "demonstrate", None)                # a second SFT plays nothing
-    assert vla_srpo.main([*sft, "--out", "again"]) == 0
+    monkeypatch.setattr(vla_sft.libero_expert, "demonstrate", None)                # a second SFT plays nothing
+    assert vla_sft.main([*sft, "--out", "again"]) == 0
     policy, again = vla.load_policy("sft"), vla.load_policy("again")
     assert all(torch.equal(a, b) for a, b in zip(policy.state_dict().values(), again.state_dict().values()))
     (key, stats), = json.loads((small / "sft/dataset_statistics.json").read_text()).items()
     assert key == "libero_object_no_noops" and policy.config["size"] == 64
     assert stats["action"]["mask"] == [True] * 6 + [False] and -1 <= stats["action"]["q01"][0] < stats["action"]["q99"][0] <= 1
 
-    rl = [*LIBERO, "--model", "sft", "--steps", "1", "--groups", "2", "--group_size", "2", "--horizon", "16", "--reward", "srpo", "--threads", "1"]
+    rl = [*LIBERO, "--workers", "1", "--model", "sft", "--steps", "1", "--groups", "2", "--group_size", "2", "--horizon", "16", "--reward", "srpo", "--threads", "1"]
     assert vla_srpo.main([*rl, "--out", "rl"]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     assert "25 training initial states (even numbers); 25 held-out initial states (odd numbers); horizon 16, 10 settling steps" in said
@@ -54,7 +55,7 @@ def test_from_demonstrations_to_a_table(small, monkeypatch, capsys):
     assert json.loads((small / "rl/after.json").read_text())["episodes"] == 2
     assert [p.name for p in (small / "rl/after").iterdir()] == ["task3-failure.gif"]
 
-    command = ["eval.py", "vla", "--checkpoint", "rl/policy", *LIBERO, "--horizon", "8", "--split", "all", "--out", "e"]
+    command = ["eval.py", "vla", "--checkpoint", "rl/policy", *LIBERO, "--workers", "1", "--horizon", "8", "--split", "all", "--out", "e"]
     monkeypatch.setattr(sys, "argv", [*command, "--states", "1"])
     evaluation.main()
     monkeypatch.setattr(sys, "argv", [*command, "--states", "2"])

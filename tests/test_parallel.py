@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import arrows
 import grpo
+from job import read_state
 import parallel
 import reflection_srpo as rs
 import rewards
@@ -314,7 +315,7 @@ def test_a_vla_s_adapters_are_saved_merged_and_alone(tmp_path):
 def test_bf16_shards_train_and_resume_on_one_process(tmp_path):
     """Two ranks save after three steps; one process goes on and equals one that did it all: weights, masters, moments."""
     job("bf16", tmp_path)
-    state = grpo.read_state(tmp_path / "checkpoint")
+    state = read_state(tmp_path / "checkpoint")
     whole = bf16_model()
     optimizer = grpo.make_optimizer(whole, 1e-3)
     assert state["norms"] == pytest.approx(bf16_steps(whole, optimizer, range(3)), rel=1e-2)        # gradients are bf16
@@ -388,7 +389,7 @@ def test_vla_srpo_on_two_ranks_resumes_on_one(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "vla" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [0, 1, 2] and any(r["updates"] for r in rows[1:]) and rows[2]["groups_used"] <= 5
     state = tmp_path / "vla" / "checkpoint" / "state.json"
-    assert grpo.read_state(tmp_path / "vla" / "checkpoint")["step"] == 2
+    assert read_state(tmp_path / "vla" / "checkpoint")["step"] == 2
     start, saved = (load_file(path / "model.safetensors") for path in (vla_srpo.WEIGHTS / "tiny_vla", tmp_path / "vla" / "policy"))
     assert set(start) == set(saved) and all(0 < (start[k] - saved[k]).abs().max() < 0.01 for k in ("fc1.weight", "conv1.weight", "head.weight"))
     state.write_text(state.read_text().replace('"steps": 2', '"steps": 3'))             # as if it had been stopped

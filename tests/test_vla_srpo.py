@@ -19,6 +19,7 @@ from scipy.stats import chi2
 
 import envs
 import grpo
+import job
 import vla
 import vla_srpo
 import world_model
@@ -324,39 +325,6 @@ def test_score():
     np.testing.assert_allclose(reward[[1, 2, 4]], 0.6 / (1 + np.exp(-10 * (nearness - 0.5))), atol=1e-6)
 
 
-# Demonstrations and fine-tuning
-
-def test_demonstrations_and_fine_tuning():
-    data = vla_srpo.demonstrations(1, noise=0.0)
-    env, n = envs.Tabletop(), 0
-    for task in range(4):
-        env.reset(options={"task": task, "index": 0})
-        expert, actions, images, ended = envs.Expert(env), [], [env.render()], False
-        while not ended:
-            actions.append(expert())
-            ended = env.advance(actions[-1])
-            images.append(env.render())
-        assert env.success
-        for t, image in enumerate(images[:-1]):             # what is seen, and the eight actions that follow
-            np.testing.assert_array_equal(data["image"][n], image)
-            chunk = [actions[t + k] if t + k < len(actions) else [0, 0, 0, 0, 0, 0, -1] for k in range(8)]
-            np.testing.assert_array_equal(data["actions"][n], chunk)
-            assert data["task"][n] == task
-            n += 1
-    assert n == len(data["image"]) == len(data["actions"])
-    torch.manual_seed(0)
-    one, two = (vla_srpo.fine_tune(data, 40, 2e-3, seed=3) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
-    rows = torch.arange(0, n, 4)
-    with torch.no_grad():
-        logits = one(*one.prompt_ids([envs.TASKS[t] for t in data["task"][rows]]),
-                     one.pixel_values(data["image"][rows][:, None]))
-    bins = one.encode(vla.from_env_actions(data["actions"][rows]), "tabletop").flatten(1)
-    assert torch.nn.functional.cross_entropy(logits.flatten(0, 1), bins.flatten()) < 0.6 * math.log(256)
-    np.testing.assert_allclose(vla.to_env_actions(one.decode(bins, "tabletop"))[..., :6],
-                               data["actions"][rows][..., :6].clip(-0.5, 0.5), atol=0.003)      # 256 bins over -0.5..0.5
-
-
 # Whole runs on a pretended simulator: an episode is two calls, its outcome a function of what was sampled
 
 RUN = ["--steps", "6", "--groups", "4", "--group_size", "12", "--lr", "3e-3", "--epochs", "2", "--minibatch", "40",
@@ -597,9 +565,6 @@ def refused(argv: list, words: list[str], folder: Path, capsys) -> None:
     (["--temperature", "-1"], ["--temperature", "positive"]),
     (["--alpha", "1"], ["--alpha", "[0, 1)"]),
     (["--until", "95"], ["--until", "[0, 1]"]),
-    (["--size", "66"], ["--size 66", "multiples of 4"]),
-    (["--size", "64", "--crop", "8", "8"], ["--crop 8 8", "multiples of 4"]),
-    (["--size", "64", "--crop", "0", "8", "60"], ["--crop 0 8 60", "within the image"]),
     (["--average", "1"], ["--average", "[0, 1)"]),
     (["--clip_low", "1.5"], ["--clip_low", "below 1"]),
     (["--workers", "0"], ["--workers", "at least 1"]),
@@ -609,8 +574,7 @@ def refused(argv: list, words: list[str], folder: Path, capsys) -> None:
     (["--split", "all"], ["--split all", "LIBERO"]),
     (["--resume", "run", "--out", "elsewhere"], ["--resume", "drop --out"]),
     (["--seed", "-3"], ["--seed", "at least 0"]),
-    (["--resume", "nowhere"], ["nowhere", "no checkpoint"]),
-    (["--stage", "sft"], ["--stage sft", "--out"])], ids=lambda x: " ".join(x) if isinstance(x, list) and x[0][0] == "-" else "")
+    (["--resume", "nowhere"], ["nowhere", "no checkpoint"])], ids=lambda x: " ".join(x) if isinstance(x, list) and x[0][0] == "-" else "")
 def test_bad_flags(argv, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)                             # where a default --out would appear
     refused(argv, words, tmp_path, capsys)
@@ -647,7 +611,7 @@ def stopped(tmp_path):
 
 def test_checkpoint_holds_everything(stopped):
     run, policy, optimizer = stopped
-    model, trainer, state = grpo.load_checkpoint(run / "checkpoint")
+    model, trainer, state = job.load_checkpoint(run / "checkpoint")
     assert all(torch.equal(model[k], v) for k, v in policy.state_dict().items()) and len(model) == len(policy.state_dict())
     expected = grpo.optimizer_tensors(optimizer)
     assert trainer.keys() == expected.keys() and all(torch.equal(trainer[k], v) for k, v in expected.items())
@@ -752,7 +716,7 @@ def test_a_run_writes_what_it_promises(whole, folder):
         assert curve.format == "PNG" and curve.width > 500
     start, end = vla.load_policy(Settings().model), vla.load_policy(out / "policy")
     assert any(not torch.equal(a, b) for a, b in zip(start.state_dict().values(), end.state_dict().values()))
-    _, trainer, state = grpo.load_checkpoint(out / "checkpoint")
+    _, trainer, state = job.load_checkpoint(out / "checkpoint")
     assert state["step"] == 5 and all(torch.equal(trainer[f"average.module.{k}"], v) for k, v in end.state_dict().items())
     for promised in ("settings:", "steps=5", "held-out success", "sample: \"put the", "metrics.jsonl", "curve.png", "after.gif"):
         assert promised in stdout, promised
