@@ -4,6 +4,7 @@
     python eval.py vla --checkpoint out/srpo/policy --split heldout --gifs 2
     python eval.py vla --checkpoint FOLDER_OR_ID --suite libero_object --split all      # LIBERO: 10 tasks x 50 trials
     python eval.py vla --checkpoint FOLDER_OR_ID --suite libero_plus --plus FOLDER      # LIBERO-Plus: a line per dimension
+    python eval.py vla --checkpoint out/libero/policy --suite libero_object --videos    # and: python world_model.py train --videos .../videos.npz
     python eval.py paper --checkpoint libero_spatial=FOLDER_OR_ID libero_object=FOLDER_OR_ID    # the paper's table, and ours below
     python eval.py curves runs/tabletop/*/metrics.jsonl --out runs/tabletop/curves.png
     python eval.py curves runs/reflection/*/metrics.jsonl --kind reflection --out runs/reflection/curves.png
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import sys
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 
@@ -61,11 +63,11 @@ def greedy(policy, key: str):
 
 
 def evaluate_vla(policy, workers: envs.Workers, split: str, key: str, states: int | None = None, suite: envs.Suite | None = None,
-                 gifs: Path | None = None, log: Path | None = None) -> dict:
+                 gifs: Path | None = None, log: Path | None = None, videos: list[envs.Episode] | None = None) -> dict:
     """The first `states` (default: all) initial states of every task, once each, greedily.
 
     gifs: folder for the first success and the first failure of each task, in the frames that the policy saw. log: a JSONL file that gets
-    a line for each finished episode; those it holds already are not played again.
+    a line for each finished episode; those it holds already are not played again. videos: gets the episodes played now, with their images.
     -> {"split", "success": mean, "interval", "episodes", "tasks": {instruction: {"success", "interval", "successes", "episodes",
     "steps", "failed": indices}}}
     """
@@ -84,6 +86,8 @@ def evaluate_vla(policy, workers: envs.Workers, split: str, key: str, states: in
         if log:
             with open(log, "a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
+        if videos is not None:
+            videos.append(replace(episode, images=[*episode.images]))
         episode.images.clear()                                  # 500 episodes of 256 px frames would fill the memory
         bar.update()
     envs.play(greedy(policy, key), workers, starts, finished, suite)
@@ -96,6 +100,14 @@ def evaluate_vla(policy, workers: envs.Workers, split: str, key: str, states: in
         label: rate(sum(row["success"] for row in each), len(each))
         | {"steps": float(np.mean([row["steps"] for row in each])), "failed": [row["index"] for row in each if not row["success"]]}
         for label, each in own.items()}}
+
+
+def save_videos(episodes: list[envs.Episode], out: Path) -> None:
+    """Episodes as `world_model.py --videos` reads them: the frames the policy saw and the last one, padded to the longest."""
+    videos = [episode.video for episode in episodes]
+    lengths = np.array([len(video) for video in videos])
+    np.savez_compressed(out, videos=np.stack([np.pad(v, [(0, max(lengths) - len(v)), *[(0, 0)] * 3]) for v in videos]), length=lengths,
+                        success=np.array([e.success for e in episodes]), task=np.array([e.start.task for e in episodes]))
 
 
 def rate(successes: int, n: int) -> dict:
@@ -251,21 +263,24 @@ def measure_suite(policy, name: str, checkpoint: str, out: Path, args) -> dict[s
             raise ValueError(f"{log} was begun with {begun}; repeat these settings, or choose another --out")
     try_suite(suite, size)
     out.mkdir(parents=True, exist_ok=True)
-    workers, results = suite.workers(args.workers, size, args.tables), {}
+    workers, results, played = suite.workers(args.workers, size, args.tables), {}, [] if args.videos else None
     try:
         for split, log in logs.items():
             if libero:
                 print(f"{name}: {'one trial a task' if 'plus' in name else libero_envs.SPLIT_NAMES[split]}; {suite.protocol}")
                 if not log.exists():
                     log.write_text(json.dumps(settings) + "\n")
-            results[split] = evaluate_vla(policy, workers, split, key, args.states, suite, out / split if libero and args.gifs else None, log)
+            results[split] = evaluate_vla(policy, workers, split, key, args.states, suite, out / split if libero and args.gifs else None, log,
+                                          played)
     finally:
         workers.close()
     print(table(results))
     (out / "result.json").write_text(json.dumps(results, indent=1) + "\n")
     for split in splits if args.gifs and not libero else ():
         film(policy, [envs.Start(t, i, split) for t in suite.tasks for i in range(args.gifs)], key, out / f"{split}.gif")
-    print(f"wrote {out}/result.json" + (f" and GIFs in {out}" if args.gifs else ""))
+    if played:
+        save_videos(played, out / "videos.npz")
+    print(f"wrote {out}/result.json" + (f", {out}/videos.npz" if played else "") + (f" and GIFs in {out}" if args.gifs else ""))
     return results
 
 
@@ -301,6 +316,7 @@ def main() -> None:
                        help="initial states (default: tabletop train and heldout, LIBERO heldout); all: the papers' own protocol")
         p.add_argument("--states", type=int, default=envs.N_STATES, help="initial states per task, 1..50")
         p.add_argument("--gifs", type=int, default=1, help="episodes per task to film; LIBERO: 0 none, else first success and failure")
+        p.add_argument("--videos", action="store_true", help="also write videos.npz, the episodes played now, for world_model.py --videos")
         p.add_argument("--out", default="", help="folder for result.json and the GIFs (default: beside the checkpoint)")
         p.add_argument("--workers", type=int, default=2, help="simulator processes")
         p.add_argument("--tables", type=int, default=0, help="simulators over all processes; 0: tabletop 128, LIBERO one per process")

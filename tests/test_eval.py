@@ -15,6 +15,7 @@ from scipy.stats import binomtest
 import envs
 import eval as evaluation
 import vla
+import world_model
 from envs import Start
 
 ROOT = Path(evaluation.__file__).parent
@@ -148,6 +149,18 @@ def test_evaluation_goes_on(known, workers, tmp_path, monkeypatch):
         assert gif.size == (64, 64)
         edge = np.asarray([(gif.seek(gif.n_frames - 1), gif.convert("RGB"))[1]])[0, 0].mean(0)
         assert edge[0] > 2 * edge[1]
+
+
+def test_videos_are_what_the_world_model_reads(known, workers, tmp_path):
+    played: list[envs.Episode] = []
+    result = evaluation.evaluate_vla(known, workers, "train", KEY, states=2, videos=played)
+    evaluation.save_videos(played, tmp_path / "videos.npz")
+    videos, success, task = world_model.read_rollouts(str(tmp_path / "videos.npz"))
+    assert len(videos) == 8 and success.sum() == sum(row["successes"] for row in result["tasks"].values()) and sorted(task) == [0, 0, 1, 1, 2, 2, 3, 3]
+    for video, episode, solved in zip(videos, played, success):
+        assert len(video) == -(-episode.steps // envs.CHUNK) + 1 and solved == episode.success
+        env = envs.Tabletop()
+        np.testing.assert_array_equal(video[0], env.reset(options={"task": episode.start.task, "index": episode.start.index})[0]["image"])
 
 
 def test_greedy_takes_the_likeliest_bin():
