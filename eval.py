@@ -32,6 +32,7 @@ from tqdm import tqdm
 import envs
 import libero_envs
 import reasoning_eval
+import rollouts
 import vla
 
 # Success in percent: libero_spatial, _object, _goal, _10 and their mean (arXiv 2511.15605, from notes on the paper; SimpleVLA-RL, RLinf: theirs)
@@ -54,7 +55,7 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def greedy(policy, key: str):
-    """act() of `envs.play`: the most likely bin of every token."""
+    """act() of `rollouts.play`: the most likely bin of every token."""
     def act(images, instructions):
         with torch.no_grad():
             bins = policy(*policy.prompt_ids(instructions), policy.pixel_values(vla.policy_frames(policy, images))).argmax(-1)
@@ -62,8 +63,8 @@ def greedy(policy, key: str):
     return act
 
 
-def evaluate_vla(policy, workers: envs.Workers, split: str, key: str, states: int | None = None, suite: envs.Suite | None = None,
-                 gifs: Path | None = None, log: Path | None = None, videos: list[envs.Episode] | None = None) -> dict:
+def evaluate_vla(policy, workers: rollouts.Workers, split: str, key: str, states: int | None = None, suite: rollouts.Suite | None = None,
+                 gifs: Path | None = None, log: Path | None = None, videos: list[rollouts.Episode] | None = None) -> dict:
     """The first `states` (default: all) initial states of every task, once each, greedily.
 
     gifs: folder for the first success and the first failure of each task, in the frames that the policy saw. log: a JSONL file that gets
@@ -71,13 +72,13 @@ def evaluate_vla(policy, workers: envs.Workers, split: str, key: str, states: in
     -> {"split", "success": mean, "interval", "episodes", "tasks": {instruction: {"success", "interval", "successes", "episodes",
     "steps", "failed": indices}}}
     """
-    suite = suite or envs.tabletop()
+    suite = suite or rollouts.tabletop()
     rows = finished_episodes(log) if log else []
     seen = {(row["task"], row["index"]) for row in rows}
     starts = [start for start in suite.starts(split, states) if (start.task, start.index) not in seen]
     bar = tqdm(total=len(seen) + len(starts), initial=len(seen), desc=f"{suite.name} {split}", unit="episode", disable=not log)
 
-    def finished(episode: envs.Episode) -> None:
+    def finished(episode: rollouts.Episode) -> None:
         start, gif = episode.start, gifs and gifs / f"task{episode.start.task}-{'success' if episode.success else 'failure'}.gif"
         if gif and not gif.exists():
             gif.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +91,7 @@ def evaluate_vla(policy, workers: envs.Workers, split: str, key: str, states: in
             videos.append(replace(episode, images=[*episode.images]))
         episode.images.clear()                                  # 500 episodes of 256 px frames would fill the memory
         bar.update()
-    envs.play(greedy(policy, key), workers, starts, finished, suite)
+    rollouts.play(greedy(policy, key), workers, starts, finished, suite)
     bar.close()
     rows.sort(key=lambda row: (row["task"], row["index"]))
     own: dict[str, list] = {}
@@ -102,7 +103,7 @@ def evaluate_vla(policy, workers: envs.Workers, split: str, key: str, states: in
         for label, each in own.items()}}
 
 
-def save_videos(episodes: list[envs.Episode], out: Path) -> None:
+def save_videos(episodes: list[rollouts.Episode], out: Path) -> None:
     """Episodes as `world_model.py --videos` reads them: the frames the policy saw and the last one, padded to the longest."""
     videos = [episode.video for episode in episodes]
     lengths = np.array([len(video) for video in videos])
@@ -133,7 +134,7 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join([*rows, f"{'all tasks':{width}}  " + "  ".join(f"{cell(r):>23}" for r in results.values())])
 
 
-def film(policy, starts: list[envs.Start], key: str, path: Path, size: int = 128) -> None:
+def film(policy, starts: list[rollouts.Start], key: str, path: Path, size: int = 128) -> None:
     """Play greedily and write one GIF with a coloured border at the end of each episode: green success, red failure."""
     table_, act, frames = envs.Tabletop(size=policy.config["size"]), greedy(policy, key), []
     for start in starts:
@@ -234,12 +235,12 @@ def draw_panels(runs: dict[str, list[list[dict]]], out: str | Path, panels: list
     plt.close(figure)
 
 
-def find_suite(name: str, tasks: list[int] = (), **libero) -> envs.Suite:
+def find_suite(name: str, tasks: list[int] = (), **libero) -> rollouts.Suite:
     """`tabletop` or a suite of LIBERO; for the latter the keywords of `libero_envs.make_suite`."""
-    return envs.tabletop(tuple(tasks)) if name == "tabletop" else libero_envs.make_suite(name, tuple(tasks), **libero)
+    return rollouts.tabletop(tuple(tasks)) if name == "tabletop" else libero_envs.make_suite(name, tuple(tasks), **libero)
 
 
-def try_suite(suite: envs.Suite, size: int) -> None:
+def try_suite(suite: rollouts.Suite, size: int) -> None:
     """One reset in this process, so that whatever is wrong with OpenGL or assets is one line, before anything is written."""
     env = suite.make(size=size, horizon=suite.horizon)
     env.reset(options={"task": suite.tasks[0], "index": 0})
@@ -277,7 +278,7 @@ def measure_suite(policy, name: str, checkpoint: str, out: Path, args) -> dict[s
     print(table(results))
     (out / "result.json").write_text(json.dumps(results, indent=1) + "\n")
     for split in splits if args.gifs and not libero else ():
-        film(policy, [envs.Start(t, i, split) for t in suite.tasks for i in range(args.gifs)], key, out / f"{split}.gif")
+        film(policy, [rollouts.Start(t, i, split) for t in suite.tasks for i in range(args.gifs)], key, out / f"{split}.gif")
     if played:
         save_videos(played, out / "videos.npz")
     print(f"wrote {out}/result.json" + (f", {out}/videos.npz" if played else "") + (f" and GIFs in {out}" if args.gifs else ""))

@@ -34,7 +34,8 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 
-from envs import GL_HELP, Suite         # envs.py also sets MUJOCO_GL, which robosuite would force; osmesa works too
+from envs import GL_HELP                # envs.py also sets MUJOCO_GL, which robosuite would force; osmesa works too
+from rollouts import Suite
 
 INSTALL = "pip install --no-deps -r requirements-libero.txt"
 
@@ -421,7 +422,7 @@ class Libero(gymnasium.Env):
 
 def make_suite(name: str, numbers: tuple[int, ...] = (), protocol: str = "openvla-oft", horizon: int = 0, fast: bool = False, assets: str = "",
           plus: str = "") -> Suite:
-    """A suite of LIBERO or LIBERO-Plus, or some of its tasks by number, for envs.py's workers; horizon 0: the protocol's. Nothing is built
+    """A suite of LIBERO or LIBERO-Plus, or some of its tasks by number, for rollouts.py's workers; horizon 0: the protocol's. Nothing is built
     yet. ValueError and RuntimeError as from `tasks` and `Libero`."""
     if len(set(numbers)) < len(numbers):
         raise ValueError(f"--tasks {' '.join(map(str, numbers))}: each once")

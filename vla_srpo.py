@@ -48,6 +48,7 @@ import libero_envs
 import parallel
 import plan
 import rewards
+import rollouts
 import vla
 import world_model
 from job import flag
@@ -135,7 +136,7 @@ def check(s: Settings) -> None:
 
 
 def sampler(policy, temperature: float, key: str):
-    """act() of `envs.play`: samples every token; a call's record is (bins (56,), log-probabilities (56,), entropy)."""
+    """act() of `rollouts.play`: samples every token; a call's record is (bins (56,), log-probabilities (56,), entropy)."""
     def act(images: np.ndarray, instructions: list[str]):
         with torch.no_grad():
             logits = policy(*policy.prompt_ids(instructions), policy.pixel_values(vla.policy_frames(policy, images)))      # (B, 56, 256)
@@ -161,7 +162,7 @@ class Batch:
     trajectory: torch.Tensor    # (N,) int64, the rollout a chunk belongs to
 
 
-def collate(episodes: list[envs.Episode], advantages: torch.Tensor, instructions: tuple[str, ...] = envs.TASKS) -> Batch:
+def collate(episodes: list[rollouts.Episode], advantages: torch.Tensor, instructions: tuple[str, ...] = envs.TASKS) -> Batch:
     """Rollouts and their advantages (N,) -> the rows to train on. Old log-probabilities are those of sampling, because one
     model does both; the published code recomputes them, because its sampler is another program."""
     rows = [(i, e, j) for i, e in enumerate(episodes) if advantages[i] != 0 for j in range(len(e.executed))]
@@ -186,11 +187,11 @@ def update(policy, reference, optimizer, batch: Batch, s: Settings) -> dict:
     weight = grpo.trajectory_weights(batch.mask, batch.trajectory)                  # (N,)
     counts = parallel.gather([int(batch.mask.any(1).sum())])                        # rows of each rank
     first, own, total = sum(counts[:parallel.rank()]), counts[parallel.rank()], sum(counts)
-    rollouts = sum(parallel.gather([grpo.loss_normalizer(batch.mask, "sequence", row_weight=weight) if own else 0.0]))
+    n_rollouts = sum(parallel.gather([grpo.loss_normalizer(batch.mask, "sequence", row_weight=weight) if own else 0.0]))
     device = next(policy.parameters()).device
     for _ in range(s.epochs):
         for rows in parallel.permutation(total).split(s.minibatch):
-            normalizer, seen = rollouts * len(rows) / total, []                     # expectation: the whole batch's gradient
+            normalizer, seen = n_rollouts * len(rows) / total, []                     # expectation: the whole batch's gradient
             rows = rows[(rows >= first) & (rows < first + own)] - first             # this rank's
             for part in parallel.even(list(rows.split(s.micro_batch)) if len(rows) else []):
                 counted, part = part is not None, torch.tensor([0]) if part is None else part
@@ -227,7 +228,7 @@ def update(policy, reference, optimizer, batch: Batch, s: Settings) -> dict:
                    "grad_norm": float(np.mean(norms)) if norms else 0.0}
 
 
-def score(episodes: list[envs.Episode], encoder, s: Settings) -> tuple[np.ndarray, rewards.ProgressRecord | None]:
+def score(episodes: list[rollouts.Episode], encoder, s: Settings) -> tuple[np.ndarray, rewards.ProgressRecord | None]:
     """Reward of each rollout of all ranks, float64 (N,), and the record of how it came about (None for 0/1 rewards)."""
     success = np.array(parallel.gather([e.success for e in episodes]))
     if s.reward == "binary":
@@ -249,8 +250,8 @@ def mixed(success: np.ndarray, s: Settings) -> np.ndarray:
     return np.repeat((rate >= 0.1) & (rate <= 0.9) | (s.keep == "signal"), s.group_size)
 
 
-def train(s: Settings, suite: envs.Suite, out: Path, step: int, policy, average, reference, encoder, optimizer, log: job.MetricsLog,
-          workers: envs.Workers) -> tuple[int, dict | None]:
+def train(s: Settings, suite: rollouts.Suite, out: Path, step: int, policy, average, reference, encoder, optimizer, log: job.MetricsLog,
+          workers: rollouts.Workers) -> tuple[int, dict | None]:
     """Steps `step` + 1 .. s.steps; stops early on Ctrl-C. Returns the last step done and the last held-out evaluation.
     average: running average of the policy's weights, or None; reference: starting policy, or None if beta is 0; encoder: world model, or None for 0/1 rewards."""
     key, (trained, heldout) = vla.find_key(policy.norm_stats, suite.name), splits(s)
@@ -271,7 +272,7 @@ def train(s: Settings, suite: envs.Suite, out: Path, step: int, policy, average,
             states = [pool[i] for i in rng.choice(len(pool), s.groups, replace=s.groups > len(pool))]
             starts = [state for state in parallel.share(states) for _ in range(s.group_size)]
             with parallel.gathered(policy):
-                played = envs.play(sampler(policy, now.temperature, key), workers, starts, suite=suite)
+                played = rollouts.play(sampler(policy, now.temperature, key), workers, starts, suite=suite)
             rolled = time.perf_counter()
 
             reward, record = score(played, encoder, s)                                  # 2. rewards
@@ -334,13 +335,13 @@ def reached(s: Settings, result: dict | None) -> bool:
     return result is not None and 0 < s.until <= result["success"]
 
 
-def evaluate(policy, workers: envs.Workers, split: str, key: str, suite: envs.Suite, gifs: Path | None) -> dict:
+def evaluate(policy, workers: rollouts.Workers, split: str, key: str, suite: rollouts.Suite, gifs: Path | None) -> dict:
     """`eval.evaluate_vla` on all initial states of a split; the first rank plays, the others wait."""
     with parallel.gathered(policy):
         return parallel.gather([evaluation.evaluate_vla(policy, workers, split, key, None, suite, gifs)] if parallel.rank() == 0 else [])[0]
 
 
-def film(policy, starts: list[envs.Start], key: str, path: Path) -> None:
+def film(policy, starts: list[rollouts.Start], key: str, path: Path) -> None:
     """The same with `eval.film`."""
     with parallel.gathered(policy):
         if parallel.rank() == 0:

@@ -13,10 +13,11 @@ from PIL import Image
 from scipy.stats import binomtest
 
 import envs
+import rollouts
 import eval as evaluation
 import vla
 import world_model
-from envs import Start
+from rollouts import Start
 
 ROOT = Path(evaluation.__file__).parent
 KEY = "tabletop"
@@ -111,7 +112,7 @@ def known() -> Known:
 
 @pytest.fixture(scope="module")
 def workers():
-    workers = envs.Workers(2, 7)
+    workers = rollouts.Workers(2, 7)
     yield workers
     workers.close()
 
@@ -133,8 +134,8 @@ def test_evaluate_vla_counts(known, workers, split):
 def test_evaluation_goes_on(known, workers, tmp_path, monkeypatch):
     """Cut off in the middle of writing its eighth line, then again: what is finished is not played again, and the result is the same."""
     whole = evaluation.evaluate_vla(known, workers, "train", KEY, states=3)
-    log, play, played = tmp_path / "train.jsonl", envs.play, []
-    monkeypatch.setattr(envs, "play", lambda act, workers, starts, *more: played.append(starts) or play(act, workers, starts, *more))
+    log, play, played = tmp_path / "train.jsonl", rollouts.play, []
+    monkeypatch.setattr(rollouts, "play", lambda act, workers, starts, *more: played.append(starts) or play(act, workers, starts, *more))
     log.write_text('{"settings": 1}\n')
     assert evaluation.evaluate_vla(known, workers, "train", KEY, 3, None, tmp_path / "gifs", log) == whole
     lines = log.read_text().splitlines(keepends=True)
@@ -152,7 +153,7 @@ def test_evaluation_goes_on(known, workers, tmp_path, monkeypatch):
 
 
 def test_videos_are_what_the_world_model_reads(known, workers, tmp_path):
-    played: list[envs.Episode] = []
+    played: list[rollouts.Episode] = []
     result = evaluation.evaluate_vla(known, workers, "train", KEY, states=2, videos=played)
     evaluation.save_videos(played, tmp_path / "videos.npz")
     videos, success, task = world_model.read_rollouts(str(tmp_path / "videos.npz"))

@@ -20,10 +20,11 @@ from scipy.stats import chi2
 import envs
 import grpo
 import job
+import rollouts
 import vla
 import vla_srpo
 import world_model
-from envs import Episode, Start
+from rollouts import Episode, Start
 from vla_srpo import Settings
 
 ROOT = Path(vla_srpo.__file__).parent
@@ -341,8 +342,8 @@ class Pretend:
             tiny_policy().save_pretrained(tmp_path / "policy")
         result = {"success": 0.5, "interval": (0.4, 0.6), "episodes": 8}
         update, score = vla_srpo.update, vla_srpo.score
-        monkeypatch.setattr(envs, "play", self.play)
-        monkeypatch.setattr(envs, "Workers", lambda *_: self)
+        monkeypatch.setattr(rollouts, "play", self.play)
+        monkeypatch.setattr(rollouts, "Workers", lambda *_: self)
         monkeypatch.setattr(vla_srpo.evaluation, "evaluate_vla", lambda *_: result | {"tasks": {t: result for t in envs.TASKS}})
         monkeypatch.setattr(vla_srpo.evaluation, "film", lambda *_: None)
         monkeypatch.setattr(world_model.WorldModel, "from_pretrained", lambda *_, **__: Blind())
