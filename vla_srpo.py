@@ -478,15 +478,14 @@ def run(s: Settings, given: set[str]) -> int:
         log = job.MetricsLog(os.devnull if parallel.rank() else out / "metrics.jsonl", resume_step=step or -1)
         if step == 0:
             log.append({"step": 0, "heldout": before["success"]})
-        if saved and (out / "after.json").exists():             # finished before
-            done, after = step, json.loads((out / "after.json").read_text())
-        else:
+        done, after = step, json.loads((out / "after.json").read_text()) if saved and (out / "after.json").exists() else None
+        if not reached(s, after):
             done, after = train(s, suite, out, step, policy, average, reference, encoder, optimizer, log, workers)
         log.close()
         final = policy if average is None else average.module
         finished = done == s.steps or reached(s, after)
         if finished:
-            after = after or evaluate(final, workers, heldout, key, suite, None)        # it died between its last step and here
+            after = after or evaluate(final, workers, heldout, key, suite, None)        # a run that ended may be resumed too
             if builtin:
                 film(final, film_starts, key, out / "after.gif")
             save_policy(final, out)
