@@ -92,7 +92,8 @@ def build(case: Case, device: str):
     torch.set_default_dtype(torch.float32 if case.model in VJEPA else dtype)
     with torch.device(device):
         if case.model in OPENVLA:
-            s = vla_srpo.Settings(average=0.0, minibatch=case.rows, micro_batch=case.rows, epochs=1, target_kl=0.0, reward="binary", **shared)
+            s = vla_srpo.Settings(average=0.0, minibatch=case.rows, micro_batch=case.rows, tables=case.rows, epochs=1, target_kl=0.0, reward="binary",
+                                  **shared)
             text, dino, siglip = OPENVLA[case.model]
             model = vla.OpenVLA({"model_type": "openvla", "text_config": {"vocab_size": 32064, "pad_token_id": vla.PAD, **text},
                                  "norm_stats": vla.TINY["norm_stats"]}, dino, siglip)

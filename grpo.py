@@ -309,7 +309,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: MasterAdamW, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`, ignoring other keys. ValueError, nothing changed, if they are another model's."""
+    """Inverse of `optimizer_tensors`, ignoring other keys; the tensors become the state where they are on its device, without a copy.
+    ValueError, nothing changed, if they are another model's."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[Tensor, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -320,7 +321,7 @@ def load_optimizer_tensors(optimizer: MasterAdamW, tensors: dict[str, Tensor]) -
         if p is None or (value.dim() and value.shape != p.shape):
             here = "no such parameter" if p is None else f"a parameter {tuple(p.shape)}"
             raise ValueError(f"{key} is {tuple(value.shape)}, this model has {here}: the checkpoint is another model's")
-        state.setdefault(p, {})[name] = value.to(optimizer.home(p) if value.dim() else "cpu", copy=True)  # steps stay on the CPU
+        state.setdefault(p, {})[name] = value.to(optimizer.home(p) if value.dim() else "cpu")     # steps stay on the CPU
     optimizer.state.clear()
     optimizer.state.update(state)
 

@@ -201,7 +201,8 @@ def load_checkpoint(path: str | Path, tensors: dict[str, Tensor], optimizer: tor
         for key, entry in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items():
             if key.startswith("optimizer."):
                 like = params[int(key.split(".")[1])]
-                wanted[key] = torch.zeros_like(like, dtype=torch.float32) if entry.size else torch.zeros((), dtype=torch.int64)
+                wanted[key] = (torch.zeros_like(like, dtype=torch.float32, device=optimizer.home(like)) if entry.size
+                               else torch.zeros((), dtype=torch.int64))
         dcp.load(wanted, checkpoint_id=path)
     except (CheckpointException, RuntimeError, IndexError, EOFError, OSError) as error:     # the first derives from BaseException
         cause = next(iter(getattr(error, "failures", {}).values()), (error,))[0]

@@ -29,10 +29,10 @@ GiB = 2**30
 MARGIN = 1.05
 PROMPT_TOKENS = 32      # of an OpenVLA instruction, about
 # What may be changed to save memory, the least costly first; each is tried on top of the ones before
-SAVINGS = {"vla": [{"gradient_checkpointing": True}, {"micro_batch": 8}, {"micro_batch": 1}, {"average": 0.0}, {"dtype": "bfloat16"}, {"lora_rank": 32},
-                   {"offload_optimizer": True}],
+SAVINGS = {"vla": [{"gradient_checkpointing": True}, {"micro_batch": 8}, {"micro_batch": 1}, {"average": 0.0}, {"average": 0.0, "dtype": "bfloat16"},
+                   {"offload_optimizer": True}, {"lora_rank": 32}],
            "vlm": [{"gradient_checkpointing": True}, {"micro_tokens": 4096}, {"rollout_batch": 16}, {"micro_tokens": 1}, {"dtype": "bfloat16"},
-                   {"lora_rank": 32}, {"offload_optimizer": True}]}
+                   {"offload_optimizer": True}, {"lora_rank": 32}]}
 
 
 @dataclass
@@ -47,11 +47,12 @@ class Needs:
     activations: float
     logits: float           # of the completions: forward, copy, gradient
     kv_cache: float
+    forward: float          # what a block of the language model works with in the rollout, for all prompts at once
     world_model: float
 
     @property
     def rollout(self) -> float:
-        return MARGIN * (self.weights + self.gathered + self.optimizer + self.copies + self.kv_cache + self.world_model)
+        return MARGIN * (self.weights + self.gathered + self.optimizer + self.copies + self.kv_cache + self.forward + self.world_model)
 
     @property
     def update(self) -> float:
@@ -63,9 +64,14 @@ class Needs:
 
 
 def read_checkpoint(path: str | Path) -> tuple[Path, dict, dict[str, tuple[int, ...]]]:
-    """(folder, config.json, shape of every tensor), from the headers. Errors as vla.read_headers'."""
-    folder = vla.local_folder(path)
-    return folder, vla.read_json(folder / "config.json"), {name: shape for name, (_, shape) in vla.read_headers(folder).items()}
+    """(folder, config.json, shape of every tensor), from the headers; of a hub id no weights are downloaded. Errors as vla.read_headers'."""
+    folder = vla.local_folder(path, weights=False)
+    if Path(path).is_dir():
+        shapes = {name: shape for name, (_, shape) in vla.read_headers(folder).items()}
+    else:
+        from huggingface_hub import get_safetensors_metadata
+        shapes = {name: tuple(tensor.shape) for file in get_safetensors_metadata(str(path)).files_metadata.values() for name, tensor in file.tensors.items()}
+    return folder, vla.read_json(folder / "config.json"), shapes
 
 
 # Counting
@@ -97,6 +103,7 @@ class Stack:
     width: int
     depth: int
     mlp: int
+    lora: bool = False
 
     def inputs(self, size: int) -> float:
         """Bytes of a block's input, `size` a number."""
@@ -108,12 +115,20 @@ class Stack:
 
     def block(self, size: int) -> float:
         """What autograd keeps of one block with SDPA attention, k and v repeated to the query heads."""
-        mlp = self.rows * self.length * self.mlp * size
+        width, mlp = self.inputs(size), self.rows * self.length * self.mlp * size
         if self.kind == "llama":
-            return 2 * self.norm(size) + 4 * self.inputs(size) + 4 * mlp + self.rows * self.length**2 * size        # the additive mask
-        if self.kind == "qwen-vit":
-            return 2 * self.norm(size) + 6 * self.inputs(size) + 4 * mlp
-        return (10 if self.kind == "dino" else 8) * self.inputs(size) + 2 * mlp
+            kept = 2 * self.norm(size) + 4 * width + 4 * mlp + self.rows * self.length**2 * size        # the last is the additive mask
+            if self.lora:                   # frozen norms do not keep the normalised value
+                kept -= 2 * width
+            if self.lora and size == 2:     # peft: an fp32 copy of each adapted layer's input, in place of the input
+                kept += 2 * (6 * width + mlp) - 2 * width - mlp
+        elif self.kind == "qwen-vit":
+            kept = 2 * self.norm(size) + 6 * width + 4 * mlp
+        else:
+            kept = (10 if self.kind == "dino" else 8) * width + 2 * mlp
+            if self.lora and size == 2:
+                kept += 2 * (3 * width + mlp) - 2 * width - mlp
+        return kept
 
 
 def stacks(config: dict, shapes: dict, s) -> list[Stack]:
@@ -125,9 +140,9 @@ def stacks(config: dict, shapes: dict, s) -> list[Stack]:
     if config["model_type"] == "openvla":
         (w1, d1, m1), (w2, d2, m2) = (vla.tower_size(shapes, f"vision_backbone.{tower}", Path(".")) for tower in ("featurizer", "fused_featurizer"))
         rows = min(s.micro_batch, s.minibatch)
-        return [Stack("dino", rows, vla.PATCHES + 5, w1, d1 - 1, m1), Stack("vit", rows, vla.PATCHES, w2, d2 - 1, m2),
-                Stack("llama", rows, vla.PATCHES + PROMPT_TOKENS + vla.ACTION_TOKENS + 1, **text)]
-    language, vision = Stack("llama", sequences(s), s.max_prompt + s.max_new_tokens, **text), config["vision_config"]
+        return [Stack("dino", rows, vla.PATCHES + 5, w1, d1 - 1, m1, s.lora_rank > 0), Stack("vit", rows, vla.PATCHES, w2, d2 - 1, m2, s.lora_rank > 0),
+                Stack("llama", rows, vla.PATCHES + PROMPT_TOKENS + vla.ACTION_TOKENS + 1, **text, lora=s.lora_rank > 0)]
+    language, vision = Stack("llama", sequences(s), s.max_prompt + s.max_new_tokens, **text, lora=s.lora_rank > 0), config["vision_config"]
     if s.freeze_vision or s.lora_rank:                                                  # nothing of the tower is kept
         return [language]
     merged = vision.get("spatial_merge_size", 2)**2                                     # patches of an image token
@@ -164,24 +179,33 @@ def needs(s, config: dict, shapes: dict, ranks: int = 1, world_model: float = 0.
     master = 4 if (size == 2 and not s.lora_rank) else 0
     optimizer = 0 if s.offload_optimizer and torch.cuda.is_available() else sum(train.values()) * (8 + master)
     kv_cache = logits = 0.0
+    prompts = (s.tables or (128 if s.suite == "tabletop" else s.workers)) if hasattr(s, "tables") else 0        # of a pass in the rollout
     if hasattr(s, "micro_tokens"):
         text = config.get("text_config") or config
         heads = text.get("num_key_value_heads") or text["num_attention_heads"]
-        kv_cache = (min(s.rollout_batch, math.ceil(s.prompts / ranks) * s.group_size) * (s.max_prompt + s.max_new_tokens)
-                    * text["num_hidden_layers"] * 2 * heads * (text["hidden_size"] // text["num_attention_heads"]) * size)
+        prompts = min(s.rollout_batch, math.ceil(s.prompts / ranks) * s.group_size)
+        kv_cache = (prompts * (s.max_prompt + s.max_new_tokens) * text["num_hidden_layers"] * 2 * heads
+                    * (text["hidden_size"] // text["num_attention_heads"]) * size)
         logits = 3 * sequences(s) * s.max_new_tokens * text["vocab_size"] * size
     copies = (weights / ranks if getattr(s, "average", 0) else 0) + (sum(numbers.values()) * size if s.beta and not s.lora_rank else 0)
-    blocks = sum(part.depth for part in stacks(config, shapes, s)) or 1
+    parts, forward = stacks(config, shapes, s), 0.0
+    if parts:
+        length = s.max_prompt if hasattr(s, "micro_tokens") else parts[-1].length
+        forward = prompts * length * (4 * parts[-1].mlp + 8 * parts[-1].width) * size
+    blocks = sum(part.depth for part in parts) or 1
     root = sum(n for name, n in numbers.items() if not re.search(r"\.(blocks|layers)\.\d+\.", name)) * size
-    working = 0 if ranks == 1 else (root + 2 * (weights - root) / blocks) * (1 - 1 / ranks)
+    working, one = 0.0, (weights - root) / blocks
+    if ranks > 1:                                                                       # whole weights, and gradients before they are divided, also in fp32
+        working = (root + 2 * one) * (1 - 1 / ranks) + (0 if s.lora_rank else (root + one) * (1 + 4 / size))
     return Needs(weights / ranks, weights * (1 - 1 / ranks), working, gradients / ranks, optimizer / ranks, copies, activations(config, shapes, s, size),
-                 logits, kv_cache, world_model)
+                 logits, kv_cache, forward, world_model)
 
 
 def encoder_bytes(config: dict, parameters: int, clips: int) -> float:
-    """fp32 weights of a V-JEPA 2, and the widest moment of a pass over `clips`: bf16, with norms in fp32."""
+    """fp32 weights of a V-JEPA 2, the pixels, and the widest moment of a pass over `clips`: bf16, with norms in fp32."""
     tokens = config["frames_per_clip"] // config["tubelet_size"] * (config["crop_size"] // config["patch_size"])**2
-    return 4 * parameters + clips * tokens * config["hidden_size"] * (8 + 4 * config["mlp_ratio"])
+    pixels = 3 * config["frames_per_clip"] * config["crop_size"]**2
+    return 4 * parameters + clips * (4 * pixels + tokens * config["hidden_size"] * (8 + 4 * config["mlp_ratio"]))
 
 
 def free_memory() -> tuple[float, str]:
@@ -192,17 +216,25 @@ def free_memory() -> tuple[float, str]:
 
 
 def savings(s, given: tuple, free: float) -> tuple[dict, Needs]:
-    """The settings to change so that it fits, and what is then needed; all that help if it never does. given: `needs`' other arguments."""
-    changes, best = {}, needs(s, *given)
+    """The settings to change so that it fits, none without need, and what is then needed; all that help if it never does. given: `needs`'
+    other arguments."""
+    def peak(changes: dict) -> float:
+        return needs(replace(s, **changes), *given).peak
+    changes: dict = {}
     for more in SAVINGS["vlm" if hasattr(s, "micro_tokens") else "vla"]:
-        if best.peak <= free:
+        if peak(changes) <= free:
             break
-        if "gradient_checkpointing" in more and given[0]["model_type"] == "tiny_vla" or "offload_optimizer" in more and given[2] > 1:
+        if "gradient_checkpointing" in more and given[0]["model_type"] == "tiny_vla":
             continue
-        now = needs(replace(s, **changes | more), *given)
-        if now.peak < 0.99 * best.peak:
-            changes, best = changes | more, now
-    return changes, best
+        if "offload_optimizer" in more and (given[2] > 1 or not torch.cuda.is_available()
+                                            or needs(replace(s, **changes), *given).optimizer > psutil.virtual_memory().available):
+            continue
+        if peak(changes | more) < 0.99 * peak(changes):
+            changes |= more
+    for name in [name for name in changes if peak(changes) <= free]:
+        if peak(without := {k: x for k, x in changes.items() if k != name}) <= free and not (without.get("dtype") and name == "average"):
+            changes = without
+    return changes, needs(replace(s, **changes), *given)
 
 
 # Reports
@@ -224,6 +256,13 @@ def summary(s, given: tuple) -> str:
     return f"rollout {plan.rollout / GiB:.2f}, update {plan.update / GiB:.2f} GiB by plan, with 5% for the allocator; {free / GiB:.2f} free ({what})"
 
 
+def announced(s, model: str = "") -> str:
+    """The first line of a run, before anything is loaded: `summary`, and what to change if that is more than there is."""
+    _, given = inputs(s, model)
+    free = free_memory()[0]
+    return f"memory: {summary(s, given)}" + (f". It does not fit: {advice(s, given, free)}" if needs(s, *given).peak > free else "")
+
+
 def advice(s, given: tuple, free: float) -> str:
     changes, best = savings(s, given, free)
     flags = " ".join(f"--{name} {value}" for name, value in changes.items()) or "these flags"
@@ -234,12 +273,13 @@ def report(s, model: str = "") -> tuple[str, list[str]]:
     """The plan as text, and what would stop the run, a line each."""
     folder, given = inputs(s, model)
     config, shapes, ranks, _ = given
-    if problems := checks(s, folder, config, shapes):
-        return "", problems
+    problems = checks(s, folder, config, shapes)
+    if "vision_config" not in config and (hasattr(s, "micro_tokens") or config.get("model_type") not in ("openvla", "tiny_vla")):
+        return "", problems                                                             # another architecture: there is nothing to count
     plan, (free, _) = needs(s, *given), free_memory()
     lines = [f"plan for {folder}: {sum(map(math.prod, shapes.values())):,} parameters, {sum(trained(shapes, s).values()):,} trained, {ranks} rank(s); GiB each"]
     lines += [f"  {field.name.replace('_', ' '):12} {getattr(plan, field.name) / GiB:8.2f}" for field in fields(plan)]
-    return "\n".join([*lines, "  " + summary(s, given)]), [f"does not fit; {advice(s, given, free)}"] * (plan.peak > free)
+    return "\n".join([*lines, "  " + summary(s, given)]), problems + [f"does not fit; {advice(s, given, free)}"] * (plan.peak > free)
 
 
 def show(s) -> int:

@@ -106,7 +106,7 @@ class Settings:
 
 # The paper's settings, where they differ from the small ones above
 PAPER = dict(prompt="reflection", max_new_tokens=2048, sft_epochs=1.0, sft_lr=1e-5, steps=500, prompts=128, lr=1e-6,
-             max_pixels=640 * 28 * 28, keep="mixed", freeze_vision=True, gradient_checkpointing=True, dtype="bfloat16", rollout_batch=128, eval_every=50)
+             max_pixels=640 * 28 * 28, keep="mixed", freeze_vision=True, gradient_checkpointing=True, dtype="bfloat16", rollout_batch=64, eval_every=50)
 FREE = {"out", "resume", "threads", "eval_every", "save_every", "rollout_batch", "micro_tokens"}    # may change on resume
 
 
@@ -488,6 +488,7 @@ def run(s: Settings, given: set[str] = frozenset()) -> int:
         torch.manual_seed(s.seed)
         arrows.tiny_vlm(out / "base")
     parallel.barrier()
+    print(plan.announced(s, base))
     model, processor = load(s, base if saved is None or saved["stage"] == "sft" or stage == "rl" else out / "sft")
     optimizer = optimizer_of(model, s)
     step = 0
@@ -497,7 +498,6 @@ def run(s: Settings, given: set[str] = frozenset()) -> int:
     if parallel.rank() == 0:
         (out / "settings.json").write_text(json.dumps(asdict(replace(s, out="", resume="")), indent=1) + "\n")
     print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v not in ("", [])))
-    print("memory: " + plan.summary(s, plan.inputs(s, base)[1]))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(map(torch.Tensor.numel, trainable(model).values())):,} of them trained, "
           f"on {parallel.world()} x {model.device.type}; results go to {out}/" + (f"; resumed after step {step} of {saved['stage']}" if saved else ""))
     if s.data == "arrows":

@@ -234,6 +234,7 @@ class OpenVLA(nn.Module):
                 keys = ", ".join(content) or "nothing"
                 raise ValueError(f"{file} has no {key}, only {keys}; give an OpenVLA checkpoint")
         self.config, self.preprocessor, self.files = config, preprocessor, files or {}
+        self.tokenizer = None                                   # made of files at its first use
         self.norm_stats = config.get("norm_stats", {})
         both, llama = dino[0] + siglip[0], LlamaConfig(**config["text_config"])
         self.vision_backbone = nn.ModuleDict({"featurizer": Tower(*dino, dino=True),
@@ -300,13 +301,14 @@ class OpenVLA(nn.Module):
         Uses the checkpoint's tokenizer.json; a checkpoint without one raises FileNotFoundError."""
         if "tokenizer.json" not in self.files:
             raise FileNotFoundError("prompt_ids needs tokenizer.json; copy it into the checkpoint from the original one")
-        from tokenizers import Tokenizer            # the file as it is: transformers 5 rebuilds Llama's by its own rules
-        tokenizer = Tokenizer.from_str(self.files["tokenizer.json"].decode())
-        tokenizer.no_padding(), tokenizer.no_truncation()
+        if self.tokenizer is None:
+            from tokenizers import Tokenizer        # the file as it is: transformers 5 rebuilds Llama's by its own rules
+            self.tokenizer = Tokenizer.from_str(self.files["tokenizer.json"].decode())
+            self.tokenizer.no_padding(), self.tokenizer.no_truncation()
         rows = []
         for task in [instructions] if isinstance(instructions, str) else instructions:
             prompt = f"In: What action should the robot take to {task.lower()}?\nOut:"
-            rows.append(torch.tensor([BOS, *tokenizer.encode(prompt, add_special_tokens=False).ids, SPACE]))
+            rows.append(torch.tensor([BOS, *self.tokenizer.encode(prompt, add_special_tokens=False).ids, SPACE]))
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         device = self.projector["fc1"].weight.device
@@ -498,8 +500,8 @@ def find_key(norm_stats: dict, suite: str) -> str:
 
 # Checkpoint files and checks
 
-def local_folder(path: str | Path) -> Path:
-    """A folder as it is; anything that looks like a hub id (owner/name) is downloaded, with the hub's own cache."""
+def local_folder(path: str | Path, weights: bool = True) -> Path:
+    """A folder as it is; anything that looks like a hub id (owner/name) is downloaded, with the hub's own cache, its weights only if asked."""
     if Path(path).is_dir():
         return Path(path)
     owner, _, name = str(path).partition("/")
@@ -507,7 +509,7 @@ def local_folder(path: str | Path) -> Path:
         raise FileNotFoundError(f"{path} is neither a checkpoint folder nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.py", "tokenizer.model"]))
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.jinja", "*.py", "tokenizer.model", *["*.safetensors"] * weights]))
     except (OSError, ValueError) as error:              # the hub's errors derive from these two
         reason = " ".join(str(error).split())[:200]
         raise FileNotFoundError(f"{path} is not a folder here, and the hub did not give it: {reason}") from None

@@ -17,7 +17,8 @@ Paper and published code differ; where they do, the line says so. `--reward bina
     python vla_srpo.py --steps 200                               # the main job: about 10 minutes on two CPU cores
     python vla_srpo.py --steps 200 --reward binary --seed 1      # plain GRPO, to compare with
     python vla_srpo.py --resume out/srpo                         # go on after Ctrl-C, a crash or a power cut
-    torchrun --nproc-per-node 8 vla_srpo.py ...                  # the same on 8 GPUs: parallel.py
+    python vla_srpo.py --paper --suite libero_object --model Haozhan72/Openvla-oft-SFT-libero-object-traj1     # the paper's run, 7B on one 141 GB GPU
+    torchrun --nproc-per-node 8 vla_srpo.py --paper ...          # the same on 8 GPUs: parallel.py
     python vla_srpo.py --suite libero_object --tasks 0 1 2 --fast_sim --model out/libero_sft --groups 8 --horizon 200     # LIBERO itself
 """
 import json
@@ -108,6 +109,9 @@ class Settings:
     assets: str = flag("", "LIBERO: folder of its assets (default: LIBERO_ASSETS, else from the hub)")
 
 
+# The paper's settings for OpenVLA-OFT, where they differ from the small ones above, and what lets 7B fit one 141 GB GPU
+PAPER = dict(alpha=0.8, groups=64, temperature_end=1.6, lr=5e-6, lr_end=1.0, epochs=1, minibatch=1024, micro_batch=16, target_kl=0.0, average=0.0,
+             dtype="bfloat16", gradient_checkpointing=True, world_model="facebook/vjepa2-vitg-fpc64-384", suite="libero_object", save_every=10)
 # May change on resume; threads change the rounding, LIBERO's workers the draws
 FREE = {"out", "resume", "workers", "threads", "eval_every", "save_every", "assets"}
 
@@ -119,6 +123,8 @@ def check(s: Settings) -> None:
                 ("temperature", "temperature_end", "lr", "max_norm", "clip_low", "clip_high"), {"group_size": "a group of one has no baseline"})
     if not 0 <= s.average < 1:
         raise ValueError(f"--average must lie in [0, 1), got {s.average}")
+    if s.average and s.dtype == "bfloat16":
+        raise ValueError(f"--average {s.average} with bfloat16: in steps this small the average would not move; give --average 0")
     if not 0 <= s.until <= 1:
         raise ValueError(f"--until must lie in [0, 1], got {s.until}")
     if not 0 <= s.alpha < 1:
@@ -434,6 +440,7 @@ def run(s: Settings, given: set[str]) -> int:
                                   if s.suite != "tabletop" else {})
     torch.set_num_threads(s.threads or os.cpu_count())
     torch.set_flush_denormal(True)          # CPU arithmetic on numbers below 1e-38 is many times slower, and they are noise
+    print(plan.announced(s))
     logging.disable_progress_bar()          # transformers' own bar for loading weights
     policy = prepared(vla.load_policy(s.model, getattr(torch, s.dtype), parallel.device()), s)
     reference = vla.load_policy(s.model, getattr(torch, s.dtype)) if s.beta > 0 and not s.lora_rank else None
@@ -456,7 +463,6 @@ def run(s: Settings, given: set[str]) -> int:
         (out / "settings.json").write_text(json.dumps(asdict(replace(s, out="", resume="")), indent=1) + "\n")
     heldout, began = splits(s)[1], time.time()
     print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v not in ("", [])))
-    print("memory: " + plan.summary(s, plan.inputs(s)[1]))
     if suite.protocol:
         print(f"{suite.name}: {'; '.join(libero_envs.SPLIT_NAMES[split] for split in dict.fromkeys(splits(s)))}; {suite.protocol}")
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {len(suite.tasks)} tasks, {torch.get_num_threads()} torch threads, "
@@ -511,9 +517,16 @@ def run(s: Settings, given: set[str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = HfArgumentParser(Settings, description="SRPO for vision-language-action policies", allow_abbrev=False)
     parser.add_argument("--plan", action="store_true", help="only say what the flags need of the GPU, and what would stop the run")
+    parser.add_argument("--paper", action="store_true", help="the paper's settings for OpenVLA-OFT, but for flags given; --model must be given")
+    argv = sys.argv[1:] if argv is None else argv
+    if "--paper" in argv:
+        parser.set_defaults(**PAPER)
 
     def work() -> int:
-        s, more, given = job.parse(parser, sys.argv[1:] if argv is None else argv)
+        s, more, given = job.parse(parser, argv)
+        given -= {"paper", "plan"}
+        if more.paper and "model" not in given and not s.resume:
+            raise ValueError("--paper needs --model: the folder or hub id of an OpenVLA-OFT")
         with plan.explained(s):
             parallel.start()
             check(s)

@@ -105,9 +105,11 @@ def load_vlm(path: str | Path, dtype: torch.dtype = torch.float32, device=None):
     try:
         processor = Processor(path)
         # device_map: shards go straight to the device, without a second copy of the weights in RAM
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map=device and {"": device})
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        model, found = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map=device and {"": device}, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be loaded as a vision-language model: {str(error).strip().splitlines()[0]}") from None
+    if missing := sorted(found["missing_keys"]):        # transformers would go on with random ones
+        raise ValueError(f"{path} has no {missing[0]}" + (f" and {len(missing) - 1} more tensors" if missing[1:] else "") + "; copy the checkpoint again")
     end = model.generation_config.eos_token_id or processor.tokenizer.eos_token_id
     # Checkpoints bring top-k, top-p and repetition penalties, under which log-probabilities would not be the sampling distribution's.
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=processor.tokenizer.pad_token_id)

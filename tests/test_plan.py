@@ -1,10 +1,15 @@
-"""plan.py against measured tensors: weights, gradients and optimiser state to the byte, activations by saved-tensor hooks within 15%."""
+"""plan.py against measured tensors: weights, gradients and optimiser state to the byte, activations and the peaks of both phases within 15%."""
+import gc
 import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import arrows
 import grpo
@@ -81,7 +86,10 @@ def kept(model, inputs, forward) -> int:
     return sum(storage.nbytes() for storage in seen.values())
 
 
-@pytest.mark.parametrize("changes", [{}, dict(dtype="bfloat16"), dict(gradient_checkpointing=True)])
+LORA = [dict(lora_rank=3), dict(lora_rank=3, dtype="bfloat16")]
+
+
+@pytest.mark.parametrize("changes", [{}, dict(dtype="bfloat16"), dict(gradient_checkpointing=True), *LORA])
 def test_openvla_s_activations(changes, openvla):
     """With checkpointing autograd keeps the blocks' inputs; the plan adds the block being recomputed, which is measured without."""
     s, model = case("openvla", openvla, micro_batch=2, **changes)
@@ -97,7 +105,7 @@ def test_openvla_s_activations(changes, openvla):
     assert planned == pytest.approx(measured, rel=0.15)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(dtype="bfloat16"), dict(freeze_vision=True)])
+@pytest.mark.parametrize("changes", [{}, dict(dtype="bfloat16"), dict(freeze_vision=True), *LORA])
 def test_qwen_s_activations(changes, qwen):
     s, model = case("qwen", qwen, micro_tokens=720, max_new_tokens=40, max_prompt=200, max_pixels=128 * 128, **changes)
     assert plan.sequences(s) == 3
@@ -106,10 +114,91 @@ def test_qwen_s_activations(changes, qwen):
     prompts = [processor.prompt([Image.new("RGB", (128, 128))], " ".join(["go"] * n)) for n in (100, 90, 80)]
     s = replace(s, max_prompt=max(len(p.ids) for p in prompts))
     inputs, ids, _ = processor.batch(prompts, [torch.full((40,), 9)] * 3)
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    inputs["pixel_values"] = inputs["pixel_values"].to(getattr(torch, s.dtype))
     measured = kept(model, inputs.values(), lambda: vlm.completion_logits(model, inputs, ids.shape[1]))
     _, config, shapes = plan.read_checkpoint(qwen)
     assert plan.needs(s, config, shapes).activations == pytest.approx(measured, rel=0.15)
+
+
+class Live(TorchDispatchMode):
+    """The most bytes of tensors that were alive at once, those given first among them."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.now, self.peak, self.held = 0, 0, {}
+        self.see(tensors)
+
+    def see(self, tensors):
+        for storage in (x.untyped_storage() for x in tree_leaves(tensors) if isinstance(x, torch.Tensor)):
+            if storage._cdata not in self.held:
+                self.held[storage._cdata] = weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+                self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+
+    def free(self, key, n):
+        del self.held[key]
+        self.now -= n
+
+    def __torch_dispatch__(self, function, types, arguments=(), more=None):
+        out = function(*arguments, **(more or {}))
+        self.see(out)
+        return out
+
+    def of(self, work) -> int:
+        gc.collect()
+        self.peak = self.now
+        with self:
+            work()
+        return self.peak
+
+
+PEAKS = [{}, dict(dtype="bfloat16"), dict(dtype="bfloat16", gradient_checkpointing=True), *LORA, dict(LORA[1], gradient_checkpointing=True)]
+
+
+@pytest.mark.parametrize("changes", PEAKS[::2])
+def test_openvla_s_peaks(changes, tmp_path):
+    """An update of two micro-batches, so that gradients of the first stand beside activations of the second; and a rollout's pass."""
+    torch.manual_seed(0)
+    text = TEXT | {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 4}
+    vla.OpenVLA(vla.TINY | {"text_config": text}, (64, 5, 256), (80, 6, 320), files={"tokenizer.json": b"{}"}).save_pretrained(tmp_path / "big")
+    s, model = case("openvla", tmp_path / "big", micro_batch=2, minibatch=4, tables=4, epochs=1, target_kl=0.0, **changes)
+    model.prompt_ids = lambda texts: (torch.full((len(texts), plan.PROMPT_TOKENS), 5), torch.ones(len(texts), plan.PROMPT_TOKENS).long())
+    optimizer = grpo.make_optimizer(model, 1e-6)
+    live = Live([*model.parameters()])
+    batch = vla_srpo.Batch(torch.zeros(4, 256, 256, 3, dtype=torch.uint8), ["go"] * 4, torch.zeros(4, 56, dtype=torch.long), torch.zeros(4, 56),
+                           torch.ones(4, 56).bool(), torch.ones(4), torch.arange(4))
+
+    def update():
+        assert vla_srpo.update(model, None, optimizer, batch, s)["updates"] == 1
+    live.of(update)                                                                     # the optimiser's state is there from now on
+    _, config, shapes = plan.read_checkpoint(tmp_path / "big")
+    planned = plan.needs(s, config, shapes)
+    assert planned.update / plan.MARGIN == pytest.approx(live.of(update), rel=0.15)
+    act = vla_srpo.sampler(model, 1.0, "unit")
+    assert planned.rollout / plan.MARGIN == pytest.approx(live.of(lambda: act(np.zeros((4, 256, 256, 3), np.uint8), ["go"] * 4)), rel=0.15)
+
+
+@pytest.mark.parametrize("changes", PEAKS)
+def test_qwen_s_peaks(changes, tmp_path):
+    torch.manual_seed(0)
+    arrows.tiny_vlm(tmp_path, width=256, layers=6)
+    s, model = case("qwen", tmp_path, max_prompt=160, max_new_tokens=40, micro_tokens=800, rollout_batch=8, prompts=4, group_size=2, minibatch=0,
+                    freeze_vision=True, **changes)
+    processor = vlm.Processor(tmp_path)
+    prompts = [processor.prompt([], " ".join(["go"] * 150))] * 8
+    s = replace(s, max_prompt=len(prompts[0].ids))
+    optimizer = grpo.make_optimizer(model.train(), 1e-6)
+    live = Live([*model.parameters()])
+    batch = rs.Batch(prompts, [torch.full((40,), 9)] * 8, torch.ones(8))
+
+    def update():
+        assert rs.update(model, None, processor, optimizer, batch, s)["updates"] == 1
+    live.of(update)
+    _, config, shapes = plan.read_checkpoint(tmp_path)
+    planned = plan.needs(s, config, shapes)
+    assert planned.update / plan.MARGIN == pytest.approx(live.of(update), rel=0.15)
+    model.generation_config.eos_token_id = 10**6                                        # nothing ends early
+    assert planned.rollout / plan.MARGIN == pytest.approx(live.of(lambda: rs.generate(model, processor, prompts, s, 1.0)), rel=0.15)
 
 
 def test_the_kv_cache_is_what_generation_holds(qwen):
@@ -149,6 +238,29 @@ def test_the_command_says_what_is_needed_and_writes_nothing(openvla, tmp_path, c
 def test_the_command_of_the_other_script(qwen, tmp_path, capsys):
     assert rs.main(["rl", "--plan", "--model", str(qwen), "--out", str(tmp_path / "out")]) == 0
     assert "kv cache" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_a_hub_id_is_planned_without_its_weights(qwen, monkeypatch):
+    import huggingface_hub
+    from types import SimpleNamespace
+    shapes, asked = plan.read_checkpoint(qwen)[2], {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **more: asked.update(more) or str(qwen))
+    tensors = {name: SimpleNamespace(shape=list(shape)) for name, shape in shapes.items()}
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda name: SimpleNamespace(files_metadata={"a": SimpleNamespace(tensors=tensors)}))
+    assert plan.read_checkpoint("someone/model")[2] == shapes
+    assert not any("safetensors" in pattern for pattern in asked["allow_patterns"]) and "*.jinja" in asked["allow_patterns"]
+
+
+def test_savings_are_no_more_than_needed():
+    with torch.device("meta"):
+        model = vla.OpenVLA({"text_config": {"vocab_size": 32064}}, (1024, 24, 4096), (1152, 27, 4304))
+    given = ({"model_type": "openvla", "text_config": model.language_model.config.to_dict()}, {n: tuple(x.shape) for n, x in model.state_dict().items()}, 1, 0.0)
+    s = vla_srpo.Settings(**vla_srpo.PAPER)
+    assert plan.needs(s, *given).peak < 131 * plan.GiB                                  # the paper's settings on a GPU of 141 GB
+    assert plan.savings(s, given, 79 * plan.GiB)[0] == {"lora_rank": 32}                # that alone, whatever else was tried before
+    changes, best = plan.savings(vla_srpo.Settings(), given, 131 * plan.GiB)
+    assert best.peak < 131 * plan.GiB and all(plan.needs(replace(vla_srpo.Settings(), **{k: x for k, x in changes.items() if k != name}), *given).peak
+                                              > 131 * plan.GiB for name in changes)
 
 
 def broken(openvla, tmp_path, change) -> list[str]:

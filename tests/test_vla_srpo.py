@@ -566,6 +566,8 @@ def refused(argv: list, words: list[str], folder: Path, capsys) -> None:
     (["--temperature", "-1"], ["--temperature", "positive"]),
     (["--alpha", "1"], ["--alpha", "[0, 1)"]),
     (["--until", "95"], ["--until", "[0, 1]"]),
+    (["--dtype", "bfloat16"], ["--average 0.97 with bfloat16", "--average 0"]),
+    (["--paper"], ["--paper needs --model"]),
     (["--average", "1"], ["--average", "[0, 1)"]),
     (["--clip_low", "1.5"], ["--clip_low", "below 1"]),
     (["--workers", "0"], ["--workers", "at least 1"]),

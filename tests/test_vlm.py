@@ -177,3 +177,17 @@ def test_the_teacher_errs_as_it_says():
     sound = arrows.SURE ** (glances - 1)                                            # every place but the last is on the path
     assert -0.03 < right / 2000 - (sound + (1 - sound) * arrows.NOTICE) < 0.2      # paths also meet by chance
     assert -0.03 < first / 2000 - arrows.SURE ** glances < 0.25
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape"])
+def test_a_checkpoint_without_all_its_tensors_is_refused(tmp_path, damage):
+    """transformers alone would go on with random ones."""
+    from safetensors.torch import load_file, save_file
+    arrows.tiny_vlm(tmp_path, width=32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in tensors if "layers.0.self_attn.q_proj.weight" in name)
+    whole = tensors.pop(name)
+    save_file(tensors if damage == "missing" else tensors | {name: whole[:3]}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError) as caught:
+        vlm.load_vlm(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value) and (damage == "shape" or "q_proj.weight" in str(caught.value))
