@@ -40,7 +40,7 @@ import psutil
 import torch
 from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import (AutoTokenizer, GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, TrainerCallback, VJEPA2Config,
                           VJEPA2Model)
 from transformers.utils import logging
@@ -149,8 +149,15 @@ class Clock:
         self.peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def flop_counter() -> FlopCounterMode:
+    """Of matrix products, convolutions and attention; torch itself knows the GPU's attention kernels alone."""
+    return FlopCounterMode(display=False, custom_mapping={
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)})
+
+
 def flops(function) -> float:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         function()
     return counter.get_total_flops()
 
@@ -178,10 +185,13 @@ def measure(case: Case) -> dict:
     device = parallel.device()
     peak, whose = machine_peak(device)
     s, model = build(case, device)
-    rollout, update, forward, unit, n = {vla.OpenVLA: openvla_work, Qwen2_5_VLForConditionalGeneration: qwen_work, VJEPA2Model: vjepa_work}[type(model)](case, s, model)
-    once = flops(forward)
-    result = {"unit": unit, "parameters": sum(p.numel() for p in model.parameters()), "forward_flops": once, "peak_flops": peak, "peak_flops_of": whose}
-    for name, work, passes in (("rollout", rollout, 1), ("update", update, 2 if case.lora_rank else 3)):
+    rollout, update, forward, frozen, unit, n = {vla.OpenVLA: openvla_work, Qwen2_5_VLForConditionalGeneration: qwen_work, VJEPA2Model: vjepa_work}[type(model)](case, s, model)
+    once, still = flops(forward), flops(frozen) if frozen else 0.0      # what is frozen has no backward pass; LoRA has none for the weights
+    result = {"unit": unit, "parameters": sum(p.numel() for p in model.parameters()), "forward_flops": once, "frozen_flops": still, "peak_flops": peak,
+              "peak_flops_of": whose}
+    if update:
+        update()                                                        # the optimiser's state stands beside the rollout's memory
+    for name, work, total in (("rollout", rollout, once), ("update", update, (2 if case.lora_rank else 3) * (once - still) + still)):
         clocks = []
         for _ in range(1 + case.repeats if work else 0):
             with Clock() as clock:
@@ -190,7 +200,7 @@ def measure(case: Case) -> dict:
         if clocks:
             seconds = min(clock.seconds for clock in clocks[1:])
             result[name] = {"per_second": n / seconds, "seconds": seconds, "peak_gib": max(c.peak for c in clocks) / plan.GiB,
-                            "mfu": passes * once / seconds / peak}
+                            "mfu": total / seconds / peak}
     return result
 
 
@@ -202,7 +212,7 @@ def openvla_work(case: Case, s, policy):
     bins, logp = torch.randint(vla.BINS, (n, 56)), torch.full((n, 56), -5.5)
     batch = vla_srpo.Batch(frames, [""] * n, bins, logp, torch.ones(n, 56, dtype=torch.bool), torch.randn(n), torch.arange(n))
     forward = lambda: policy(*policy.prompt_ids([""] * n), policy.pixel_values(frames[:, None]))
-    return lambda: act(frames.numpy(), [""] * n), lambda: vla_srpo.update(policy, None, optimizer, batch, s), forward, "chunks", n
+    return lambda: act(frames.numpy(), [""] * n), lambda: vla_srpo.update(policy, None, optimizer, batch, s), forward, None, "chunks", n
 
 
 def qwen_work(case: Case, s, model):
@@ -221,14 +231,18 @@ def qwen_work(case: Case, s, model):
     def forward():
         inputs, ids, _ = processor.batch(prompts, completions, model.device)
         vlm.completion_logits(model, inputs, ids.shape[1])
+
+    def tower():
+        inputs, _, _ = processor.batch(prompts, completions, model.device)
+        (model.get_base_model() if case.lora_rank else model).model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
     return (lambda: reflection_srpo.generate(model, processor, prompts, s, 1.0), lambda: reflection_srpo.update(model, None, processor, optimizer, batch, s),
-            forward, "response tokens", case.rows * case.length)
+            forward, tower, "response tokens", case.rows * case.length)
 
 
 def vjepa_work(case: Case, s, model):
     encoder = world_model.WorldModel(model, batch_size=case.rows)
     videos = [np.random.default_rng(i).integers(0, 256, (80, 256, 256, 3), np.uint8) for i in range(case.rows)]
-    return lambda: encoder.encode(videos), None, lambda: encoder.encode(videos), "clips", case.rows
+    return lambda: encoder.encode(videos), None, lambda: encoder.encode(videos), None, "clips", case.rows
 
 
 # Side by side with TRL: steps of GRPO on the same model, prompts and lengths

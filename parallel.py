@@ -10,6 +10,7 @@ Without torchrun everything here does nothing, and the scripts are the single-pr
 pipeline parallelism, which 7B does not need, and elastic restarts: a rank that dies ends the run, --resume goes on with it.
 
     torchrun --nproc-per-node 8 reflection_srpo.py rl --paper ...                                           # one node
+    # two nodes see the same --out folder: each rank writes its shards of a checkpoint into it
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 vla_srpo.py ...   # the same on both
 """
 import json

@@ -297,7 +297,7 @@ def explained(s):
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not re.search("can't allocate memory|ALLOC_FAILED|out of memory", str(error)):
             raise
         if s.resume:
             s = replace(s, **job.read_state(Path(s.resume) / "checkpoint")["settings"])

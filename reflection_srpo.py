@@ -576,7 +576,7 @@ def study(s: Settings, kinds: list[str], seeds: int) -> int:
             first = kind == kinds[0]
             base = replace(s, seed=seed, reward=kind, out=str(folder), stage="all" if first else "rl",
                            model="" if first else str(out / f"{kinds[0]}-{seed}" / "sft"))
-            if (folder / "checkpoint").exists():
+            if any((folder / name).exists() for name in ("checkpoint", "checkpoint.old")):
                 saved = job.read_state(folder / "checkpoint")["settings"]
                 for name in sorted(set(saved) - FREE - {"model"}):
                     if saved[name] != getattr(base, name, None):

@@ -24,13 +24,29 @@ def test_plan_of_a_large_case_is_plan_py_s():
 def test_flops_are_two_per_weight_and_token():
     case = bench.Case("openvla-small", rows=1)
     s, model = bench.build(case, "cpu")
-    _, _, forward, _, _ = bench.openvla_work(case, s, model)
+    forward = bench.openvla_work(case, s, model)[2]
     tokens = 256 + 24 + 57
     blocks = {"vision_backbone.featurizer.blocks": 261, "vision_backbone.fused_featurizer.blocks": 256, "projector": 256, "language_model.model.layers": tokens}
     last = tuple(f"vision_backbone.{tower}.blocks.3." for tower in ("featurizer", "fused_featurizer"))          # never run
     expected = sum(2 * p.numel() * count for name, p in model.named_parameters() for prefix, count in blocks.items()
                    if name.startswith(prefix) and p.ndim == 2 and not name.startswith(last))
-    assert bench.flops(forward) == pytest.approx(expected, rel=0.1)            # the rest: attention, patches, head
+    wide = sum(4 * count**2 * width * depth for count, width, depth in ((261, 128, 3), (256, 144, 3), (tokens, 256, 4)))       # attention: q k, and with v
+    patches = 256 * 2 * 3 * 14**2 * (128 + 144)
+    head = 2 * 256 * 56 * 256
+    assert bench.flops(forward) == pytest.approx(expected + wide + patches + head, rel=0.01)
+
+
+@pytest.mark.parametrize("rank, backward", [(0, 2), (4, 1)])
+def test_the_update_of_a_frozen_tower_is_counted_once(rank, backward, monkeypatch):
+    """Against the FLOPs of the update itself: its forward passes and what autograd does."""
+    case = bench.Case("qwen2.5-vl-small", lora_rank=rank, rows=2)
+    s, model = bench.build(case, "cpu")
+    _, update, forward, tower, _, _ = bench.qwen_work(case, s, model)
+    once, still = bench.flops(forward), bench.flops(tower)
+    with bench.flop_counter() as counter:
+        update()
+    assert 0.1 * once < still < 0.9 * once
+    assert (1 + backward) * (once - still) + still == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 
 def test_a_small_case_is_measured(tmp_path):

@@ -340,6 +340,23 @@ def test_another_models_optimizer_state_is_refused():
     assert not other.state
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_offloaded_optimiser_makes_the_same_steps(dtype, monkeypatch):
+    """cpu:0 stands in for the other device: it is not `cpu`, so master, moments and step live apart from the parameter."""
+    torch.manual_seed(0)
+    here, away = nn.Linear(5, 3).to(dtype), nn.Linear(5, 3).to(dtype)
+    away.load_state_dict(here.state_dict())
+    a, b = grpo.make_optimizer(here, 1e-2), grpo.make_optimizer(away, 1e-2, offload=True)
+    assert b.home(away.weight) == torch.device("cpu")
+    monkeypatch.setattr(b, "home", lambda p: torch.device("cpu:0"))
+    for _ in range(5):
+        x = torch.randn(4, 5).to(dtype)
+        for model, optimizer in ((here, a), (away, b)):
+            model(x).float().square().sum().backward()
+            grpo.clip_and_step(optimizer, model, 1.0)
+    assert torch.equal(here.weight, away.weight) and set(b.state[away.weight]) == {"step", "m", "v", "master"}
+
+
 # the demonstration
 
 def test_demo_learns(capsys):
