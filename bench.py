@@ -121,7 +121,7 @@ def needed(case: Case, device: str) -> float:
     """Bytes by plan.py, from the shapes alone."""
     s, model = build(case, "meta")
     if s is None:
-        return plan.MARGIN * plan.encoder_bytes(model.config.to_dict(), sum(p.numel() for p in model.parameters()), case.rows)
+        return plan.MARGIN * sum(plan.encoder_bytes(model.config.to_dict(), sum(p.numel() for p in model.parameters()), case.rows))
     s.dtype = "bfloat16" if device != "cpu" else "float32"
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
     config = model.config | {"text_config": model.language_model.config.to_dict()} if case.model in OPENVLA else model.config.to_dict()

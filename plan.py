@@ -3,7 +3,7 @@
 1. Sizes come from config.json and the headers of the safetensors files: no weight is read.
 2. Weights, gradients and optimiser state are counted tensor by tensor, as the flags make them: full or LoRA, bf16 or fp32, over N ranks.
 3. Activations are what autograd keeps of a micro-batch: block by block, or with gradient checkpointing each block's input and one block.
-4. The peak is the larger of two phases: rollout (whole weights, KV cache, optimiser state) and update (gradients, activations, logits).
+4. The peak is the larger of two phases: rollout and its rewards (whole weights, KV cache, then the world model) and update (gradients, activations, logits).
 5. If that is more than is free, the flags that make it fit are found by trying them. Then what else would stop the run is looked at.
 
 Left out: the allocator's fragmentation and the libraries' own buffers, for which 5% is added; the simulator's memory.
@@ -48,11 +48,13 @@ class Needs:
     logits: float           # of the completions: forward, copy, gradient
     kv_cache: float
     forward: float          # what a block of the language model works with in the rollout, for all prompts at once
-    world_model: float
+    world_model: float      # its weights
+    encoding: float         # what a pass of it works with, after the rollout
 
     @property
     def rollout(self) -> float:
-        return MARGIN * (self.weights + self.gathered + self.optimizer + self.copies + self.kv_cache + self.forward + self.world_model)
+        working = max(self.gathered + self.kv_cache + self.forward, self.encoding)
+        return MARGIN * (self.weights + self.optimizer + self.copies + self.world_model + working)
 
     @property
     def update(self) -> float:
@@ -66,11 +68,17 @@ class Needs:
 def read_checkpoint(path: str | Path) -> tuple[Path, dict, dict[str, tuple[int, ...]]]:
     """(folder, config.json, shape of every tensor), from the headers; of a hub id no weights are downloaded. Errors as vla.read_headers'."""
     folder = vla.local_folder(path, weights=False)
-    if Path(path).is_dir():
+    try:
         shapes = {name: shape for name, (_, shape) in vla.read_headers(folder).items()}
-    else:
-        from huggingface_hub import get_safetensors_metadata
-        shapes = {name: tuple(tensor.shape) for file in get_safetensors_metadata(str(path)).files_metadata.values() for name, tensor in file.tensors.items()}
+    except FileNotFoundError:
+        if Path(path).is_dir():
+            raise
+        from huggingface_hub import get_safetensors_metadata                            # a hub id whose weights are not in the cache
+        try:
+            files = get_safetensors_metadata(str(path)).files_metadata.values()
+        except (OSError, ValueError) as error:                                          # the hub's errors derive from these two
+            raise FileNotFoundError(f"the hub did not give the tensors' shapes of {path}: {' '.join(str(error).split())[:200]}") from None
+        shapes = {name: tuple(tensor.shape) for file in files for name, tensor in file.tensors.items()}
     return folder, vla.read_json(folder / "config.json"), shapes
 
 
@@ -169,7 +177,7 @@ def sequences(s) -> int:
     return max(1, s.micro_tokens // (s.max_prompt + s.max_new_tokens))
 
 
-def needs(s, config: dict, shapes: dict, ranks: int = 1, world_model: float = 0.0) -> Needs:
+def needs(s, config: dict, shapes: dict, ranks: int = 1, world_model: tuple[float, float] = (0.0, 0.0)) -> Needs:
     """Per GPU, for the settings of either script."""
     size, numbers = (2 if s.dtype == "bfloat16" else 4), {name: math.prod(shape) for name, shape in shapes.items()}
     train = trained(shapes, s)
@@ -198,14 +206,14 @@ def needs(s, config: dict, shapes: dict, ranks: int = 1, world_model: float = 0.
     if ranks > 1:                                                                       # whole weights, and gradients before they are divided, also in fp32
         working = (root + 2 * one) * (1 - 1 / ranks) + (0 if s.lora_rank else (root + one) * (1 + 4 / size))
     return Needs(weights / ranks, weights * (1 - 1 / ranks), working, gradients / ranks, optimizer / ranks, copies, activations(config, shapes, s, size),
-                 logits, kv_cache, forward, world_model)
+                 logits, kv_cache, forward, *world_model)
 
 
-def encoder_bytes(config: dict, parameters: int, clips: int) -> float:
-    """fp32 weights of a V-JEPA 2, the pixels, and the widest moment of a pass over `clips`: bf16, with norms in fp32."""
+def encoder_bytes(config: dict, parameters: int, clips: int) -> tuple[float, float]:
+    """(fp32 weights of a V-JEPA 2; the pixels, and the widest moment of a pass over `clips`: bf16, with norms in fp32)."""
     tokens = config["frames_per_clip"] // config["tubelet_size"] * (config["crop_size"] // config["patch_size"])**2
     pixels = 3 * config["frames_per_clip"] * config["crop_size"]**2
-    return 4 * parameters + clips * (4 * pixels + tokens * config["hidden_size"] * (8 + 4 * config["mlp_ratio"]))
+    return 4 * parameters, clips * (4 * pixels + tokens * config["hidden_size"] * (8 + 4 * config["mlp_ratio"]))
 
 
 def free_memory() -> tuple[float, str]:
@@ -243,7 +251,7 @@ def inputs(s, model: str = "") -> tuple[Path, tuple]:
     """The checkpoint's folder, and what `needs` takes after the settings; ranks are torchrun's."""
     if not (model or s.model):
         raise ValueError("--plan needs --model: a folder or hub id")
-    (folder, config, shapes), encoder = read_checkpoint(model or s.model), 0.0
+    (folder, config, shapes), encoder = read_checkpoint(model or s.model), (0.0, 0.0)
     if getattr(s, "reward", "") == "srpo" and s.world_model != "pixels":
         _, video, tensors = read_checkpoint(s.world_model)
         encoder = encoder_bytes(video, sum(map(math.prod, tensors.values())), 32)

@@ -4,7 +4,7 @@ SRPO-VLA (arXiv 2511.15605) starts from policies fine-tuned on one demonstration
 a few more. What it sees is the camera's image and the instruction, what it learns are the next 8 actions as 56 tokens of 256 bins.
 Left out: fine-tuning OpenVLA-OFT; the published checkpoints are that.
 
-    python vla_sft.py --out out/tiny_vla                        # how weights/tiny_vla was made: half a minute
+    python vla_sft.py --out out/tiny_vla                        # how weights/tiny_vla was made: 43 s of CPU time
     python vla_sft.py --suite libero_object --tasks 0 1 2 --fast_sim --size 128 --crop 8 8 96 --demos 20 --steps 2000 --out out/libero_sft
 """
 import math

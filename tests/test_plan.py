@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import arrows
+import bench
 import grpo
 import plan
 import reflection_srpo as rs
@@ -219,7 +220,7 @@ def test_7b_is_the_112_gib_of_the_paper_arithmetic():
     need = plan.needs(s, config, shapes)
     assert sum(map(math.prod, shapes.values())) == pytest.approx(7.54e9, rel=1e-3) and need.weights / plan.GiB == pytest.approx(14.0, abs=0.1)
     assert (need.weights + need.gradients + need.optimizer) / plan.GiB == pytest.approx(112, abs=1)
-    changes, best = plan.savings(s, (config, shapes, 1, 0.0), 40 * plan.GiB)
+    changes, best = plan.savings(s, (config, shapes, 1), 40 * plan.GiB)
     assert changes["lora_rank"] == 32 and best.peak < 40 * plan.GiB                     # one 40 GB GPU: LoRA
     assert plan.needs(s, config, shapes, ranks=8).peak < 40 * plan.GiB                  # or eight of them
 
@@ -240,23 +241,34 @@ def test_the_command_of_the_other_script(qwen, tmp_path, capsys):
     assert "kv cache" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
-def test_a_hub_id_is_planned_without_its_weights(qwen, monkeypatch):
+def test_a_hub_id_is_planned_without_its_weights(qwen, monkeypatch, tmp_path):
+    """From the hub's metadata; from the cache, perhaps offline, if the weights are there; and one line if neither."""
     import huggingface_hub
     from types import SimpleNamespace
     shapes, asked = plan.read_checkpoint(qwen)[2], {}
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **more: asked.update(more) or str(qwen))
+    (tmp_path / "config.json").write_bytes((qwen / "config.json").read_bytes())
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **more: asked.update(more) or str(tmp_path))
     tensors = {name: SimpleNamespace(shape=list(shape)) for name, shape in shapes.items()}
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda name: SimpleNamespace(files_metadata={"a": SimpleNamespace(tensors=tensors)}))
     assert plan.read_checkpoint("someone/model")[2] == shapes
     assert not any("safetensors" in pattern for pattern in asked["allow_patterns"]) and "*.jinja" in asked["allow_patterns"]
 
+    def offline(name):
+        raise OSError("no route\nto host")
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", offline)
+    with pytest.raises(FileNotFoundError, match="shapes of someone/model: no route to host"):
+        plan.read_checkpoint("someone/model")
+    (tmp_path / "model.safetensors").write_bytes((qwen / "model.safetensors").read_bytes())
+    assert plan.read_checkpoint("someone/model")[2] == shapes
+
 
 def test_savings_are_no_more_than_needed():
     with torch.device("meta"):
         model = vla.OpenVLA({"text_config": {"vocab_size": 32064}}, (1024, 24, 4096), (1152, 27, 4304))
-    given = ({"model_type": "openvla", "text_config": model.language_model.config.to_dict()}, {n: tuple(x.shape) for n, x in model.state_dict().items()}, 1, 0.0)
-    s = vla_srpo.Settings(**vla_srpo.PAPER)
-    assert plan.needs(s, *given).peak < 131 * plan.GiB                                  # the paper's settings on a GPU of 141 GB
+    given = ({"model_type": "openvla", "text_config": model.language_model.config.to_dict()}, {n: tuple(x.shape) for n, x in model.state_dict().items()}, 1)
+    s, (_, encoder) = vla_srpo.Settings(**vla_srpo.PAPER), bench.build(bench.Case("vjepa2-vitg"), "meta")
+    vitg = plan.encoder_bytes(encoder.config.to_dict(), sum(p.numel() for p in encoder.parameters()), 32)
+    assert plan.needs(s, *given, vitg).peak < 131 * plan.GiB                            # the paper's settings on a GPU of 141 GB, world model and all
     assert plan.savings(s, given, 79 * plan.GiB)[0] == {"lora_rank": 32}                # that alone, whatever else was tried before
     changes, best = plan.savings(vla_srpo.Settings(), given, 131 * plan.GiB)
     assert best.peak < 131 * plan.GiB and all(plan.needs(replace(vla_srpo.Settings(), **{k: x for k, x in changes.items() if k != name}), *given).peak
