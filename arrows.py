@@ -10,7 +10,7 @@ The second pass has what the first lacks: a forward pass for every arrow. What r
 to glance better. The teacher errs: most of its glances stop an arrow short, and it seldom sees where it went wrong.
 Nothing here comes from the paper (arXiv 2506.01713).
 
-    python arrows.py --out arrows --rows 200        # a JSONL file and pictures, as `reflection_srpo.py data` and `rl` read them
+    python arrows.py --out arrows --rows 200        # a JSONL file and pictures, as `reflection_teacher.py` and `reflection_srpo.py rl` read them
 """
 import argparse
 import io

@@ -1,6 +1,6 @@
 """Reflection-aware SRPO for multimodal reasoning (arXiv 2506.01713): a model learns to answer, reflect, and answer again.
 
-Stage 1, cold start: fine-tuning on first answers, a teacher's reflections and corrected answers (reflection_data.py makes them).
+Stage 1, cold start: fine-tuning on first answers, a teacher's reflections and corrected answers (reflection_teacher.py makes them).
 Stage 2, one step, numbered as in `reinforce`:
   1. Sample G responses <think> <answer> <reflection> <think> <answer> to each of P prompts.
   2. Reward: format, first answer, what the reflection made of it, a well-formed reflection, length (rewards.py).
@@ -13,13 +13,10 @@ packing, a value network.
 
     python reflection_srpo.py                                           # both stages on a laptop
     python reflection_srpo.py --resume out/reflection                   # go on after Ctrl-C or a crash
-    python reflection_srpo.py study --out runs/reflection               # what each reward does to behaviour, 3 seeds, one picture
-    python reflection_srpo.py data --model Qwen/Qwen2.5-VL-7B-Instruct --rows rows.jsonl --images DIR --out data/ --teacher-url URL --teacher-model NAME
     python reflection_srpo.py sft --paper --model Qwen/Qwen2.5-VL-7B-Instruct --data data/reflections.jsonl --out out/sft
     python reflection_srpo.py rl --paper --model out/sft/policy --data rows.jsonl --images DIR --out out/rl
     torchrun --nproc-per-node 8 reflection_srpo.py rl --paper ...       # sft and rl on 8 GPUs: parallel.py
 """
-import argparse
 import json
 import math
 import os
@@ -508,7 +505,7 @@ def run(s: Settings, given: set[str] = frozenset()) -> int:
     if stage != "rl" and (saved is None or saved["stage"] == "sft"):
         rows = arrows.dataset(s.sft_rows, s.seed, targets=True) if s.data == "arrows" else read_rows(s.data, s, rejected)
         if missing := [row.source for row in rows if not row.target]:
-            raise ValueError(f"{missing[0]} has no target to imitate; make targets with: python reflection_srpo.py data")
+            raise ValueError(f"{missing[0]} has no target to imitate; make targets with: python reflection_teacher.py")
         done = supervised(s, out, model, processor, rows, step, optimizer)
         if done < math.ceil(len(rows) * s.sft_epochs / s.sft_batch):
             print(f"stopped after step {done}; go on with: python reflection_srpo.py --resume {out}")
@@ -563,87 +560,19 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join([*lines, f"{'tokens':16}" + "".join(f"{r['tokens']:26.1f}" for r in results.values())])
 
 
-# Other commands
-
-def study(s: Settings, kinds: list[str], seeds: int) -> int:
-    """Cold start once per seed, then RL with each reward from there; one picture. What is finished is not done again."""
-    out, runs = Path(s.out), {}
-    if seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {seeds}")
-    for seed in range(seeds):
-        for kind in kinds:
-            folder = out / f"{kind}-{seed}"
-            first = kind == kinds[0]
-            base = replace(s, seed=seed, reward=kind, out=str(folder), stage="all" if first else "rl",
-                           model="" if first else str(out / f"{kinds[0]}-{seed}" / "sft"))
-            if any((folder / name).exists() for name in ("checkpoint", "checkpoint.old")):
-                saved = job.read_state(folder / "checkpoint")["settings"]
-                for name in sorted(set(saved) - FREE - {"model"}):
-                    if saved[name] != getattr(base, name, None):
-                        raise ValueError(f"{folder} was made with --{name} {saved[name]}, not {getattr(base, name, None)}; choose another --out")
-                base = replace(base, resume=str(folder))
-            if not (folder / "after.json").exists():
-                print(f"\n{folder}")
-                if code := run(base):
-                    return code
-            runs.setdefault(kind, []).append(evaluation.read_metrics(folder / "metrics.jsonl"))
-    evaluation.draw_reflection_curves(runs, out / "curves.png")
-    names = ("first_accuracy", "final_accuracy", "fix_rate", "break_rate", "format_rate", "tokens")
-    print(f"\nheld-out, greedy, after {s.steps} steps: mean of {seeds} seeds\n{'reward':12}" + "".join(f"{name.split('_')[0]:>8}" for name in names))
-    for kind, several in runs.items():
-        means = [np.mean([x for rows in several if (x := rows[-1][f"heldout_{name}"]) is not None] or [math.nan]) for name in names]
-        print(f"{kind:12}" + "".join(f"{x:8.1%}" for x in means[:-1]) + f"{means[-1]:8.1f}")
-    print(f"wrote {out}/curves.png")
-    return 0
-
-
-def data(argv: list[str]) -> int:
-    """Stage 1's data: first answers of a local model, reflections of a teacher (reflection_data.py)."""
-    parser = argparse.ArgumentParser(prog="reflection_srpo.py data", description=reflection_data.__doc__.split("\n")[0])
-    parser.error = lambda message: (_ for _ in ()).throw(ValueError(message))
-    parser.add_argument("--model", required=True, help="folder or hub id: it gives the first answers")
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
-    parser.add_argument("--max-new-tokens", type=int, default=1024)
-    parser.add_argument("--max-pixels", type=int, default=reflection_data.MAX_PIXELS)
-    parser.add_argument("--temperature", type=float, default=0.0, help="of the first answers; 0: greedy")
-    reflection_data.add_arguments(parser)
-    args = parser.parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("data runs as one process; start it without torchrun")
-
-    def load_model():
-        model, processor = vlm.load_vlm(args.model, getattr(torch, args.dtype), "cuda" if torch.cuda.is_available() else "cpu")
-
-        def generate(rows: list[Row], texts: list[str]) -> list[str]:
-            images = [[reflection_data.fit_image(reflection_data.load_image(r, i), max_pixels=args.max_pixels) for i in range(len(r.images))]
-                      for r in rows]
-            return [c.text for c in vlm.complete(model, processor, images, texts, args.max_new_tokens, args.temperature)]
-        return generate
-
-    sampler = {name: getattr(args, name) for name in ("model", "dtype", "max_new_tokens", "temperature", "max_pixels")}
-    return reflection_data.run(args, load_model, sampler)
-
-
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     stage, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("all", argv)
-    parser = HfArgumentParser(Settings, prog="reflection_srpo.py [data | sft | rl | study]", description="Reflection-aware SRPO", allow_abbrev=False)
+    parser = HfArgumentParser(Settings, prog="reflection_srpo.py [sft | rl]", description="Reflection-aware SRPO", allow_abbrev=False)
     parser.add_argument("--plan", action="store_true", help="only say what the flags need of the GPU, and what would stop the run")
     parser.add_argument("--paper", action="store_true", help="the paper's settings, but for flags given")
-    if stage == "study":
-        parser.add_argument("--seeds", type=int, default=3)
-        parser.add_argument("--rewards", nargs="+", default=["paper", "openrlhf", "outcome", "no_length"], choices=REWARDS)
     if "--paper" in argv:
         parser.set_defaults(**PAPER)
 
     def work() -> int:
-        if stage == "data":
-            return data(argv)
-        if stage not in ("all", "sft", "rl", "study"):
-            raise ValueError(f"no command {stage!r}; there are data, sft, rl and study, and none for the small run")
+        if stage not in ("all", "sft", "rl"):
+            raise ValueError(f"no command {stage!r}; there are sft and rl, and none for the small run")
         s, more, given = job.parse(parser, argv)
-        if stage == "study" and (wrong := given & {"model", "data", "resume", "reward", "seed", "stage", "paper"}):
-            raise ValueError(f"study has no --{min(wrong)}: it runs every reward of --rewards with --seeds seeds on the arrows")
         given -= {"paper", "plan"}
         if stage in ("sft", "rl"):
             s.stage = stage
@@ -651,7 +580,7 @@ def main(argv: list[str] | None = None) -> int:
         with plan.explained(s):
             parallel.start()
             check(s)
-            code = plan.show(s) if more.plan else study(s, more.rewards, more.seeds) if stage == "study" else run(s, given)
+            code = plan.show(s) if more.plan else run(s, given)
             parallel.stop()
             return code
     return job.command(work)

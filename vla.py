@@ -7,7 +7,7 @@
 4. Bins become numbers in [-1, 1], and those become actions by the quantiles of the demonstrations.
 5. The image pipeline of the published evaluation (rotate, JPEG, lanczos3, crop) is done with Pillow and numpy.
 
-`TinyVLA` at the end has the same interface in 0.4 M parameters: the policy of vla_srpo.py's main job.
+tiny_vla.py has the same interface in 0.4 M parameters: the policy of vla_srpo.py's main job.
 
 Modules carry the names of the published checkpoints' tensors, so these load as they are, with no key mapping.
 Left out: proprioception, FiLM, diffusion and L1-regression heads (no checkpoint of the paper uses them); generation and
@@ -22,7 +22,6 @@ import io
 import json
 import os
 import shutil
-import zlib
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -373,110 +372,20 @@ class OpenVLA(nn.Module):
         """Write the checkpoint in the published layout and the model's dtype; it appears complete or not at all.
 
         ValueError if path exists and is not empty. state_dict: the gathered one of a sharded (FSDP) model."""
-        _write_folder(Path(path), {"config.json": self.config, "preprocessor_config.json": self.preprocessor,
-                                   "dataset_statistics.json": self.norm_stats}, self.files,
-                      self.state_dict() if state_dict is None else state_dict)
+        write_folder(Path(path), {"config.json": self.config, "preprocessor_config.json": self.preprocessor,
+                                  "dataset_statistics.json": self.norm_stats}, self.files,
+                     self.state_dict() if state_dict is None else state_dict)
 
 
-# The small policy of the built-in simulator
+# Either policy: this one, or the small one of tiny_vla.py, which has the same interface
 
-class TinyVLA(nn.Module):
-    """A policy of 0.4 M parameters with OpenVLA's interface: instruction and image -> logits of 8 x 7 tokens of 256 bins.
-
-    What differs, and why. Random ViTs of this size do not learn to localise from a few thousand frames, so the towers are
-    three convolutions with coordinate channels and a spatial softmax (where is each feature?). The instruction is a sum of
-    hashed word embeddings that scales and shifts the features (FiLM). The 256 logits of a token are 16 numbers times a
-    fixed cosine basis over the bins, so that what is learnt about one bin holds for its neighbours, as it would not with
-    256 free rows.
-
-    size: pixels of the images, square; crop: (top, left, side) of the part that it looks at, None: all of it.
-    """
-
-    def __init__(self, norm_stats: dict, channels: tuple[int, int, int] = (16, 32, 32), width: int = 256, basis: int = 16,
-                 size: int = 64, crop: tuple[int, int, int] | None = None):
-        super().__init__()
-        top, left, side = crop or (0, 0, size)
-        if size % 4 or side % 4 or side < 4 or min(top, left) < 0 or max(top, left) + side > size:
-            raise ValueError(f"size={size}, crop={crop}: both sides must be multiples of 4, and the crop lie within the image")
-        self.config = {"model_type": "tiny_vla", "channels": list(channels), "width": width, "basis": basis, "size": size, "crop": crop}
-        self.norm_stats, (c1, c2, c3) = norm_stats, channels
-        self.conv1, self.conv2 = nn.Conv2d(5, c1, 5, 2, 2), nn.Conv2d(c1, c2, 3, 2, 1)
-        self.conv3 = nn.Conv2d(c2, c3, 3, 1, 1)
-        self.words, self.film = nn.EmbeddingBag(256, 64, mode="sum", padding_idx=0), nn.Linear(64, 2 * c2)
-        self.sharpness = nn.Parameter(torch.zeros(c3, 1))                           # log of the softmax's inverse temperature
-        self.fc1, self.fc2 = nn.Linear(2 * c3 + 64, width), nn.Linear(width, width)
-        self.head = nn.Linear(width, ACTION_TOKENS * basis)
-        nn.init.normal_(self.head.weight, std=0.1 / width ** 0.5)
-        x = torch.linspace(0, 1, BINS)
-        self.register_buffer("cosines", 3 * torch.stack([torch.cos(torch.pi * k * x) for k in range(1, basis + 1)]), False)
-        self.register_buffer("pixel_grid", self._grid(side), False)                 # (2, side, side)
-        self.register_buffer("cell_grid", self._grid(side // 4).flatten(1).T, False)  # (cells, 2)
-        self.to(memory_format=torch.channels_last)
-
-    @staticmethod
-    def _grid(n: int) -> torch.Tensor:
-        line = torch.linspace(-1, 1, n)
-        return torch.stack([line.expand(n, n), line[:, None].expand(n, n)])         # (2, n, n): x, y
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        """input_ids, attention_mask (B, L), pixel_values (B, 3, side, side) -> logits (B, 56, 256) float32."""
-        words = self.words(input_ids * attention_mask)                              # (B, 64); id 0 is padding
-        grid = self.pixel_grid.expand(len(pixel_values), -1, -1, -1)
-        x = F.relu(self.conv1(torch.cat([pixel_values, grid], 1)))                  # (B, c1, side/2, side/2)
-        scale, shift = self.film(words)[..., None, None].chunk(2, 1)                # (B, c2, 1, 1) each
-        x = F.relu(self.conv2(x) * (1 + scale) + shift)                             # (B, c2, side/4, side/4)
-        where = (self.conv3(x).flatten(2) * self.sharpness.exp()).softmax(-1)       # (B, c3, cells)
-        h = F.relu(self.fc1(torch.cat([(where @ self.cell_grid).flatten(1), words], 1)))
-        h = h + F.relu(self.fc2(h))                                                 # (B, width)
-        return (self.head(h).unflatten(1, (ACTION_TOKENS, -1)) @ self.cosines).float()
-
-    def pixel_values(self, frames) -> torch.Tensor:
-        """Frames uint8 (B, 1, size, size, 3) -> what lies in the crop, (B, 3, side, side) in [-1, 1], of the weights' dtype."""
-        frames, size = torch.as_tensor(frames), self.config["size"]
-        if frames.dtype != torch.uint8 or frames.shape[1:] != (1, size, size, 3):
-            raise ValueError(f"frames must be uint8 (B, 1, {size}, {size}, 3), got {frames.dtype} {tuple(frames.shape)}")
-        top, left, side = self.config["crop"] or (0, 0, size)
-        frames = frames[:, 0, top:top + side, left:left + side]
-        pixels = frames.to(self.head.weight.device).permute(0, 3, 1, 2).float() / 127.5 - 1      # stays channels-last
-        return pixels.to(self.head.weight.dtype)
-
-    def prompt_ids(self, instructions: str | list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Instructions -> right-padded hashed words and their mask, (B, L) int64 each. Word order is lost."""
-        rows = [torch.tensor([1 + zlib.crc32(word.encode()) % 255 for word in text.lower().split()])
-                for text in ([instructions] if isinstance(instructions, str) else instructions)]
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.head.weight.device)
-        return ids, (ids > 0).long()
-
-    decode, encode = OpenVLA.decode, OpenVLA.encode
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32, device=None) -> "TinyVLA":
-        """A folder written by `save_pretrained`; FileNotFoundError or ValueError, one line, for anything else."""
-        folder = Path(path)
-        config = read_json(folder / "config.json")
-        if not isinstance(config, dict) or config.pop("model_type", None) != "tiny_vla":
-            raise ValueError(f"{folder}/config.json is not a TinyVLA's; use OpenVLA.from_pretrained")
-        try:
-            model, tensors = cls(read_json(folder / "dataset_statistics.json"), **config), read_headers(folder)
-        except TypeError as error:
-            raise ValueError(f"{folder}/config.json does not describe a TinyVLA ({error}); give a complete checkpoint") from None
-        wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-        if {name: shape for name, (_, shape) in tensors.items()} != wanted:
-            raise ValueError(f"{folder}: the tensors do not fit config.json; give a complete checkpoint")
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-        return model.to(device or "cpu", dtype)
-
-    def save_pretrained(self, path: str | Path, state_dict: dict | None = None) -> None:
-        """Write config.json, dataset_statistics.json and model.safetensors; they appear together or not at all."""
-        _write_folder(Path(path), {"config.json": self.config, "dataset_statistics.json": self.norm_stats}, {},
-                      self.state_dict() if state_dict is None else state_dict)
-
-
-def load_policy(path: str | Path, dtype: torch.dtype = torch.float32, device=None) -> "OpenVLA | TinyVLA":
-    """A checkpoint folder or hub id -> the class its config.json names."""
+def load_policy(path: str | Path, dtype: torch.dtype = torch.float32, device=None):
+    """A checkpoint folder or hub id -> the policy its config.json names: an OpenVLA or a TinyVLA."""
     folder = local_folder(path)
-    tiny = read_json(folder / "config.json").get("model_type") == "tiny_vla"
-    return (TinyVLA if tiny else OpenVLA).from_pretrained(folder, dtype, device)
+    if read_json(folder / "config.json").get("model_type") == "tiny_vla":
+        from tiny_vla import TinyVLA            # here, so that this file can be copied without that one
+        return TinyVLA.from_pretrained(folder, dtype, device)
+    return OpenVLA.from_pretrained(folder, dtype, device)
 
 
 def camera_size(policy) -> int:
@@ -544,7 +453,7 @@ def read_headers(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     return tensors
 
 
-def _write_folder(path: Path, jsons: dict[str, dict], files: dict[str, bytes], state: dict) -> None:
+def write_folder(path: Path, jsons: dict[str, dict], files: dict[str, bytes], state: dict) -> None:
     """Files, JSON and weights into a new folder, under another name until it is complete."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is not an empty folder; nothing was overwritten, choose another path")

@@ -28,6 +28,7 @@ import libero_envs
 import libero_expert
 import vla
 from job import flag
+from tiny_vla import TinyVLA
 
 
 @dataclass
@@ -86,15 +87,14 @@ def libero_demonstrations(s: Settings, tasks: tuple[int, ...], every: int = 2) -
 
 
 def fine_tune(data: dict[str, np.ndarray], steps: int, lr: float, seed: int = 0, key: str = "tabletop",
-              instructions: tuple[str, ...] = envs.TASKS, crop: list[int] | None = None) -> vla.TinyVLA:
+              instructions: tuple[str, ...] = envs.TASKS, crop: list[int] | None = None) -> TinyVLA:
     """A TinyVLA from random weights, by cross-entropy on the demonstrations' action tokens; `key`: the name of their statistics."""
     torch.manual_seed(seed)
     actions = vla.from_env_actions(data["actions"])
     flat = actions.reshape(-1, 7)
     stats = {"q01": np.quantile(flat, 0.01, 0).tolist(), "q99": np.quantile(flat, 0.99, 0).tolist(),
              "mask": [True] * 6 + [False]}
-    policy = vla.TinyVLA({key: {"action": stats, "num_transitions": len(flat), "num_trajectories": 0}}, size=data["image"].shape[1],
-                          crop=crop)
+    policy = TinyVLA({key: {"action": stats, "num_transitions": len(flat), "num_trajectories": 0}}, size=data["image"].shape[1], crop=crop)
     optimizer = grpo.make_optimizer(policy, lr)
     ids, mask = policy.prompt_ids(list(instructions))
     task, images = torch.from_numpy(data["task"]), torch.from_numpy(data["image"])

@@ -18,6 +18,7 @@ import eval as evaluation
 import vla
 import world_model
 from rollouts import Start
+from tiny_vla import TinyVLA
 
 ROOT = Path(evaluation.__file__).parent
 KEY = "tabletop"
@@ -69,7 +70,7 @@ class Known:
     """Solves the initial states in `solves` and stands still on all others. It knows every image it will see by heart: the
     expert was followed beforehand, through the same 256 bins, on a table alone in this process."""
     norm_stats, config = STATS, {"size": 64}
-    decode, encode = vla.TinyVLA.decode, vla.TinyVLA.encode
+    decode, encode = TinyVLA.decode, TinyVLA.encode
 
     def __init__(self, solves: list[Start]):
         self.answers, self.steps = {}, {}
@@ -165,7 +166,7 @@ def test_videos_are_what_the_world_model_reads(known, workers, tmp_path):
 
 
 def test_greedy_takes_the_likeliest_bin():
-    policy = vla.TinyVLA(STATS, channels=(4, 4, 4), width=16, basis=6)
+    policy = TinyVLA(STATS, channels=(4, 4, 4), width=16, basis=6)
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
     actions, records = evaluation.greedy(policy, KEY)(images, list(envs.TASKS[:3]))
     assert actions.shape == (3, 8, 7) and records == [None] * 3
@@ -273,7 +274,7 @@ def command(monkeypatch, *argv):
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval") / "policy"
     torch.manual_seed(0)
-    vla.TinyVLA(STATS, channels=(4, 4, 4), width=16, basis=6).save_pretrained(folder)
+    TinyVLA(STATS, channels=(4, 4, 4), width=16, basis=6).save_pretrained(folder)
     return folder
 
 

@@ -18,6 +18,7 @@ import reflection_srpo as rs
 import rewards
 import vla
 import vla_srpo
+from tiny_vla import TinyVLA
 
 ROOT = Path(parallel.__file__).parent
 
@@ -117,7 +118,7 @@ def vla_updates(kind: str) -> tuple[dict, dict]:
     torch.manual_seed(0)
     s = vla_srpo.Settings(minibatch=4, micro_batch=2, epochs=2, target_kl=0, beta=0.1 * (kind == "lora"), lora_rank=2 * (kind == "lora"),
                           gradient_checkpointing=kind == "checkpointed")
-    policy = vla.TinyVLA({}) if kind == "tiny" else vla.OpenVLA(vla.TINY, (32, 3, 128), (48, 4, 192))
+    policy = TinyVLA({}) if kind == "tiny" else vla.OpenVLA(vla.TINY, (32, 3, 128), (48, 4, 192))
     for p in (p for p in policy.parameters() if p.ndim == 2):
         torch.nn.init.normal_(p, std=0.1)
     size = policy.config.get("size", vla.IMAGE)

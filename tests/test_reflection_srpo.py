@@ -13,7 +13,6 @@ import torch
 
 import arrows
 import grpo
-import reflection_data
 import reflection_srpo as rs
 import rewards
 import vlm
@@ -296,39 +295,8 @@ def test_training_with_the_flags_of_scale(base, tmp_path, capsys):
     assert rs.main([*arguments, "--columns", "quer=problem", "--out", str(tmp_path / "b")]) == 2 and "--columns quer=problem" in capsys.readouterr().err
 
 
-def test_data_command_with_a_server(base, tmp_path, monkeypatch):
-    """First answers of the model, reflections from a server; a question that the model cannot be asked is rejected, and named."""
-    pytest.importorskip("openai")
-    from test_reflection_data import REPLY, chat, server
-    monkeypatch.setattr(vlm, "complete", lambda model, processor, images, texts, *more: [
-        vlm.Completion(torch.tensor([1]), "<think>one by one</think><answer>a1</answer>", False)
-        for _ in [processor.prompt(*turn) for turn in zip(images, texts)]])
-    path = write_data(tmp_path / "data", 4)
-    lines = path.read_text().splitlines()
-    lines[2] = json.dumps(json.loads(lines[2]) | {"query": "from <|image_pad|> a2 go 6 ?"})
-    path.write_text("\n".join(lines) + "\n")
-    with server(lambda n, body: chat(REPLY)) as state:
-        arguments = ["data", "--model", str(base), "--dtype", "float32", "--rows", str(path), "--out", str(tmp_path / "out"),
-                     "--teacher-url", state.url, "--teacher-model", "m"]
-        assert rs.main(arguments) == 0
-        assert rs.main(arguments) == 0 and len(state.requests) == 3                            # nothing is done twice
-    rows, _ = reflection_data.read_rows(tmp_path / "out" / "reflections.jsonl")
-    assert len(rows) == 3 and all("<reflection>" in row.target for row in rows)
-    [rejected] = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
-    assert rejected["source"] == "rows.jsonl:3" and "place holders" in rejected["reason"]
-
-
-def test_data_command_with_a_local_model(base, tmp_path, capsys):
-    """First answers of a random model have no tags, so every row is rejected with that reason; nothing is lost, nothing crashes."""
-    assert subprocess.run([sys.executable, "arrows.py", "--out", str(tmp_path / "data"), "--rows", "3"], cwd=ROOT).returncode == 0
-    code = rs.main(["data", "--model", str(base), "--dtype", "float32", "--max-new-tokens", "5", "--rows", str(tmp_path / "data" / "rows.jsonl"),
-                    "--out", str(tmp_path / "out")])
-    assert code == 0 and "rejected: 3" in capsys.readouterr().out
-    assert len((tmp_path / "out" / "first_answers.jsonl").read_text().splitlines()) == 3
-
-
 @pytest.mark.parametrize("argv, words", [
-    (["fly"], ["fly", "data, sft, rl and study"]),
+    (["fly"], ["fly", "sft and rl"]),
     (["--reward", "best"], ["--reward", "best"]),
     (["--group_size", "1"], ["--group_size", "no baseline"]),
     (["--temperature", "0"], ["--temperature", "positive"]),
@@ -338,12 +306,10 @@ def test_data_command_with_a_local_model(base, tmp_path, capsys):
     (["--data", "rows.jsonl"], ["--data", "stage"]),
     (["rl"], ["rl", "--model"]),
     (["--reward", "verl"], ["verl", "boxed"]),
-    (["study", "--seeds", "0"], ["--seeds", "at least 1"]),
-    (["study", "--model", "m"], ["study", "--model"]),
     (["--resume", "RUN", "--out", "elsewhere"], ["--resume", "drop --out"]),
     (["rl", "--model", "nowhere/at/all"], ["nowhere/at/all"]),
     (["sft", "--model", "BASE", "--data", "missing.jsonl"], ["missing.jsonl", "does not exist"]),
-    (["sft", "--model", "BASE", "--data", "ROWS"], ["no target", "reflection_srpo.py data"])], ids=" ".join)
+    (["sft", "--model", "BASE", "--data", "ROWS"], ["no target", "reflection_teacher.py"])], ids=" ".join)
 def test_bad_flags_are_one_line(argv, words, base, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     if "ROWS" in argv:
@@ -369,14 +335,3 @@ def test_paper_settings_yield_to_flags(monkeypatch):
     assert rs.main(["rl", "--paper", "--model", "m", "--data", "d", "--lr", "2e-6"]) == 0
     [(stage, s)] = seen
     assert stage == "rl" and s.lr == 2e-6 and s.prompts == 128 and s.dtype == "bfloat16" and s.freeze_vision and s.gradient_checkpointing
-
-
-def test_study_draws_one_picture_and_skips_what_is_done(tmp_path, capsys):
-    arguments = ["study", *SMALL, "--steps", "1", "--seeds", "2", "--rewards", "paper", "outcome", "--out", str(tmp_path / "study")]
-    assert rs.main(arguments) == 0
-    assert (tmp_path / "study" / "curves.png").stat().st_size > 10_000
-    assert sorted(p.name for p in (tmp_path / "study").iterdir()) == ["curves.png", "outcome-0", "outcome-1", "paper-0", "paper-1"]
-    capsys.readouterr()
-    began = time.time()
-    assert rs.main(arguments) == 0 and time.time() - began < 10 and "settings:" not in capsys.readouterr().out
-    assert rs.main([*arguments, "--lr", "1"]) == 2 and "was made with --lr 0.0005, not 1.0" in capsys.readouterr().err

@@ -25,6 +25,7 @@ import vla
 import vla_srpo
 import world_model
 from rollouts import Episode, Start
+from tiny_vla import TinyVLA
 from vla_srpo import Settings
 
 ROOT = Path(vla_srpo.__file__).parent
@@ -42,9 +43,9 @@ def one_thread():
     assert signal.getsignal(signal.SIGINT) is handler       # a run leaves Ctrl-C as it found it
 
 
-def tiny_policy(seed: int = 0) -> vla.TinyVLA:
+def tiny_policy(seed: int = 0) -> TinyVLA:
     torch.manual_seed(seed)
-    policy = vla.TinyVLA(STATS, channels=(4, 4, 4), width=16, basis=6)
+    policy = TinyVLA(STATS, channels=(4, 4, 4), width=16, basis=6)
     with torch.no_grad():
         policy.head.weight.mul_(20)                         # so that the distributions differ from the uniform one
     return policy
@@ -54,7 +55,7 @@ def tiny_policy(seed: int = 0) -> vla.TinyVLA:
 
 class Fixed:
     """A policy that gives the same logits (56, 256) whatever it sees."""
-    norm_stats, decode = STATS, vla.TinyVLA.decode
+    norm_stats, decode = STATS, TinyVLA.decode
 
     def __init__(self, logits: torch.Tensor):
         self.logits = logits
