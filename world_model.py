@@ -4,28 +4,21 @@
 2. A frozen V-JEPA 2 encodes the clip; the mean over all its tokens is the rollout's latent h.
 3. rewards.py clusters the successes' latents and pays a failure by its distance to the nearest centre. Here that
    distance after every prefix of a video is a progress curve; `progress_metrics` scores curves as the paper's benchmark.
-4. The published encoder (ViT-g, 384 px, 64 frames) has a billion parameters. For the built-in simulator a tiny one of
-   the same architecture is trained from scratch by V-JEPA 2's own objective: predict the latents of masked tubelets,
-   targets from an EMA copy of the encoder.
-
-Left out: V-JEPA 2's image and action-conditioned stages and its augmentations (a fixed camera needs none).
+4. The published encoder (ViT-g, 384 px, 64 frames) has a billion parameters. For the built-in simulator there is a tiny one of
+   the same architecture, trained from scratch by world_model_train.py.
 
     python world_model.py                                                       # curves of successes and failures -> PNG
     python world_model.py compare                                               # trained, random weights, pixels: the benchmark's numbers
     python world_model.py --videos rollouts.npz --model facebook/vjepa2-vitg-fpc64-384 --out curves.png
-    python world_model.py train --out weights/vjepa_tiny    # the tiny encoder from scratch, on the built-in simulator's videos
 
-rollouts.npz: `videos` uint8 (N, T, H, W, 3); optional `success` bool (N,) (needed to draw), `task` int (N,), and
-`length` int (N,), the true number of frames of videos padded to T.
+rollouts.npz: `videos` uint8 (N, T, H, W, 3) and `success` bool (N,); optional `task` int (N,) and `length` int (N,), the true
+number of frames of videos padded to T.
 """
 import argparse
-import copy
 import math
 import re
 import sys
-import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,16 +27,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from scipy.spatial.distance import cdist, jensenshannon
 from scipy.stats import rankdata, spearmanr
-from transformers import PreTrainedConfig, VJEPA2Config, VJEPA2Model
+from transformers import PreTrainedConfig, VJEPA2Model
 from transformers.utils import logging
 
 SHIPPED = Path(__file__).parent / "weights" / "vjepa_tiny"  # the tiny encoder of the built-in simulator
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet, RGB in [0, 1]
-TINY = dict(crop_size=64, patch_size=16, frames_per_clip=4, tubelet_size=2, hidden_size=96, num_hidden_layers=3,
-            num_attention_heads=2, mlp_ratio=4.0, initializer_range=0.06, pred_hidden_size=48,
-            pred_num_hidden_layers=2, pred_num_attention_heads=2, pred_num_mask_tokens=1)
-# Four frames: a rollout seen once per action chunk has five to eight, so none is ever repeated to fill the clip.
-BLOCKS, SHARE = 2, 0.3  # hidden rectangles and each one's share of the frame; V-JEPA 2: (8, .15) and (2, .7) on 16x16
 
 
 # Videos -> latents
@@ -242,108 +230,6 @@ def separation(latents: np.ndarray, success: np.ndarray, task: np.ndarray) -> fl
     return float(np.mean(scores)) if scores else math.nan
 
 
-# V-JEPA 2's training, at the size of the simulator
-
-def sample_masks(config: VJEPA2Config, generator: torch.Generator) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Two (context, target) pairs of token ids, each disjoint and together all tokens.
-
-    1. Tubes, as V-JEPA 2: the union of random rectangles, hidden over the whole clip.
-    2. Moments, ours: whole frames of a random stretch of the clip. A tube can hide an object for good, and with jittered
-       layouts nothing visible tells where it was; what happens between two moments can be told from them.
-    """
-    def draw(n: int) -> int:
-        return int(torch.randint(n, (), generator=generator))
-
-    depth, side = config.frames_per_clip // config.tubelet_size, config.crop_size // config.patch_size
-    tubes, moments = torch.zeros(2, depth, side, side, dtype=torch.bool)                # True = hidden
-    for _ in range(BLOCKS):
-        aspect = math.exp((draw(201) / 100 - 1) * math.log(1.5))                        # height : width from 2:3 to 3:2
-        h, w = (min(max(round(side * math.sqrt(SHARE * a)), 1), side) for a in (aspect, 1 / aspect))
-        top, left = draw(side - h + 1), draw(side - w + 1)
-        tubes[:, top:top + h, left:left + w] = True
-    length = 1 + draw(depth - 1)
-    start = draw(depth - length + 1)
-    moments[start:start + length] = True
-    return [(torch.where(~hidden.flatten())[0], torch.where(hidden.flatten())[0]) for hidden in (tubes, moments)]
-
-
-def encode_context(encoder: torch.nn.Module, pixels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Tokens `ids` (K,) of clips (B, L, 3, crop, crop) -> (B, K, D), the others dropped BEFORE attention: transformers'
-    forward masks the encoder's output, by when every context token has seen the targets."""
-    x = encoder.embeddings(pixels)[:, ids]  # (B, K, D)
-    for layer in encoder.layer:
-        x = layer(x, ids[None])[0]    # rotary positions come from the ids
-    return encoder.layernorm(x)
-
-
-def jepa_loss(model: VJEPA2Model, target_encoder: torch.nn.Module, pixels: torch.Tensor, masks: list) -> torch.Tensor:
-    """V-JEPA 2 (arXiv 2506.09985): mean over masked tokens of |P(E(visible), positions) - stopgrad(LN(E_ema(all)))|.
-
-    pixels (B, L, 3, crop, crop). A constant encoder would have loss 0; stop-gradient and EMA only make it hard to reach.
-    """
-    with torch.no_grad():
-        goal = target_encoder(pixel_values_videos=pixels).last_hidden_state  # (B, tokens, D)
-        goal = F.layer_norm(goal, goal.shape[-1:])
-    losses = []
-    for context, target in masks:
-        seen = torch.zeros_like(goal).index_copy(1, context, encode_context(model.encoder, pixels, context))
-        rows = len(pixels), -1
-        guess = model.predictor(encoder_hidden_states=seen, context_mask=[context.expand(*rows)],
-                                target_mask=[target.expand(*rows)]).last_hidden_state    # (B, K, D)
-        losses.append((guess - goal[:, target]).abs().mean())
-    return torch.stack(losses).mean()
-
-
-@torch.no_grad()
-def ema_update(target: torch.nn.Module, online: torch.nn.Module, momentum: float) -> None:
-    """target <- momentum * target + (1 - momentum) * online, parameter by parameter."""
-    for old, new in zip(target.parameters(), online.parameters()):
-        old.lerp_(new, 1 - momentum)
-
-
-def train_world_model(videos: list, config: VJEPA2Config | None = None, steps: int = 600, batch_size: int = 16,
-                      lr: float = 5e-4, momentum: float = 0.999, resize: str = "exact", seed: int = 0,
-                      report: Callable | None = None, report_every: int = 50) -> WorldModel:
-    """Trains a V-JEPA 2 from random weights on N `videos` as in `encode`; config defaults to TINY. On the CPU.
-
-    Returns the EMA encoder, with the predictor, as a WorldModel. report(step, {"loss", "latent_std"}, world_model) is
-    called every `report_every` steps from 0 on, and at the end. latent_std: standard deviation of the EMA encoder's
-    latents over a batch's videos, mean over dimensions; towards 0 means collapse. Raises ValueError if the loss diverges.
-    """
-    if len(videos) == 0 or steps < 0 or batch_size < 1:
-        raise ValueError(f"need videos, steps >= 0 and batch_size >= 1, got {len(videos)} videos, steps {steps}, "
-                         f"batch_size {batch_size}")
-    config = config or VJEPA2Config(**TINY)
-    if config.crop_size < 2 * config.patch_size or config.frames_per_clip < 2 * config.tubelet_size:
-        raise ValueError(f"masking needs 2 x 2 patches and 2 tubelets at least: lower patch_size {config.patch_size} "
-                         f"or tubelet_size {config.tubelet_size} of the config")
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    model = VJEPA2Model(config).train()
-    frozen = WorldModel(copy.deepcopy(model), resize, device="cpu", batch_size=64)  # the target: moves by EMA alone
-    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.04)
-    warmup = max(steps // 10, 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda i: min((i + 1) / warmup, 0.05 + 0.95 * (1 + math.cos(math.pi * min(i / max(steps, 1), 1))) / 2))
-    for step in range(steps + 1):
-        batch = [videos[i] for i in torch.randint(len(videos), (batch_size,), generator=generator).tolist()]
-        loss = jepa_loss(model, frozen.model.encoder, frozen.pixels(batch), sample_masks(model.config, generator))
-        if not torch.isfinite(loss):
-            raise ValueError(f"the loss became {loss.item()} at step {step}: lower lr, now {lr}")
-        if report and (step % report_every == 0 or step == steps):
-            std = frozen.encode(batch).std(0).mean().item() if batch_size > 1 else math.nan
-            report(step, {"loss": loss.item(), "latent_std": std}, frozen)
-        if step < steps:
-            optimiser.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
-            schedule.step()
-            ema_update(frozen.model.encoder, model.encoder, momentum)
-    frozen.model.predictor.load_state_dict(model.predictor.state_dict())
-    return frozen
-
-
 # Commands
 
 def read_rollouts(path: str) -> tuple[list, np.ndarray | None, np.ndarray]:
@@ -415,36 +301,28 @@ def draw(videos: list, success: np.ndarray, task: np.ndarray, model: WorldModel,
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Latent progress of rollouts under a V-JEPA 2 world model.")
-    parser.add_argument("command", nargs="?", choices=("draw", "compare", "train"), default="draw")
+    parser.add_argument("command", nargs="?", choices=("draw", "compare"), default="draw")
     parser.add_argument("--videos", help="rollouts.npz; without it the built-in simulator is played")
     parser.add_argument("--model", default=str(SHIPPED), help="draw: folder or hub id")
-    parser.add_argument("--out", help="draw: PNG (progress.png), train: folder")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="progress.png", help="draw: PNG")
+    parser.add_argument("--seed", type=int, default=0, help="compare: of the random weights")
     args = parser.parse_args(argv)
     logging.disable_progress_bar()
     try:
-        if args.command == "train" and (not args.out or Path(args.out).exists()):
-            raise ValueError("train needs --out, a new folder" + (f"; {args.out} exists" if args.out else ""))
-        if not Path(args.out or ".").absolute().parent.is_dir():
+        if not Path(args.out).absolute().parent.is_dir():
             raise ValueError(f"--out {args.out}: there is no such folder")
-        videos, success, task = (read_rollouts(args.videos) if args.videos else
-                                 simulator_rollouts(800) if args.command == "train" else simulator_rollouts(seed=1))
+        videos, success, task = read_rollouts(args.videos) if args.videos else simulator_rollouts(seed=1)
+        if success is None:
+            raise ValueError(f"{args.videos}: there is no `success` in it, to compare by")
         if args.command == "draw":
-            if success is None:
-                raise ValueError(f"{args.videos}: drawing needs `success`")
             model = WorldModel.from_pretrained(args.model, batch_size=32)
-            scores = draw(videos, success, task, model, args.out or "progress.png")
+            scores = draw(videos, success, task, model, args.out)
             print("  ".join(f"{key} {value:.3f}" for key, value in scores.items()))
             share = separation(model.encode(videos).numpy(), success, task)
             print(f"success nearer than failure in {share:.3f} of pairs (0.5 is blind)")
-            print(f"wrote {args.out or 'progress.png'}")
+            print(f"wrote {args.out}")
             return
         if args.command == "compare":
-            if success is None:
-                raise ValueError(f"{args.videos}: comparing needs `success`")
             trained = WorldModel.from_pretrained(args.model, batch_size=32)
             torch.manual_seed(args.seed)
             models = {"trained": trained, "random weights": WorldModel(VJEPA2Model(trained.config), trained.resize, batch_size=32),
@@ -455,18 +333,6 @@ def main(argv: list[str] | None = None) -> None:
                 scores = draw(videos, success, task, model, None)
                 print(f"{name:15} {separation(model.encode(videos).numpy(), success, task):6.3f} " + " ".join(f"{x:12.3f}" for x in scores.values()))
             return
-        began = time.time()
-
-        def report(step, numbers, model):
-            line = f"step {step:5d}  " + "  ".join(f"{key} {value:.4f}" for key, value in numbers.items())
-            if success is not None:  # at step 0 this is what random weights already give
-                line += f"  success nearer than failure {separation(model.encode(videos).numpy(), success, task):.3f}"
-            print(f"{line}  {time.time() - began:.0f} s", flush=True)
-
-        trained = train_world_model(videos, steps=args.steps, batch_size=args.batch_size, lr=args.lr, seed=args.seed,
-                                    report=report, report_every=max(args.steps // 10, 1))
-        trained.save_pretrained(args.out)
-        print(f"wrote {args.out}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
