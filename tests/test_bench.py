@@ -1,7 +1,6 @@
 """bench.py: real sizes without memory for them, FLOPs against arithmetic, a measured case end to end, an unmeasured one that says so."""
 import json
 import math
-import sys
 
 import pytest
 
@@ -62,22 +61,3 @@ def test_what_does_not_fit_is_marked_with_its_command(monkeypatch, capsys):
     row = bench.run(bench.Case("openvla-7b"))
     assert not row["measured"] and "a small GPU" in row["why"] and math.isfinite(row["plan_gib"])
     assert "not measured" in bench.show(row) and "python bench.py --model openvla-7b" in bench.show(row)
-
-
-def test_without_trl_one_line_says_what_to_install(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(sys.modules, "trl", None)
-    assert bench.main(["--against", "trl", "--out", str(tmp_path / "trl.json")]) == 2
-    said = capsys.readouterr()
-    assert said.err.count("\n") == 1 and "pip install trl" in said.err and not said.out and not (tmp_path / "trl.json").exists()
-
-
-def test_trl_does_the_same_work_and_computes_the_same(tmp_path):
-    """From the same weights, on the same tokens: log-probabilities, and the gradient through its norm."""
-    pytest.importorskip("trl")
-    out = tmp_path / "trl.json"
-    bench.against_trl(bench.Case("qwen2.5-vl-small", rows=8, length=8, repeats=1), out, repetitions=1)
-    result = json.loads(out.read_text())
-    assert result["logp_difference"] < 1e-4 and result["gradient_norms"][0] == pytest.approx(result["gradient_norms"][1], rel=1e-3)
-    for row in result["pairs"][0].values():
-        assert row["generated"] == row["trained"] == [64, 64] and row["updates"] == 2 and 0 < row["seconds_rollout"] < row["seconds"]
-    assert result["ratios"]["seconds"] == [pytest.approx(result["pairs"][0]["ours"]["seconds"] / result["pairs"][0]["trl"]["seconds"])]

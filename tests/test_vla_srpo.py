@@ -24,6 +24,7 @@ import rollouts
 import vla
 import vla_srpo
 import world_model
+import world_model_train
 from rollouts import Episode, Start
 from tiny_vla import TinyVLA
 from vla_srpo import Settings
@@ -686,7 +687,7 @@ def folder(tmp_path_factory):
     from transformers import VJEPA2Config, VJEPA2Model
     folder = tmp_path_factory.mktemp("end_to_end")
     torch.manual_seed(0)
-    model = VJEPA2Model(VJEPA2Config(**dict(world_model.TINY, hidden_size=24, pred_hidden_size=12, num_hidden_layers=1)))
+    model = VJEPA2Model(VJEPA2Config(**dict(world_model_train.TINY, hidden_size=24, pred_hidden_size=12, num_hidden_layers=1)))
     world_model.WorldModel(model, resize="exact", device="cpu").save_pretrained(folder / "world_model")
     return folder
 
