@@ -141,25 +141,34 @@ def check(s: Settings) -> None:
         raise ValueError("--offload_optimizer is for one process; ranks divide the optimiser's state among them already")
 
 
+@dataclass
+class Call:
+    """What training needs of a policy call. frame: the image as the policy saw it, prepared once, uint8 (1, side, side, 3)."""
+    frame: np.ndarray
+    bins: torch.Tensor          # (56,) int64
+    logp: torch.Tensor          # (56,) float32
+    entropy: float              # mean over the tokens
+
+
 def sampler(policy, temperature: float, key: str):
-    """act() of `rollouts.play`: samples every token; a call's record is (bins (56,), log-probabilities (56,), entropy)."""
+    """act() of `rollouts.play`: samples every token; a call's record is a `Call`."""
     def act(images: np.ndarray, instructions: list[str]):
+        frames = vla.policy_frames(policy, images)
         with torch.no_grad():
-            logits = policy(*policy.prompt_ids(instructions), policy.pixel_values(vla.policy_frames(policy, images)))      # (B, 56, 256)
+            logits = policy(*policy.prompt_ids(instructions), policy.pixel_values(frames))                  # (B, 56, 256)
             cumulative = (logits / temperature).softmax(-1).cumsum(-1)
             # inverse of the cumulative distribution: several times faster than torch.multinomial on a CPU
             u = torch.rand(*logits.shape[:2], 1, device=logits.device) * cumulative[..., -1:]
             bins = torch.searchsorted(cumulative, u).squeeze(-1).clamp(max=vla.BINS - 1)                # (B, 56)
             logp, entropy = grpo.token_logprobs(logits, bins, temperature)
-        bins, logp, entropy = bins.cpu(), logp.cpu(), entropy.mean(1).tolist()
-        return vla.to_env_actions(policy.decode(bins, key)), list(zip(bins, logp, entropy))
+        return vla.to_env_actions(policy.decode(bins, key)), list(map(Call, frames, bins.cpu(), logp.cpu(), entropy.mean(1).tolist()))
     return act
 
 
 @dataclass
 class Batch:
     """The executed chunks of one step's rollouts that have an advantage; a row is a policy call, N of them."""
-    images: torch.Tensor        # (N, size, size, 3) uint8
+    frames: torch.Tensor        # (N, 1, side, side, 3) uint8
     instructions: list[str]
     bins: torch.Tensor          # (N, 56) int64
     logp: torch.Tensor          # (N, 56) float32, under the policy and the temperature they were sampled at
@@ -176,10 +185,10 @@ def collate(episodes: list[rollouts.Episode], advantages: torch.Tensor, instruct
         empty = torch.empty(0, vla.ACTION_TOKENS)
         return Batch(empty, [], empty.long(), empty, empty.bool(), torch.empty(0), torch.empty(0, dtype=torch.long))
     executed = torch.tensor([e.executed[j] for _, e, j in rows])
-    return Batch(images=torch.from_numpy(np.stack([e.images[j] for _, e, j in rows])),
+    return Batch(frames=torch.from_numpy(np.stack([e.records[j].frame for _, e, j in rows])),
                  instructions=[instructions[e.start.task] for _, e, _ in rows],
-                 bins=torch.stack([e.records[j][0] for _, e, j in rows]),
-                 logp=torch.stack([e.records[j][1] for _, e, j in rows]),
+                 bins=torch.stack([e.records[j].bins for _, e, j in rows]),
+                 logp=torch.stack([e.records[j].logp for _, e, j in rows]),
                  mask=torch.arange(vla.ACTION_TOKENS) // vla.ACTION_DIM < executed[:, None],
                  advantage=torch.stack([advantages[i] for i, _, _ in rows]),
                  trajectory=torch.tensor([i for i, _, _ in rows]))
@@ -201,8 +210,7 @@ def update(policy, reference, optimizer, batch: Batch, s: Settings) -> dict:
             rows = rows[(rows >= first) & (rows < first + own)] - first             # this rank's
             for part in parallel.even(list(rows.split(s.micro_batch)) if len(rows) else []):
                 counted, part = part is not None, torch.tensor([0]) if part is None else part
-                frames = policy.pixel_values(vla.policy_frames(policy, batch.images[part]))
-                inputs = (*policy.prompt_ids([batch.instructions[i] for i in part]), frames)
+                inputs = (*policy.prompt_ids([batch.instructions[i] for i in part]), policy.pixel_values(batch.frames[part]))
                 bins, old, adv, mask = (x[part].to(device) for x in (batch.bins, batch.logp, batch.advantage, batch.mask & counted))
                 ref = None
                 if s.beta:                                                          # with LoRA: the policy with its adapters off
@@ -282,7 +290,8 @@ def train(s: Settings, suite: rollouts.Suite, out: Path, step: int, policy, aver
             rolled = time.perf_counter()
 
             reward, record = score(played, encoder, s)                                  # 2. rewards
-            episodes = parallel.gather([replace(e, images=[]) for e in played])         # of all ranks
+            # Of all ranks, without what only their own updates need
+            episodes = parallel.gather([replace(e, images=[], records=[call.entropy for call in e.records]) for e in played])
             first = sum(parallel.gather([len(played)])[:parallel.rank()])
             scored = time.perf_counter()
 
@@ -305,7 +314,7 @@ def train(s: Settings, suite: rollouts.Suite, out: Path, step: int, policy, aver
             row = {"step": step, "success": float(rate.mean()), "reward": float(reward.mean()),
                    "failure_reward": float(by_group.flatten()[[not e.success for e in episodes]].mean()) if rate.mean() < 1 else None,
                    "length": env_steps / len(episodes), "groups_used": int(used.sum()), "groups_failed": int((rate == 0).sum()),
-                   "groups_solved": int((rate == 1).sum()), "entropy": float(np.mean([r[2] for e in episodes for r in e.records])),
+                   "groups_solved": int((rate == 1).sum()), "entropy": float(np.mean([x for e in episodes for x in e.records])),
                    **stats, "lr": optimizer.param_groups[0]["lr"], "temperature": now.temperature, "env_steps": env_steps,
                    "tokens": sum(parallel.gather([int(batch.mask.sum())])),
                    "workers_replaced": workers.replaced, "seconds_rollout": rolled - began, "seconds_reward": scored - rolled,

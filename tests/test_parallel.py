@@ -125,7 +125,7 @@ def vla_updates(kind: str) -> tuple[dict, dict]:
     if kind != "tiny":
         policy.prompt_ids = lambda texts: (torch.tensor([[vla.BOS, 5, 9, vla.SPACE]]).expand(len(texts), -1), torch.ones(len(texts), 4, dtype=torch.long))
     policy = vla_srpo.prepared(policy, s)
-    batch = vla_srpo.Batch(images=torch.randint(256, (12, size, size, 3), dtype=torch.uint8), instructions=["red cube"] * 12,
+    batch = vla_srpo.Batch(frames=torch.randint(256, (12, 1, size, size, 3), dtype=torch.uint8), instructions=["red cube"] * 12,
                            bins=torch.randint(256, (12, 56)), logp=torch.full((12, 56), -5.5), mask=torch.rand(12, 56) < 0.8,
                            advantage=torch.randn(12), trajectory=torch.tensor([0] * 4 + [1] * 4 + [2] * 2 + [3] * 2))
     own = slice(None) if parallel.world() == 1 else slice(0, 10) if parallel.rank() == 0 else slice(10, 12)

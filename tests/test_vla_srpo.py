@@ -82,12 +82,13 @@ def test_sampler_logprobs_are_at_the_temperature(temperature):
     logits = 3 * torch.randn(56, 256, generator=torch.Generator().manual_seed(1))
     actions, records = draw(logits, temperature, 4)
     p = torch.log_softmax(logits.double() / temperature, -1)
-    for action, (bins, logp, entropy) in zip(actions, records, strict=True):
+    for action, call in zip(actions, records, strict=True):
+        bins, logp, entropy = call.bins, call.logp, call.entropy
         expected = torch.tensor([p[t, b] for t, b in enumerate(bins.tolist())])
         torch.testing.assert_close(logp.double(), expected, rtol=0, atol=1e-4)
         assert abs(entropy - np.mean([-(row.exp() * row).sum() for row in p])) < 1e-3
         np.testing.assert_array_equal(action, vla.to_env_actions(vla.decode_actions(bins[None], STATS["tabletop"]["action"]))[0])
-    assert len({tuple(bins.tolist()) for bins, _, _ in records}) == 4
+    assert len({tuple(call.bins.tolist()) for call in records}) == 4
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.6])
@@ -96,7 +97,7 @@ def test_sampler_frequencies(temperature):
     n, logits = 1000, 2 * torch.randn(56, 256, generator=torch.Generator().manual_seed(2))
     impossible = torch.rand(56, 256, generator=torch.Generator().manual_seed(3)) < 0.3
     logits[impossible] = -1e9
-    bins = torch.stack([bins for bins, _, _ in draw(logits, temperature, n)[1]])                # (n, 56)
+    bins = torch.stack([call.bins for call in draw(logits, temperature, n)[1]])                # (n, 56)
     expected = n * torch.softmax(logits.double() / temperature, -1).numpy()                     # (56, 256)
     observed = np.stack([np.bincount(column, minlength=256) for column in bins.T.numpy()])
     assert observed[impossible.numpy()].sum() == 0
@@ -114,8 +115,8 @@ def test_sampler_frequencies(temperature):
 
 def fake_episode(start: Start, executed: list[int], seed: int) -> Episode:
     rng, g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    records = [(torch.randint(256, (56,), generator=g), -torch.rand(56, generator=g), 1.0) for _ in executed]
     images = list(rng.integers(0, 256, (len(executed) + 1, 64, 64, 3), np.uint8))
+    records = [vla_srpo.Call(image[None], torch.randint(256, (56,), generator=g), -torch.rand(56, generator=g), 1.0) for image in images[:-1]]
     return Episode(start, images, records, list(executed), success=executed[-1] < 8)
 
 
@@ -129,12 +130,27 @@ def test_collate_takes_the_executed_tokens():
     for n, (i, j) in enumerate(rows):
         e = episodes[i]
         assert batch.mask[n].tolist() == [t < 7 * e.executed[j] for t in range(56)]
-        assert torch.equal(batch.bins[n], e.records[j][0]) and torch.equal(batch.logp[n], e.records[j][1])
-        np.testing.assert_array_equal(batch.images[n], e.images[j])
+        assert torch.equal(batch.bins[n], e.records[j].bins) and torch.equal(batch.logp[n], e.records[j].logp)
+        np.testing.assert_array_equal(batch.frames[n, 0], e.images[j])
         assert batch.instructions[n] == envs.TASKS[e.start.task]
         assert batch.advantage[n] == advantages[i] and batch.trajectory[n] == i
     empty = vla_srpo.collate(episodes, torch.zeros(5))
     assert len(empty.mask) == 0 and empty.instructions == []
+
+
+def test_images_are_prepared_once(monkeypatch):
+    """What the sampler showed the policy is what the update shows it: JPEG and resizing of OpenVLA's path cost as much as a small update."""
+    policy, shown = tiny_policy(), []
+    monkeypatch.setattr(vla, "policy_frames", lambda policy, images: 255 - images[:, None])
+    monkeypatch.setattr(policy, "pixel_values", lambda frames: shown.append(torch.as_tensor(frames)) or TinyVLA.pixel_values(policy, frames))
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    torch.manual_seed(0)
+    _, calls = vla_srpo.sampler(policy, 1.0, "tabletop")(images, ["go", "stop"])
+    batch = vla_srpo.collate([Episode(Start(0, 0), list(images), calls, [8, 8])], torch.ones(1))
+    monkeypatch.setattr(vla, "policy_frames", pytest.fail)
+    vla_srpo.update(policy, None, grpo.make_optimizer(policy, 1e-3), batch, settings())
+    np.testing.assert_array_equal(shown[0], 255 - images[:, None])
+    assert len(shown) == 2 and torch.equal(torch.sort(shown[0].flatten(1), 0)[0], torch.sort(shown[1].flatten(1), 0)[0])
 
 
 # The update
@@ -158,8 +174,8 @@ def batch(policy):
     _, records = vla_srpo.sampler(policy, TEMPERATURE, "tabletop")(images, instructions)
     executed = torch.tensor([8, 8, 3, 8, 8, 5, 8, 8, 8, 1, 8, 6])
     trajectory = torch.repeat_interleave(torch.arange(5), torch.tensor(LENGTHS))
-    return vla_srpo.Batch(torch.from_numpy(images), instructions, torch.stack([r[0] for r in records]),
-                          torch.stack([r[1] for r in records]), torch.arange(56) // 7 < executed[:, None],
+    return vla_srpo.Batch(torch.from_numpy(images[:, None]), instructions, torch.stack([call.bins for call in records]),
+                          torch.stack([call.logp for call in records]), torch.arange(56) // 7 < executed[:, None],
                           torch.tensor([1.5, -0.5, 0.7, -1.2, 0.1])[trajectory], trajectory)
 
 
@@ -198,7 +214,7 @@ def naive_gradient(policy, batch, beta: float = 0.0, reference=None) -> dict[str
     for i in range(len(LENGTHS)):
         terms = []
         for n in torch.nonzero(batch.trajectory == i).flatten().tolist():
-            inputs = (*policy.prompt_ids(batch.instructions[n]), policy.pixel_values(batch.images[n:n + 1, None]))
+            inputs = (*policy.prompt_ids(batch.instructions[n]), policy.pixel_values(batch.frames[n:n + 1]))
             p = torch.log_softmax(policy(*inputs)[0] / TEMPERATURE, -1)                         # (56, 256)
             for t in range(56):
                 if batch.mask[n, t]:
@@ -241,7 +257,7 @@ def test_minibatches_average_to_the_whole_batch(policy, batch, monkeypatch):
 def test_update_raises_the_likelihood_of_what_paid(policy, batch):
     def logp():
         with torch.no_grad():
-            logits = policy(*policy.prompt_ids(batch.instructions), policy.pixel_values(batch.images[:, None]))
+            logits = policy(*policy.prompt_ids(batch.instructions), policy.pixel_values(batch.frames))
         p = torch.log_softmax(logits / TEMPERATURE, -1).gather(-1, batch.bins[..., None])[..., 0]
         return (p * batch.mask).sum(1) / batch.mask.sum(1)
     before = logp()
@@ -366,7 +382,7 @@ class Pretend:
         images, texts = np.stack(images), [envs.TASKS[s.task] for s in starts]
         calls = [act(images[:, j], texts)[1] for j in range(2)]
         for i, start in enumerate(starts):
-            bins = calls[1][i][0]
+            bins = calls[1][i].bins
             win = bool(self.outcome(i, start, bins))
             last = np.full((64, 64, 3), int(bins.sum()) % 256, np.uint8)
             episodes.append(Episode(start, [*images[i], last], [calls[0][i], calls[1][i]], [8, 5 if win else 8], win))
