@@ -334,6 +334,11 @@ def checks(s, folder: Path, config: dict, shapes: dict) -> list[str]:
         return problems
     if kind not in ("openvla", "tiny_vla"):
         return [f"{folder} is a {kind}; give an OpenVLA-OFT or a TinyVLA"]
+    if kind == "openvla" and not problems:
+        try:
+            vla.read_tokenizer(tokenizer.read_bytes())
+        except ValueError as error:
+            problems.append(f"{folder}: {error}")
     rows = shapes.get("language_model.lm_head.weight", (0,))[0]
     if kind == "openvla" and rows < vla.FIRST_BIN + vla.BINS:
         problems.append(f"{folder}: the head has {rows} rows, the discrete action tokens end at {vla.FIRST_BIN + vla.BINS}")

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -297,13 +298,10 @@ class OpenVLA(nn.Module):
     def prompt_ids(self, instructions: str | list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Instructions -> right-padded input_ids and attention_mask (B, L) on the model's device, for `forward`.
 
-        Uses the checkpoint's tokenizer.json; a checkpoint without one raises FileNotFoundError."""
+        Uses the checkpoint's tokenizer.json: FileNotFoundError if it has none, ValueError if it is another model's."""
         if "tokenizer.json" not in self.files:
             raise FileNotFoundError("prompt_ids needs tokenizer.json; copy it into the checkpoint from the original one")
-        if self.tokenizer is None:
-            from tokenizers import Tokenizer        # the file as it is: transformers 5 rebuilds Llama's by its own rules
-            self.tokenizer = Tokenizer.from_str(self.files["tokenizer.json"].decode())
-            self.tokenizer.no_padding(), self.tokenizer.no_truncation()
+        self.tokenizer = self.tokenizer or read_tokenizer(self.files["tokenizer.json"])
         rows = []
         for task in [instructions] if isinstance(instructions, str) else instructions:
             prompt = f"In: What action should the robot take to {task.lower()}?\nOut:"
@@ -431,6 +429,21 @@ def read_json(file: Path) -> dict:
         return json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON ({error}); copy it again") from None
+
+
+def read_tokenizer(text: bytes) -> Tokenizer:
+    """tokenizer.json as it is (transformers 5 would rebuild Llama's by its own rules), without padding or truncation. ValueError if it is not
+    Llama-2's: its words would be other embeddings' numbers, and the policy would see another instruction."""
+    try:
+        tokenizer = Tokenizer.from_str(text.decode())
+    except Exception as error:                          # the tokenizers library raises nothing more special
+        raise ValueError(f"tokenizer.json cannot be read ({error}); copy it again from the original checkpoint") from None
+    for word, number in (("<s>", BOS), ("</s>", EOS), ("▁", SPACE)):
+        if tokenizer.token_to_id(word) != number:
+            raise ValueError(f"tokenizer.json gives {word!r} the number {tokenizer.token_to_id(word)}, OpenVLA's Llama-2 {number}; "
+                             "copy it from the original checkpoint")
+    tokenizer.no_padding(), tokenizer.no_truncation()
+    return tokenizer
 
 
 def read_headers(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -28,7 +29,8 @@ def openvla(tmp_path_factory):
     folder = tmp_path_factory.mktemp("openvla") / "checkpoint"
     torch.manual_seed(0)
     stats = {"tabletop": vla.TINY["norm_stats"]["unit"]}
-    vla.OpenVLA(vla.TINY | {"text_config": TEXT, "norm_stats": stats}, (32, 5, 128), (48, 6, 192), files={"tokenizer.json": b"{}"}).save_pretrained(folder)
+    vla.OpenVLA(vla.TINY | {"text_config": TEXT, "norm_stats": stats}, (32, 5, 128), (48, 6, 192)).save_pretrained(folder)
+    Tokenizer(models.WordLevel({"<s>": 1, "</s>": 2, "▁": vla.SPACE}, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
     return folder
 
 
@@ -161,7 +163,7 @@ def test_openvla_s_peaks(changes, tmp_path):
     """An update of two micro-batches, so that gradients of the first stand beside activations of the second; and a rollout's pass."""
     torch.manual_seed(0)
     text = TEXT | {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 4}
-    vla.OpenVLA(vla.TINY | {"text_config": text}, (64, 5, 256), (80, 6, 320), files={"tokenizer.json": b"{}"}).save_pretrained(tmp_path / "big")
+    vla.OpenVLA(vla.TINY | {"text_config": text}, (64, 5, 256), (80, 6, 320)).save_pretrained(tmp_path / "big")
     s, model = case("openvla", tmp_path / "big", micro_batch=2, minibatch=4, tables=4, epochs=1, target_kl=0.0, **changes)
     model.prompt_ids = lambda texts: (torch.full((len(texts), plan.PROMPT_TOKENS), 5), torch.ones(len(texts), plan.PROMPT_TOKENS).long())
     optimizer = grpo.make_optimizer(model, 1e-6)
@@ -289,6 +291,7 @@ def test_what_does_not_belong_together_is_named(openvla, qwen, tmp_path, monkeyp
     assert plan.report(vla_srpo.Settings(model=str(openvla), reward="binary", micro_batch=1))[1] == []
     for i, (change, words) in enumerate([
             (lambda f: (f / "action_head--1.pt").touch(), "regression head"), (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json"),
+            (lambda f: (f / "tokenizer.json").write_text((f / "tokenizer.json").read_text().replace("29871", "7")), "gives '▁' the number 7"),
             (lambda f: (f / "dataset_statistics.json").write_text('{"libero_goal_no_noops": {}}'), "libero_goal_no_noops, not for tabletop")]):
         (tmp_path / str(i)).mkdir()
         assert any(words in line for line in broken(openvla, tmp_path / str(i), change))

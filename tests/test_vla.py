@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 import vla
 from vla import OpenVLA
@@ -214,9 +215,8 @@ def test_gripper_conventions_are_inverse(model):
 def test_prompt_ids(model, batch, tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer.json"):
         model.prompt_ids("pick up the bowl")
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     words = "In : What action should the robot take to lift the bowl ? Out pick".split()
-    vocabulary = {word: 100 + i for i, word in enumerate(dict.fromkeys(words))} | {"\n": 13, "<unk>": 0}
+    vocabulary = {word: 100 + i for i, word in enumerate(dict.fromkeys(words))} | {"\n": 13, "<unk>": 0, "<s>": 1, "</s>": 2, "▁": 29871}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"),
                                                        pre_tokenizers.Split(Regex(r"[\n:?]"), "isolated")])
@@ -229,6 +229,12 @@ def test_prompt_ids(model, batch, tmp_path):
     assert ids[0].tolist() == expected and mask.sum(1).tolist() == [18, 16]
     assert ids[1, -2:].tolist() == [32000, 32000] and ids[1, 15] == 29871 and ids[1, 10] == vocabulary["pick"]
     assert OpenVLA.from_pretrained(folder).prompt_ids("pick")[0].shape == (1, 16)
+    Tokenizer(models.WordLevel(vocabulary | {"▁": 5}, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
+    with pytest.raises(ValueError, match="gives '▁' the number 5, OpenVLA's Llama-2 29871; copy it"):
+        OpenVLA.from_pretrained(folder).prompt_ids("pick")
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer.json cannot be read"):
+        OpenVLA.from_pretrained(folder).prompt_ids("pick")
 
 
 def test_statistics_file_overrides_config(model, tmp_path):
