@@ -25,14 +25,6 @@ KEY = "tabletop"
 STATS = {KEY: {"action": {"q01": [-0.5] * 3 + [0.0] * 4, "q99": [0.5] * 3 + [0.0] * 3 + [1.0], "mask": [True] * 6 + [False]}}}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # Intervals and tables
 
 def test_wilson():

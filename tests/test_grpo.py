@@ -8,8 +8,6 @@ from torch import nn
 
 import grpo
 
-torch.set_num_threads(1)
-
 
 def batch(rows=6, length=5, seed=0):
     """Random log-probs near old ones (fp64), per-row advantages and a ragged mask."""

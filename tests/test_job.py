@@ -11,8 +11,6 @@ from torch import nn
 import grpo
 import job
 
-torch.set_num_threads(1)
-
 
 # checkpoints
 

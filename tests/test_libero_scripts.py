@@ -26,10 +26,7 @@ def small(tmp_path, monkeypatch):
     """Two initial states per split instead of 25; an empty working directory."""
     monkeypatch.setattr(libero_envs, "SPLITS", {"train": range(0, 4, 2), "heldout": range(1, 4, 2), "all": range(4)})
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield tmp_path
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
+    return tmp_path
 
 
 def test_from_demonstrations_to_a_table(small, monkeypatch, capsys):

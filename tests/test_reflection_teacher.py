@@ -636,11 +636,8 @@ def save_tiny_model(folder: Path) -> None:
 
 @needs("openai", "fastapi", "uvicorn", "accelerate")
 def test_transformers_serve(tmp_path):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     save_tiny_model(tmp_path / "tiny")
-    torch.set_num_threads(before)
     rows, _ = read_rows(write_rows(tmp_path, 6))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -22,14 +22,6 @@ KEY = "libero_spatial_no_noops"
 ROTARY = 1 / 10000 ** (torch.arange(0, 8, 2).float() / 8)          # head size 8, base 1e4, written out by hand
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def model():
     return OpenVLA.from_pretrained(CHECKPOINT)

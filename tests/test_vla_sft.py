@@ -42,12 +42,9 @@ def test_demonstrations_and_fine_tuning():
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    threads = torch.get_num_threads()
     monkeypatch.chdir(tmp_path)
     assert vla_sft.main(["--demos", "1", "--steps", "3", "--threads", "1", "--out", "policy"]) == 0
     assert "python eval.py vla --checkpoint policy" in capsys.readouterr().out and vla.load_policy("policy").config["size"] == 64
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -34,16 +34,6 @@ STATS = {"tabletop": {"action": {"q01": [-0.5] * 3 + [0.0] * 4, "q99": [0.5] * 3
                                  "mask": [True] * 6 + [False]}}}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    torch.set_flush_denormal(False)
-    assert signal.getsignal(signal.SIGINT) is handler       # a run leaves Ctrl-C as it found it
-
-
 def tiny_policy(seed: int = 0) -> TinyVLA:
     torch.manual_seed(seed)
     policy = TinyVLA(STATS, channels=(4, 4, 4), width=16, basis=6)

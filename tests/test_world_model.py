@@ -17,7 +17,6 @@ from world_model_train import TINY
 
 FIXTURE = Path(__file__).parent / "fixtures" / "vjepa_tiny"
 SMALL = dict(TINY, frames_per_clip=8, crop_size=32, patch_size=8, hidden_size=24, pred_hidden_size=12, num_hidden_layers=2)
-torch.set_num_threads(1)
 
 
 def squares(n: int, total: int = 9, size: int = 32, seed: int = 0) -> np.ndarray:
