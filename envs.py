@@ -13,6 +13,7 @@ Left out on purpose: domain randomisation, proprioception and wrist camera (the 
 """
 import argparse
 import atexit
+import gc
 import os
 import sys
 import time
@@ -24,7 +25,6 @@ import numpy as np
 
 os.environ.setdefault("MUJOCO_GL", "egl")           # headless by default; MUJOCO_GL=osmesa and glfw work too
 os.environ.setdefault("LP_NUM_THREADS", "1")        # Mesa's software renderer: threads only get in the workers' way
-GL_HELP = "apt-get install -y --no-install-recommends libegl1 libgl1-mesa-dri libopengl0"
 
 CUBES, PLATES = ("red", "blue"), ("green", "yellow")
 TASKS = tuple(f"put the {cube} cube on the {plate} plate" for cube in CUBES for plate in PLATES)
@@ -83,6 +83,11 @@ XML = f"""
 </mujoco>"""
 
 
+def gl_help() -> str:
+    """The command that brings what MUJOCO_GL asks for."""
+    return "apt-get install -y --no-install-recommends " + ("libosmesa6" if os.environ["MUJOCO_GL"] == "osmesa" else "libegl1 libgl1-mesa-dri libopengl0")
+
+
 def load_mujoco():
     """Import mujoco, turning the many ways in which a machine can lack OpenGL into one line with the fix."""
     if os.environ["MUJOCO_GL"] not in ("egl", "osmesa", "glfw"):
@@ -91,7 +96,21 @@ def load_mujoco():
         import mujoco
         return mujoco
     except (AttributeError, ImportError, OSError, RuntimeError) as e:
-        raise RuntimeError(f"no OpenGL for MUJOCO_GL={os.environ['MUJOCO_GL']} ({type(e).__name__}); run: {GL_HELP}") from None
+        raise RuntimeError(f"no OpenGL for MUJOCO_GL={os.environ['MUJOCO_GL']} ({type(e).__name__}); run: {gl_help()}") from None
+
+
+def make_renderer(mujoco, model, size: int):
+    """mujoco.Renderer for square images of `size` pixels; RuntimeError, one line, where OpenGL does not work."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None      # a half-made context complains as it is deleted
+    try:
+        try:
+            return mujoco.Renderer(model, size, size)
+        except (AttributeError, ImportError, OSError, RuntimeError, mujoco.FatalError) as e:
+            problem = type(e).__name__
+        gc.collect()                                                    # delete it now, while nobody listens
+    finally:
+        sys.unraisablehook = hook
+    raise RuntimeError(f"cannot make an OpenGL context with MUJOCO_GL={os.environ['MUJOCO_GL']} ({problem}); run: {gl_help()}")
 
 
 @cache
@@ -121,14 +140,7 @@ class Scene:
     def render(self, data, size: int) -> np.ndarray:
         """uint8 (size, size, 3) from the agent's camera."""
         if size not in self.renderers:
-            hook, sys.unraisablehook = sys.unraisablehook, lambda _: None      # a half-made context complains as it is deleted
-            try:
-                self.renderers[size] = self.mujoco.Renderer(self.model, size, size)
-            except (AttributeError, ImportError, OSError, RuntimeError, self.mujoco.FatalError) as e:
-                raise RuntimeError(f"cannot make an OpenGL context with MUJOCO_GL={os.environ['MUJOCO_GL']} "
-                                   f"({type(e).__name__}); run: {GL_HELP}") from None
-            finally:
-                sys.unraisablehook = hook
+            self.renderers[size] = make_renderer(self.mujoco, self.model, size)
             # Closed before mujoco shuts OpenGL down, which it registered just now: later, Python would print a traceback.
             atexit.register(self.close)
         self.renderers[size].update_scene(data, camera="agentview")

@@ -15,6 +15,7 @@ The papers train and evaluate on the same 50 initial states of LIBERO (`--split 
 LIBERO takes hours: finished episodes are written down one by one, and the same command goes on where it was interrupted.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -67,19 +68,21 @@ def evaluate_vla(policy, workers: rollouts.Workers, split: str, key: str, states
                  gifs: Path | None = None, log: Path | None = None, videos: list[rollouts.Episode] | None = None) -> dict:
     """The first `states` (default: all) initial states of every task, once each, greedily.
 
-    gifs: folder for the first success and the first failure of each task, in the frames that the policy saw. log: a JSONL file that gets
-    a line for each finished episode; those it holds already are not played again. videos: gets the episodes played now, with their images.
+    gifs: folder for the first success and the first failure of each task (LIBERO-Plus: of each suite), in the frames that the policy saw. log:
+    a JSONL file begun by `begin_log` that gets a line for each finished episode; those it holds already are not played again. videos: gets the episodes played now, with their images.
     -> {"split", "success": mean, "interval", "episodes", "tasks": {instruction: {"success", "interval", "successes", "episodes",
     "steps", "failed": indices}}}
     """
     suite = suite or rollouts.tabletop()
-    rows = finished_episodes(log) if log else []
+    starts = {(start.task, start.index): start for start in suite.starts(split, states)}
+    rows = [row for row in (read_metrics(log)[1:] if log else []) if (row["task"], row["index"]) in starts]
     seen = {(row["task"], row["index"]) for row in rows}
-    starts = [start for start in suite.starts(split, states) if (start.task, start.index) not in seen]
+    starts = [start for at, start in starts.items() if at not in seen]
     bar = tqdm(total=len(seen) + len(starts), initial=len(seen), desc=f"{suite.name} {split}", unit="episode", disable=not log)
 
     def finished(episode: rollouts.Episode) -> None:
-        start, gif = episode.start, gifs and gifs / f"task{episode.start.task}-{'success' if episode.success else 'failure'}.gif"
+        start, outcome = episode.start, "success" if episode.success else "failure"
+        gif = gifs and gifs / f"{suite.labels[start.task].replace(' ', '_') if suite.labels else f'task{start.task}'}-{outcome}.gif"
         if gif and not gif.exists():
             gif.parent.mkdir(parents=True, exist_ok=True)
             envs.save_gif(str(gif), [*episode.images, *framed(episode.images[-1], episode.success)], fps=5)
@@ -115,12 +118,28 @@ def rate(successes: int, n: int) -> dict:
     return {"success": successes / n, "interval": wilson(successes, n), "successes": successes, "episodes": n}
 
 
-def finished_episodes(log: Path) -> list[dict]:
-    """Rows of an evaluation's JSONL without its first, the settings; a last line that was cut off is dropped from the file."""
-    text = log.read_text()
-    if not text.endswith("\n"):
-        log.write_text(text[:text.rfind("\n") + 1])
-    return read_metrics(log)[1:]
+def begin_log(log: Path, settings: dict) -> None:
+    """A new log begins with the settings; a last line that was cut off is dropped from one that is there. ValueError if it has others."""
+    text = log.read_text() if log.exists() else ""
+    whole = text[:text.rfind("\n") + 1] or json.dumps(settings) + "\n"
+    try:
+        begun = dict(json.loads(whole.split("\n")[0]))
+    except (ValueError, TypeError):
+        raise ValueError(f"{log} does not begin with an evaluation's settings; delete it, or choose another --out") from None
+    if begun != settings:
+        other = ", ".join(f"{name} {begun.get(name)!r}, not {settings.get(name)!r}" for name in begun | settings if begun.get(name) != settings.get(name))
+        raise ValueError(f"{log} was begun with {other}; repeat that, or choose another --out")
+    if whole != text:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(whole)
+
+
+def fingerprint(policy) -> str:
+    """Of the weights: the beginning of every tensor, so that seconds suffice at 7B."""
+    digest = hashlib.sha256()
+    for tensor in policy.state_dict().values():
+        digest.update(tensor.flatten()[:1000].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def table(results: dict[str, dict]) -> str:
@@ -247,31 +266,36 @@ def try_suite(suite: rollouts.Suite, size: int) -> None:
     env.close()
 
 
+def note_pixels(policy, key: str, fast: bool) -> None:
+    """A line if the policy was fine-tuned on LIBERO's other pixels, as vla_sft.py writes into its statistics."""
+    if (was := policy.norm_stats[key].get("fast_sim", fast)) != fast:
+        print(f"note: this policy was fine-tuned {'with' if was else 'without'} fast pixels (--fast-sim), and sees others now", file=sys.stderr)
+
+
 def measure_suite(policy, name: str, checkpoint: str, out: Path, args) -> dict[str, dict]:
     """A policy on one suite: prints the table, writes result.json and GIFs into `out` -> {split: result of `evaluate_vla`}."""
     libero = name != "tabletop"
-    suite = find_suite(name, args.tasks, **dict(protocol=args.protocol, horizon=args.horizon, fast=args.fast_sim, assets=args.assets,
-                                                plus=args.plus) if libero else {})
-    key, size = args.key or vla.find_key(policy.norm_stats, name), vla.camera_size(policy)
+    suite = find_suite(name, args.tasks, **dict(protocol=args.protocol, horizon=args.horizon, fast=args.fast_sim, hard=args.hard,
+                                                assets=args.assets, plus=args.plus) if libero else {})
+    key, size = args.key or vla.find_key(policy.norm_stats, name.split(":")[-1] if name.count(":") > 1 else name), vla.camera_size(policy)
     vla.action_stats(policy.norm_stats, key)                    # refuses an unknown key
+    note_pixels(policy, key, args.fast_sim)
     splits = args.split or (["all"] if "plus" in name else ["heldout"] if libero else ["train", "heldout"])
     if unknown := set(splits) - set(suite.states):
         raise ValueError(f"--split {unknown.pop()}: {name} has {', '.join(suite.states)}")
     logs = {split: out / f"{split}.jsonl" if libero else None for split in splits}
-    settings = {"checkpoint": checkpoint, "suite": name, "key": key, "protocol": suite.protocol}
-    for log in (log for log in logs.values() if log and log.exists()):
-        if (begun := read_metrics(log)[0]) != settings:
-            raise ValueError(f"{log} was begun with {begun}; repeat these settings, or choose another --out")
+    settings = {"checkpoint": checkpoint, "weights": fingerprint(policy), "suite": name, "key": key, "protocol": suite.protocol}
     try_suite(suite, size)
+    for log in filter(None, logs.values()):
+        begin_log(log, settings)
     out.mkdir(parents=True, exist_ok=True)
     workers, results, played = suite.workers(args.workers, size, args.tables), {}, [] if args.videos else None
     try:
         for split, log in logs.items():
             if libero:
-                print(f"{name}: {'one trial a task' if 'plus' in name else libero_envs.SPLIT_NAMES[split]}; {suite.protocol}")
-                if not log.exists():
-                    log.write_text(json.dumps(settings) + "\n")
-            results[split] = evaluate_vla(policy, workers, split, key, args.states, suite, out / split if libero and args.gifs else None, log,
+                some = f"the first {args.states} of " if args.states < suite.states[split] else ""
+                print(f"{name}: {'one trial a task' if 'plus' in name else some + libero_envs.SPLIT_NAMES[split]}; {suite.protocol}")
+            results[split] = settings | evaluate_vla(policy, workers, split, key, args.states, suite, out / split if libero and args.gifs else None, log,
                                           played)
     finally:
         workers.close()
@@ -309,7 +333,7 @@ def main() -> None:
         if name == "vla":
             p.add_argument("--checkpoint", required=True, help="folder of a policy, or hub id")
             p.add_argument("--suite", nargs="+", default=["tabletop"], help="tabletop, " + ", ".join(libero_envs.SUITES) + ", libero_90, "
-                           "libero_plus:DIMENSION; libero_plus for its seven dimensions")
+                           "libero_plus:DIMENSION or libero_plus:DIMENSION:SUITE; libero_plus for its seven dimensions")
         else:
             p.add_argument("--checkpoint", required=True, nargs="+", metavar="SUITE=CHECKPOINT", help="as many as you have")
         p.add_argument("--tasks", type=int, nargs="+", default=[], help="task numbers (default: all)")
@@ -323,6 +347,7 @@ def main() -> None:
         p.add_argument("--tables", type=int, default=0, help="simulators over all processes; 0: tabletop 128, LIBERO one per process")
         p.add_argument("--protocol", default="openvla-oft", choices=list(libero_envs.PROTOCOLS), help="LIBERO: whose horizons")
         p.add_argument("--horizon", type=int, default=0, help="LIBERO: env steps instead of the protocol's")
+        p.add_argument("--hard", action="store_true", help="LIBERO: build the simulator anew at every reset, as the stock environment does")
         p.add_argument("--fast-sim", "--fast_sim", action="store_true", help="LIBERO: other pixels, same physics; only for policies trained so")
         p.add_argument("--assets", default="", help="LIBERO: folder of its assets (default: LIBERO_ASSETS, else from the hub)")
         p.add_argument("--plus", default="", help="folder of a LIBERO-Plus copy (default: LIBERO_PLUS_PATH)")
@@ -348,8 +373,9 @@ def main() -> None:
         return reasoning_eval.run(args)
     if not 1 <= args.states <= envs.N_STATES:
         raise ValueError(f"--states must be 1..{envs.N_STATES}, got {args.states}")
-    if min(args.gifs, args.threads) < 0 or args.workers < 1:
-        raise ValueError("--gifs and --threads must be at least 0, --workers at least 1")
+    for name, least in (("gifs", 0), ("threads", 0), ("horizon", 0), ("tables", 0), ("workers", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     torch.set_num_threads(args.threads or os.cpu_count())
     if args.command == "paper":
         pairs = dict(pair.partition("=")[::2] for pair in args.checkpoint)
@@ -357,6 +383,8 @@ def main() -> None:
             raise ValueError(f"--checkpoint {unknown[0]}: write SUITE=CHECKPOINT, with SUITE one of {', '.join(libero_envs.SUITES)}")
     else:
         names = [n for name in args.suite for n in ([f"libero_plus:{d}" for d in libero_envs.DIMENSIONS] if name == "libero_plus" else [name])]
+        if any("plus" in name for name in names) and not all("plus" in name for name in names):
+            raise ValueError("--suite: LIBERO-Plus and LIBERO are two packages of one name; measure them in two runs")
         pairs = dict.fromkeys(names, args.checkpoint)
     loaded, policy, results = None, None, {}
     for name, checkpoint in pairs.items():

@@ -27,6 +27,7 @@ import sys
 import time
 import types
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 
-from envs import GL_HELP                # envs.py also sets MUJOCO_GL, which robosuite would force; osmesa works too
+from envs import gl_help, make_renderer       # envs.py also sets MUJOCO_GL, which robosuite would force; osmesa works too
 from rollouts import Suite
 
 INSTALL = "pip install --no-deps -r requirements-libero.txt"
@@ -78,11 +79,15 @@ def find_package(plus: str = "") -> Path:
 
 
 def find_assets(package: Path, assets: str = "") -> Path:
-    """LIBERO's meshes and textures: `assets`, else LIBERO_ASSETS, else inside the package, else a snapshot of the hub's data set
-    lerobot/libero-assets, downloaded on first use. RuntimeError if they are nowhere, or not whole."""
-    given = assets or os.environ.get("LIBERO_ASSETS", "")
-    if given or (package / "assets").is_dir() or (package / "benchmark/task_classification.json").is_file():
-        folder = Path(given or package / "assets")
+    """LIBERO's meshes and textures: `assets`, else LIBERO_ASSETS, else inside the package, else where hf-libero keeps them, else a snapshot of
+    the hub's data set lerobot/libero-assets, downloaded on first use. LIBERO-Plus has more of its own: there the package comes before LIBERO_ASSETS.
+    RuntimeError if they are nowhere, or not whole."""
+    inside, plus, cached = package / "assets", (package / "benchmark/task_classification.json").is_file(), Path.home() / ".cache/libero/assets"
+    given = assets or (str(inside) if plus and inside.is_dir() else os.environ.get("LIBERO_ASSETS", ""))
+    if given or plus or inside.is_dir():
+        folder = Path(given or inside)
+    elif all((cached / name).is_dir() for name in ASSET_FOLDERS):
+        folder = cached
     else:
         try:
             from huggingface_hub import snapshot_download
@@ -133,15 +138,26 @@ def prepare(assets: str = "", plus: str = ""):
     logging.disable(logging.WARNING)                            # robosuite's advice about its private macros
     try:
         importlib.import_module("libero.libero")._assets_path_cache = str(folder)       # its config's `assets` is not read
-        return importlib.import_module("libero.libero.envs.env_wrapper").ControlEnv
+        wrapper = importlib.import_module("libero.libero.envs.env_wrapper")
+        if plus:
+            wrapper.np = older_numpy()
+        return wrapper.ControlEnv
     except ModuleNotFoundError as e:
         raise RuntimeError(f"LIBERO{'-Plus' * bool(plus)} needs the package {e.name}; run: "
                            + ("pip install scikit-image wand" if plus else "bash setup.sh")) from None
     except (AttributeError, ImportError, OSError, RuntimeError) as e:       # all the ways in which a machine can lack OpenGL
         raise RuntimeError(f"importing LIBERO failed ({type(e).__name__}: {' '.join(str(e).split())[:120]}); if that is OpenGL for "
-                           f"MUJOCO_GL={os.environ['MUJOCO_GL']}, run: {GL_HELP}") from None
+                           f"MUJOCO_GL={os.environ['MUJOCO_GL']}, run: {gl_help()}") from None
     finally:
         logging.disable(logging.NOTSET)
+
+
+def older_numpy() -> types.ModuleType:
+    """numpy with what LIBERO-Plus's fog and motion blur call, and numpy 2 lacks."""
+    module = types.ModuleType("numpy")
+    module.__getattr__ = partial(getattr, np)
+    module.float_, module.fromstring = np.float64, lambda data, dtype: np.frombuffer(data, dtype).copy()
+    return module
 
 
 # Tasks and initial states
@@ -157,10 +173,13 @@ class Task:
 
 @cache
 def tasks(suite: str, plus: str = "") -> tuple[Task, ...]:
-    """Tasks of a suite in the official order; of `libero_plus:DIMENSION`, that dimension's of all four suites. ValueError, RuntimeError."""
-    dimension = suite.removeprefix("libero_plus:") if suite.startswith("libero_plus") else ""
-    if dimension not in ("", *DIMENSIONS) or not dimension and suite not in (*SUITES, "libero_90"):
-        raise ValueError(f"unknown suite {suite!r}; there are {', '.join(SUITES)}, libero_90 and libero_plus:" + "|".join(DIMENSIONS))
+    """Tasks of a suite in the official order; of `libero_plus:DIMENSION`, that dimension's of all four suites, or of one:
+    `libero_plus:DIMENSION:SUITE`. ValueError, RuntimeError."""
+    plus_name, _, only = suite.removeprefix("libero_plus:").partition(":")
+    dimension = plus_name if suite.startswith("libero_plus") else ""
+    if dimension not in ("", *DIMENSIONS) or only not in ("", *SUITES) or not dimension and suite not in (*SUITES, "libero_90"):
+        raise ValueError(f"unknown suite {suite!r}; there are {', '.join(SUITES)}, libero_90 and libero_plus:" + "|".join(DIMENSIONS)
+                         + ", of one suite libero_plus:DIMENSION:SUITE")
     plus = plus or os.environ.get("LIBERO_PLUS_PATH", "")
     if dimension and not plus:
         raise RuntimeError("LIBERO-Plus is not here; clone it and give its folder by --plus or LIBERO_PLUS_PATH")
@@ -170,7 +189,7 @@ def tasks(suite: str, plus: str = "") -> tuple[Task, ...]:
         return tuple(make_task(package, suite, name) for name in runpy.run_path(str(path))["libero_task_map"][suite])
     path = package / "benchmark/task_classification.json"
     try:
-        rows = [(s, row["name"], row["category"]) for s in SUITES for row in json.loads(path.read_text()).get(s, ())]
+        rows = [(s, row["name"], row["category"]) for s in ([only] if only else SUITES) for row in json.loads(path.read_text()).get(s, ())]
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
         raise RuntimeError(f"{path} is not LIBERO-Plus's list of tasks ({type(e).__name__}); clone LIBERO-Plus anew") from None
     return tuple(make_task(package, s, name, dimension) for s, name, category in rows if category.lower() == DIMENSIONS[dimension].lower())
@@ -248,7 +267,7 @@ class Libero(gymnasium.Env):
     info: task, instruction, index, split, state (official number), protocol (in words), success. An episode ends at success (terminated) or
     after `horizon` env steps (truncated; the protocol's unless given), the 10 settling steps not counted.
 
-    hard: build the simulator anew at each reset as the stock environment does; slower, and the same to the last bit (test_libero_envs.py).
+    hard: build the simulator anew at each reset as the stock environment does; seconds slower, and the same to the last bit (test_libero_envs.py).
     fast: fewer triangles, cheaper antialiasing, no reflections: other pixels, same physics; not for policies trained on stock images.
     The simulator is built at the first reset, in whichever process that happens. `advance` and `render` are for action chunks.
     """
@@ -291,13 +310,20 @@ class Libero(gymnasium.Env):
         control_env = prepare(self.assets, self.plus)
         self.close()
         import mujoco
+        from robosuite.utils.errors import RandomizationError
+        wrapper = None
         try:
-            wrapper = control_env(task.bddl, use_camera_obs=False, has_offscreen_renderer=False, hard_reset=False, ignore_done=True)
-        except (OSError, ValueError, AssertionError) as e:
+            while wrapper is None:
+                with suppress(RandomizationError):              # objects did not fit
+                    wrapper = control_env(task.bddl, use_camera_obs=False, has_offscreen_renderer=False, hard_reset=False, ignore_done=True)
+        except (OSError, ValueError, AssertionError, SyntaxError) as e:         # the last: XML that is cut off
             raise RuntimeError(f"LIBERO cannot build {task.name}: {' '.join(str(e).split())[:300]}; "
                                f"set LIBERO_ASSETS or --assets to a complete copy of its assets") from None
         self.mujoco, self.wrapper, self.env, self.sim, self.built = mujoco, wrapper, wrapper.env, wrapper.env.sim, task
         self.model, self.data = self.sim.model._model, self.sim.data._data
+        # The stock environment's first reset builds the model again and adds to these without emptying the list: each draws twice. What they draw
+        # (how far a drawer is open) the initial state overrides; the fixtures' places are drawn after them.
+        self.env.object_property_initializers *= 2
         self.shown = mujoco.MjData(self.model)                  # the scene as the camera last saw it
         self.pixels = 2 * self.size if self.fast else self.size         # fast: averaged down instead of antialiased
         self.model.vis.global_.offwidth = self.model.vis.global_.offheight = self.pixels
@@ -379,14 +405,7 @@ class Libero(gymnasium.Env):
         """uint8 (size, size, 3): the stock environment's `agentview_image` after the same actions, rotated by 180 degrees."""
         mujoco, model, shown = self.mujoco, self.model, self.shown
         if self.renderer is None:
-            hook, sys.unraisablehook = sys.unraisablehook, lambda _: None       # a half-made context complains as it is deleted
-            try:
-                self.renderer = mujoco.Renderer(model, self.pixels, self.pixels)
-            except (AttributeError, ImportError, OSError, RuntimeError, mujoco.FatalError) as e:
-                raise RuntimeError(f"cannot make an OpenGL context with MUJOCO_GL={os.environ['MUJOCO_GL']} ({type(e).__name__}); "
-                                   f"run: {GL_HELP}") from None
-            finally:
-                sys.unraisablehook = hook
+            self.renderer = make_renderer(mujoco, model, self.pixels)
             self.option = mujoco.MjvOption()
             self.option.geomgroup[0] = 0                        # collision geometry
             atexit.register(self.close)                         # before mujoco shuts OpenGL down: later, Python would print a traceback
@@ -400,9 +419,12 @@ class Libero(gymnasium.Env):
         if self.fast:
             image = image.reshape(self.size, 2, self.size, 2, 3).mean((1, 3)).round().astype(np.uint8)
         if getattr(self.wrapper, "noise", 0):                   # LIBERO-Plus spoils images in the wrapper's step: lend it this one
+            held = np.random.get_state()
+            np.random.seed([self.state, self.steps])            # code: never seeded there
             stand_in = types.SimpleNamespace(noise=self.wrapper.noise, env=types.SimpleNamespace(
                 step=lambda _: ({"agentview_image": image[::-1, ::-1]}, 0, False, {})))
             image = np.asarray(type(self.wrapper).step(stand_in, None)[0]["agentview_image"], np.uint8)[::-1, ::-1]
+            np.random.set_state(held)
         return np.ascontiguousarray(image)
 
     def _info(self) -> dict:
@@ -420,13 +442,13 @@ class Libero(gymnasium.Env):
         self.built = self.wrapper = self.renderer = self.env = self.sim = self.model = self.data = self.shown = None
 
 
-def make_suite(name: str, numbers: tuple[int, ...] = (), protocol: str = "openvla-oft", horizon: int = 0, fast: bool = False, assets: str = "",
-          plus: str = "") -> Suite:
+def make_suite(name: str, numbers: tuple[int, ...] = (), protocol: str = "openvla-oft", horizon: int = 0, fast: bool = False, hard: bool = False,
+               assets: str = "", plus: str = "") -> Suite:
     """A suite of LIBERO or LIBERO-Plus, or some of its tasks by number, for rollouts.py's workers; horizon 0: the protocol's. Nothing is built
     yet. ValueError and RuntimeError as from `tasks` and `Libero`."""
     if len(set(numbers)) < len(numbers):
         raise ValueError(f"--tasks {' '.join(map(str, numbers))}: each once")
-    make = partial(Libero, name, protocol=protocol, fast=fast, assets=assets, plus=plus)
+    make = partial(Libero, name, protocol=protocol, fast=fast, hard=hard, assets=assets, plus=plus)
     env = make()
     instructions, steps = tuple(t.instruction for t in env.tasks), horizon or max(PROTOCOLS[protocol][t.suite] for t in env.tasks)
     labels = tuple(t.suite if env.plus else t.name.replace("_", " ") for t in env.tasks)        # instructions occur twice

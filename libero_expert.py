@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import sys
@@ -213,7 +214,10 @@ def demos(env: Libero, args) -> None:
 def measure(env: Libero, args) -> None:
     """The expert once from every initial state of the split -> args.out, JSON; a second run goes on where the first stopped."""
     out, settings = Path(args.out), {k: getattr(args, k) for k in ("suite", "split", "noise", "seed", "protocol")}
-    result = json.loads(out.read_text()) if out.exists() else {"settings": settings, "episodes": []}
+    try:
+        result = json.loads(out.read_text()) if out.exists() else {"settings": settings, "episodes": []}
+    except ValueError as error:
+        raise ValueError(f"{out} is not JSON ({error}); delete it, or choose another --out") from None
     if result.get("settings") != settings:
         raise ValueError(f"{out} was begun with {result.get('settings')}; repeat these settings, or choose another --out")
     for task in args.tasks:
@@ -259,6 +263,12 @@ def main(argv: list[str] | None = None) -> int:
         for name in {"per_task", "every", "states"} & set(vars(args)):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more")
+        if not 0 <= args.noise < math.inf:
+            raise ValueError(f"--noise must be 0 or more and finite, got {args.noise}")
+        if not Path(args.out).absolute().parent.is_dir():
+            raise ValueError(f"--out {args.out}: there is no such folder")
+        if len(set(args.tasks or ())) < len(args.tasks or ()):
+            raise ValueError(f"--tasks {' '.join(map(str, args.tasks))}: each once")
         env = Libero(args.suite, split=args.split, size=getattr(args, "size", 128), protocol=args.protocol, fast=getattr(args, "fast", False),
                      assets=args.assets)
         args.tasks = [env.task_id(task) for task in args.tasks or range(len(env.tasks))]

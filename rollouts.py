@@ -9,6 +9,7 @@
 import multiprocessing
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -145,7 +146,7 @@ class Workers:
                 dead.append(k)
         for k in replies:
             try:
-                replies[k] = getattr(self.envs[k], f"{method}_wait")()
+                replies[k] = self._wait(k, method)
             except (EOFError, OSError):
                 dead.append(k)
         return replies | {k: self._revive(k, method, shares[k]) for k in dead}
@@ -158,6 +159,15 @@ class Workers:
             for t, chunk in share.items():
                 chunks[0, t // self.processes], active[0, t // self.processes] = chunk, 1
             self.envs[k].step_async({"chunk": chunks, "active": active})
+
+    def _wait(self, k: int, method: str) -> tuple:
+        """A process's reply. An error there is raised here; its traceback, which gymnasium warns of, goes with it."""
+        with warnings.catch_warnings(record=True) as said:
+            try:
+                return getattr(self.envs[k], f"{method}_wait")()
+            except Exception as error:
+                error.add_note("\n".join(str(warning.message) for warning in said))
+                raise
 
     def _revive(self, k: int, method: str, share: dict[int, object]) -> tuple:
         """Replace process k, repeat what its live tables had done, then make the call that it did not answer."""
@@ -172,7 +182,7 @@ class Workers:
             try:
                 for name, past in (*calls, (method, share)):
                     self._send(k, name, past)
-                    reply = getattr(self.envs[k], f"{name}_wait")()
+                    reply = self._wait(k, name)
                 return reply
             except (EOFError, OSError):
                 continue

@@ -87,14 +87,15 @@ def libero_demonstrations(s: Settings, tasks: tuple[int, ...], every: int = 2) -
 
 
 def fine_tune(data: dict[str, np.ndarray], steps: int, lr: float, seed: int = 0, key: str = "tabletop",
-              instructions: tuple[str, ...] = envs.TASKS, crop: list[int] | None = None) -> TinyVLA:
-    """A TinyVLA from random weights, by cross-entropy on the demonstrations' action tokens; `key`: the name of their statistics."""
+              instructions: tuple[str, ...] = envs.TASKS, crop: list[int] | None = None, **more) -> TinyVLA:
+    """A TinyVLA from random weights, by cross-entropy on the demonstrations' action tokens; `key`: the name of their statistics, beside which
+    `more` is kept."""
     torch.manual_seed(seed)
     actions = vla.from_env_actions(data["actions"])
     flat = actions.reshape(-1, 7)
     stats = {"q01": np.quantile(flat, 0.01, 0).tolist(), "q99": np.quantile(flat, 0.99, 0).tolist(),
              "mask": [True] * 6 + [False]}
-    policy = TinyVLA({key: {"action": stats, "num_transitions": len(flat), "num_trajectories": 0}}, size=data["image"].shape[1], crop=crop)
+    policy = TinyVLA({key: {"action": stats, **more}}, size=data["image"].shape[1], crop=crop)
     optimizer = grpo.make_optimizer(policy, lr)
     ids, mask = policy.prompt_ids(list(instructions))
     task, images = torch.from_numpy(data["task"]), torch.from_numpy(data["image"])
@@ -125,11 +126,12 @@ def run(s: Settings) -> int:
     torch.set_num_threads(s.threads or os.cpu_count())
     torch.set_flush_denormal(True)              # CPU arithmetic on numbers below 1e-38 is many times slower, and they are noise
     if s.suite == "tabletop":
-        policy, more = fine_tune(demonstrations(s.demos), s.steps, s.lr, s.seed), ""
+        policy, more = fine_tune(demonstrations(s.demos), s.steps, s.lr, s.seed, num_trajectories=s.demos * len(envs.TASKS)), ""
     else:
         suite = evaluation.find_suite(s.suite, s.tasks, fast=s.fast_sim, assets=s.assets)
         data = libero_demonstrations(s, suite.tasks)
-        policy = fine_tune(data, s.steps, s.lr, s.seed, f"{s.suite}_no_noops", suite.instructions, s.crop or None)
+        policy = fine_tune(data, s.steps, s.lr, s.seed, f"{s.suite}_no_noops", suite.instructions, s.crop or None,
+                           num_trajectories=s.demos * len(suite.tasks), fast_sim=s.fast_sim)
         more = f" --suite {s.suite} --tasks {' '.join(map(str, suite.tasks))}" + " --fast-sim" * s.fast_sim
     policy.save_pretrained(s.out)
     print(f"wrote {s.out}; measure it: python eval.py vla --checkpoint {s.out}{more}")

@@ -105,6 +105,7 @@ class Settings:
                                   "all 50 of LIBERO's, the papers' own protocol", choices=["disjoint", "all"])
     protocol: str = flag("openvla-oft", "LIBERO: whose horizons", choices=list(libero_envs.PROTOCOLS))
     horizon: int = flag(0, "LIBERO: env steps of an episode at most; 0: the protocol's")
+    hard: bool = flag(False, "LIBERO: build the simulator anew at every reset, as the stock environment does; seconds each")
     fast_sim: bool = flag(False, "LIBERO: other pixels, same physics, faster; for policies trained so")
     assets: str = flag("", "LIBERO: folder of its assets (default: LIBERO_ASSETS, else from the hub)")
 
@@ -268,7 +269,7 @@ def train(s: Settings, suite: rollouts.Suite, out: Path, step: int, policy, aver
           workers: rollouts.Workers) -> tuple[int, dict | None]:
     """Steps `step` + 1 .. s.steps; stops early on Ctrl-C. Returns the last step done and the last held-out evaluation.
     average: running average of the policy's weights, or None; reference: starting policy, or None if beta is 0; encoder: world model, or None for 0/1 rewards."""
-    key, (trained, heldout) = vla.find_key(policy.norm_stats, suite.name), splits(s)
+    key, (trained, evaluated, name) = vla.find_key(policy.norm_stats, suite.name), splits(s)
     result = None
     stop = False
     with job.ctrl_c() as interrupted, tqdm(total=s.steps, initial=step, desc=s.reward, unit="step", dynamic_ncols=True, mininterval=1,
@@ -326,10 +327,10 @@ def train(s: Settings, suite: rollouts.Suite, out: Path, step: int, policy, aver
                 gifs = out / "after" if suite.name != "tabletop" else None             # of the latest evaluation
                 if gifs and parallel.rank() == 0:
                     shutil.rmtree(gifs, ignore_errors=True)
-                result = evaluate(policy if average is None else average.module, workers, heldout, key, suite, gifs)
+                result = evaluate(policy if average is None else average.module, workers, evaluated, key, suite, gifs)
                 row["heldout"] = result["success"]
                 stop = reached(s, result)
-                tqdm.write(f"step {step:4d}  held-out success {result['success']:.1%} (greedy, {result['episodes']} episodes)")
+                tqdm.write(f"step {step:4d}  {name} success {result['success']:.1%} (greedy, {result['episodes']} episodes)")
             log.append(row)
             bar.set_postfix(success=f"{row['success']:.0%}", reward=f"{row['reward']:.2f}")
             bar.update()
@@ -432,9 +433,9 @@ def save_policy(policy, out: Path) -> None:
                       out / "policy_adapter" / "adapter_model.safetensors")
 
 
-def splits(s: Settings) -> tuple[str, str]:
-    """Which initial states are trained on, and which are evaluated on."""
-    return ("train", "heldout") if s.split == "disjoint" else ("all", "all")
+def splits(s: Settings) -> tuple[str, str, str]:
+    """Which initial states are trained on, which are evaluated on, and what to call these."""
+    return ("train", "heldout", "held-out") if s.split == "disjoint" else ("all", "all", "training")
 
 
 def run(s: Settings, given: set[str]) -> int:
@@ -445,7 +446,7 @@ def run(s: Settings, given: set[str]) -> int:
         raise ValueError("libero_plus is for evaluation only: python eval.py vla --suite " + s.suite)
     if s.suite == "tabletop" and s.split == "all":
         raise ValueError("--split all is LIBERO's; the tabletop has 50 training and 50 held-out initial states per task")
-    suite = evaluation.find_suite(s.suite, s.tasks, **dict(protocol=s.protocol, horizon=s.horizon, fast=s.fast_sim, assets=s.assets)
+    suite = evaluation.find_suite(s.suite, s.tasks, **dict(protocol=s.protocol, horizon=s.horizon, fast=s.fast_sim, hard=s.hard, assets=s.assets)
                                   if s.suite != "tabletop" else {})
     torch.set_num_threads(s.threads or os.cpu_count())
     torch.set_flush_denormal(True)          # CPU arithmetic on numbers below 1e-38 is many times slower, and they are noise
@@ -459,6 +460,7 @@ def run(s: Settings, given: set[str]) -> int:
         encoder = world_model.WorldModel.from_pretrained(WEIGHTS / "vjepa_tiny" if pixels else s.world_model, batch_size=32)
         encoder = world_model.PixelModel(encoder) if pixels else encoder
     key = vla.find_key(policy.norm_stats, suite.name)
+    evaluation.note_pixels(policy, key, s.fast_sim)
     evaluation.try_suite(suite, vla.camera_size(policy))        # whatever is wrong with the models or OpenGL shows before anything is written
     job.make_folder(out)
     average = AveragedModel(policy, multi_avg_fn=running_average(s.average)) if s.average else None
@@ -470,10 +472,10 @@ def run(s: Settings, given: set[str]) -> int:
         parallel.load_checkpoint(out / "checkpoint", weights | averaged, optimizer)
     if parallel.rank() == 0:
         (out / "settings.json").write_text(json.dumps(asdict(replace(s, out="", resume="")), indent=1) + "\n")
-    heldout, began = splits(s)[1], time.time()
+    (_, heldout, name), began = splits(s), time.time()
     print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v not in ("", [])))
     if suite.protocol:
-        print(f"{suite.name}: {'; '.join(libero_envs.SPLIT_NAMES[split] for split in dict.fromkeys(splits(s)))}; {suite.protocol}")
+        print(f"{suite.name}: {'; '.join(libero_envs.SPLIT_NAMES[split] for split in dict.fromkeys(splits(s)[:2]))}; {suite.protocol}")
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {len(suite.tasks)} tasks, {torch.get_num_threads()} torch threads, "
           f"{s.workers} simulator processes; results go to {out}/")
     workers = suite.workers(s.workers, vla.camera_size(policy), s.tables)
@@ -486,7 +488,7 @@ def run(s: Settings, given: set[str]) -> int:
             if builtin:
                 film(policy, film_starts, key, out / "before.gif")
             save(out, s, 0, policy, average, optimizer)
-            print(f"before: {before['success']:.1%} of the held-out initial states solved (greedy)")
+            print(f"before: {before['success']:.1%} of the {name} initial states solved (greedy)")
         else:
             before = json.loads((out / "before.json").read_text())
             print(f"resumed after step {step}")
@@ -514,7 +516,7 @@ def run(s: Settings, given: set[str]) -> int:
         (out / "after.json").write_text(json.dumps(after, indent=1))
     finally:
         workers.close()
-    print("\nheld-out success, greedy, 95% Wilson intervals\n" + evaluation.table({"before": before, f"after {done} steps": after}))
+    print(f"\n{name} success, greedy, 95% Wilson intervals\n" + evaluation.table({"before": before, f"after {done} steps": after}))
     trained = [r for r in rows if "seconds_rollout" in r]
     seconds = {part: np.mean([r[f"seconds_{part}"] for r in trained]) for part in ("rollout", "reward", "update")}
     print(f"{time.time() - began:.0f} s; per step: " + ", ".join(f"{part} {t:.2f} s" for part, t in seconds.items()))

@@ -220,16 +220,20 @@ def test_bad_input_is_one_clear_line():
     np.testing.assert_array_equal(physics(env), before)                         # a refused action moves nothing
 
 
-@pytest.mark.parametrize("case", ["no libEGL", "unknown MUJOCO_GL"])
-def test_missing_gl_is_one_line(case, tmp_path):
+@pytest.mark.parametrize("case", ["no libEGL", "no such device", "unknown MUJOCO_GL"])
+def test_missing_gl_is_one_line(case, tmp_path, monkeypatch):
     (tmp_path / "libEGL.so.1").write_text("not a library")                      # what the dynamic linker finds first
     (tmp_path / "libEGL.so").write_text("not a library")
-    change = {"LD_LIBRARY_PATH": str(tmp_path), "MUJOCO_GL": "egl"} if case == "no libEGL" else {"MUJOCO_GL": "bogus"}
+    change = {"no libEGL": {"LD_LIBRARY_PATH": str(tmp_path), "MUJOCO_GL": "egl"}, "no such device": {"MUJOCO_EGL_DEVICE_ID": "99", "MUJOCO_GL": "egl"},
+              "unknown MUJOCO_GL": {"MUJOCO_GL": "bogus"}}[case]
     done = subprocess.run([sys.executable, ROOT / "envs.py", "--gif", tmp_path / "x.gif"], env=os.environ | change,
                           capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stdout == "" and not (tmp_path / "x.gif").exists()
     assert done.stderr.count("\n") == 1 and f"MUJOCO_GL={change['MUJOCO_GL']}" in done.stderr
-    assert envs.GL_HELP.split()[0] == "apt-get" and (case != "no libEGL" or envs.GL_HELP in done.stderr)
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    assert "libegl1" in envs.gl_help() and (case == "unknown MUJOCO_GL" or envs.gl_help() in done.stderr)
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    assert envs.gl_help().split() == ["apt-get", "install", "-y", "--no-install-recommends", "libosmesa6"]
 
 
 def test_gif(tmp_path):

@@ -4,7 +4,9 @@ import re
 import runpy
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -129,20 +131,60 @@ def test_evaluation_goes_on(known, workers, tmp_path, monkeypatch):
     whole = evaluation.evaluate_vla(known, workers, "train", KEY, states=3)
     log, play, played = tmp_path / "train.jsonl", rollouts.play, []
     monkeypatch.setattr(rollouts, "play", lambda act, workers, starts, *more: played.append(starts) or play(act, workers, starts, *more))
-    log.write_text('{"settings": 1}\n')
+    evaluation.begin_log(log, {"a": 1})
     assert evaluation.evaluate_vla(known, workers, "train", KEY, 3, None, tmp_path / "gifs", log) == whole
     lines = log.read_text().splitlines(keepends=True)
     assert len(lines) == 13 and sorted(p.name for p in (tmp_path / "gifs").iterdir()) == [
         "task0-success.gif", "task1-failure.gif", "task2-failure.gif", "task2-success.gif", "task3-failure.gif"]
     log.write_text("".join(lines[:8]) + lines[8][:20])
+    evaluation.begin_log(log, {"a": 1})
     assert evaluation.evaluate_vla(known, workers, "train", KEY, 3, None, None, log) == whole
     done = {(row["task"], row["index"]) for row in map(json.loads, lines[1:8])}
     assert {(s.task, s.index) for s in played[1]} == {(t, i) for t in range(4) for i in range(3)} - done
     assert log.read_text().splitlines(keepends=True)[:8] == lines[:8]
+    fewer = evaluation.evaluate_vla(known, workers, "train", KEY, 2, rollouts.tabletop((0, 2)), None, log)     # what else is in the log does not count
+    assert fewer["episodes"] == 4 and fewer["tasks"].keys() == {envs.TASKS[0], envs.TASKS[2]} and len(played[2]) == 0
     with Image.open(tmp_path / "gifs" / "task1-failure.gif") as gif:                # every frame that the policy saw, and the frame
         assert gif.size == (64, 64)
         edge = np.asarray([(gif.seek(gif.n_frames - 1), gif.convert("RGB"))[1]])[0, 0].mean(0)
         assert edge[0] > 2 * edge[1]
+
+
+def test_a_log_belongs_to_its_settings(tmp_path, checkpoint):
+    log, settings = tmp_path / "new" / "a.jsonl", {"checkpoint": "x", "horizon": 8}
+    evaluation.begin_log(log, settings)
+    assert log.read_text() == json.dumps(settings) + "\n"
+    with pytest.raises(ValueError, match="a.jsonl was begun with horizon 8, not 9; repeat that, or choose another --out"):
+        evaluation.begin_log(log, settings | {"horizon": 9})
+    for torn in ("", json.dumps(settings)[:9]):                 # killed before the first line was whole
+        log.write_text(torn)
+        evaluation.begin_log(log, settings)
+        assert log.read_text() == json.dumps(settings) + "\n"
+    log.write_text("oops\n")
+    with pytest.raises(ValueError, match="a.jsonl does not begin with an evaluation's settings; delete it"):
+        evaluation.begin_log(log, settings)
+    policy = vla.load_policy(checkpoint)                        # other weights are another policy, wherever they lie
+    first = evaluation.fingerprint(policy)
+    assert first == evaluation.fingerprint(vla.load_policy(checkpoint))
+    with torch.no_grad():
+        policy.fc2.bias[3] += 1
+    assert evaluation.fingerprint(policy) != first
+
+
+def test_gifs_of_labelled_suites(known, workers, tmp_path):
+    """LIBERO-Plus has thousands of tasks, each tried once: a GIF for each outcome of a label."""
+    suite = replace(rollouts.tabletop(), labels=("one", "one", "two b", "two b"))
+    found = evaluation.evaluate_vla(known, workers, "train", KEY, 3, suite, tmp_path)
+    assert [(name, row["episodes"]) for name, row in found["tasks"].items()] == [("one", 6), ("two b", 6)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one-failure.gif", "one-success.gif", "two_b-failure.gif", "two_b-success.gif"]
+
+
+def test_other_pixels_are_noted(capsys):
+    policy = SimpleNamespace(norm_stats={"a": {"fast_sim": True}, "b": {}})
+    evaluation.note_pixels(policy, "a", True), evaluation.note_pixels(policy, "b", True), evaluation.note_pixels(policy, "b", False)
+    assert capsys.readouterr().err == ""
+    evaluation.note_pixels(policy, "a", False)
+    assert "fine-tuned with fast pixels" in capsys.readouterr().err
 
 
 def test_videos_are_what_the_world_model_reads(known, workers, tmp_path):
@@ -320,6 +362,8 @@ def test_bad_input_is_one_clear_line(checkpoint, tmp_path, monkeypatch):
             (("vla", "--checkpoint", checkpoint, "--suite", "libero_objects"), "unknown suite 'libero_objects'"),
             (("vla", "--checkpoint", checkpoint, "--tasks", "4"), "unknown task 4; there are 0..3"),
             (("vla", "--checkpoint", checkpoint, "--key", "bridge"), "bridge"),
+            (("vla", "--checkpoint", checkpoint, "--horizon", "-5"), "--horizon must be at least 0, got -5"),
+            (("vla", "--checkpoint", checkpoint, "--suite", "libero_object", "libero_plus:light"), "two packages of one name; measure them in two runs"),
             (("paper", "--checkpoint", "libero_goals=x"), "--checkpoint libero_goals: write SUITE=CHECKPOINT, with SUITE one of libero_spatial"),
             (("curves", tmp_path / "none" / "metrics.jsonl"), "none/metrics.jsonl does not exist"),
             (("curves", bad), "runs-0/metrics.jsonl line 2 is not JSON")]:

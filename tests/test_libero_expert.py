@@ -83,3 +83,5 @@ def test_expert_command_goes_on(tmp_path, capsys):
     assert main(command) == 0 and json.loads((tmp_path / "e.json").read_text()) == first
     assert "1/1, the first 1 of all 50 initial states" in capsys.readouterr().out
     assert main([*command, "--noise", "0.1"]) == 2 and "was begun with" in capsys.readouterr().err
+    (tmp_path / "e.json").write_text("{")
+    assert main(command) == 2 and f"{tmp_path}/e.json is not JSON" in capsys.readouterr().err

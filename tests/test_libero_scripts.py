@@ -63,7 +63,7 @@ def test_from_demonstrations_to_a_table(small, monkeypatch, capsys):
     assert sorted((row["task"], row["index"]) for row in map(json.loads, lines[1:])) == [(3, 0), (3, 1)]
     assert json.loads((small / "e/libero_object/result.json").read_text())["all"]["episodes"] == 2
     monkeypatch.setattr(sys, "argv", [*command, "--horizon", "9"])
-    with pytest.raises(ValueError, match="all.jsonl was begun with .*horizon 8.*repeat these settings, or choose another --out"):
+    with pytest.raises(ValueError, match="all.jsonl was begun with protocol 'horizon 8.*, not 'horizon 9.*; repeat that, or choose another --out"):
         evaluation.main()
     monkeypatch.setattr(sys, "argv", ["eval.py", "paper", "--checkpoint", "libero_object=rl/policy", *command[-4:], "--tasks", "3",
                                       "--fast-sim", "--horizon", "8", "--states", "2"])

@@ -166,6 +166,23 @@ def test_worker_that_always_dies():
         workers.close()
 
 
+class Refusing(TableBatch):
+    def step(self, action):
+        raise ValueError("no such mesh")
+
+
+def test_an_error_in_a_worker_is_raised_as_it_is(recwarn):
+    """Its message alone, for one line; where it happened stands in its notes, which Python prints with a traceback."""
+    workers = Workers(1, 1, Refusing)
+    try:
+        workers.reset({0: Start(0, 0)})
+        with pytest.raises(ValueError, match="no such mesh") as caught:
+            workers.step({0: np.zeros((8, 7))})
+        assert str(caught.value) == "no such mesh" and "in step" in caught.value.__notes__[0] and not [w for w in recwarn if "mesh" in str(w.message)]
+    finally:
+        workers.close()
+
+
 def test_workers_and_tables_must_match():
     for processes, tables in ((0, 4), (3, 2)):
         with pytest.raises(ValueError, match=f"{tables} tables over {processes} processes"):
