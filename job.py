@@ -201,7 +201,10 @@ def save_checkpoint(path: str | Path, *, model_tensors: dict[str, Tensor], train
             memory = value.untyped_storage().data_ptr()
             plain[key] = value.clone() if memory in seen else value  # tied weights: safetensors refuses shared memory
             seen.add(memory)
-        save_file(plain, tmp / f"{name}.safetensors")
+        try:
+            save_file(plain, tmp / f"{name}.safetensors")
+        except SafetensorError as e:
+            raise OSError(f"{tmp} cannot be written ({e}); is the disk full? The checkpoint before it is whole") from None
     (tmp / "state.json").write_text(text)
     replace_folder(tmp, path)
 

@@ -6,6 +6,8 @@
    must make the same number of passes: who has fewer micro-batches fills up with passes that count for nothing (`even`).
 4. Checkpoints are torch.distributed.checkpoint folders, written atomically, readable by any number of ranks.
 
+Ctrl-C reaches every rank, and the step is finished and saved; torchrun kills after 30 s what has not ended, so give it --shutdown-timeout 1800.
+
 Without torchrun everything here does nothing, and the scripts are the single-process programs they look like. Left out: tensor and
 pipeline parallelism, which 7B does not need, and elastic restarts: a rank that dies ends the run, --resume goes on with it.
 
@@ -36,7 +38,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import grpo
 import job
 
-PATIENCE = timedelta(hours=2)   # the longest that ranks wait for one that evaluates or has the slowest rollouts
+PATIENCE = timedelta(hours=12)  # the longest that ranks wait for one that evaluates or has the slowest rollouts
 
 
 # Processes
@@ -177,7 +179,10 @@ def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], optimizer: tor
         tmp.mkdir(parents=True)
         (tmp / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False))
     barrier()
-    dcp.save(tensors | trainer, checkpoint_id=tmp)          # returns when every rank's files are flushed
+    try:
+        dcp.save(tensors | trainer, checkpoint_id=tmp)      # returns when every rank's files are flushed
+    except CheckpointException as error:
+        raise OSError(f"{tmp} cannot be written ({_cause(error)}); is the disk full? The checkpoint before it is whole") from None
     if rank() == 0:
         job.replace_folder(tmp, path)
     barrier()
@@ -206,10 +211,14 @@ def load_checkpoint(path: str | Path, tensors: dict[str, Tensor], optimizer: tor
                                else torch.zeros((), dtype=torch.int64))
         dcp.load(wanted, checkpoint_id=path)
     except (CheckpointException, RuntimeError, IndexError, EOFError, OSError) as error:     # the first derives from BaseException
-        cause = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
-        raise ValueError(f"{path} cannot be loaded, it is damaged or another model's: "
-                         f"{(str(cause).strip() or type(cause).__name__).splitlines()[0]}") from None
+        raise ValueError(f"{path} cannot be loaded, it is damaged or another model's: {_cause(error)}") from None
     grpo.load_optimizer_tensors(optimizer, {key: x for key, x in wanted.items() if key.startswith("optimizer.")})
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what went wrong on some rank."""
+    cause = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
 
 
 def _place(whole: Tensor, like: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 1. Sizes come from config.json and the headers of the safetensors files: no weight is read.
 2. Weights, gradients and optimiser state are counted tensor by tensor, as the flags make them: full or LoRA, bf16 or fp32, over N ranks.
 3. Activations are what autograd keeps of a micro-batch: block by block, or with gradient checkpointing each block's input and one block.
-4. The peak is the larger of two phases: rollout and its rewards (whole weights, KV cache, then the world model) and update (gradients, activations, logits).
+4. The peak is the largest of three phases: rollout and its rewards (whole weights, KV cache, then the world model), the reference's pass (KL),
+   and update (gradients, activations, logits).
 5. If that is more than is free, the flags that make it fit are found by trying them. Then what else would stop the run is looked at.
 
 Left out: the allocator's fragmentation and the libraries' own buffers, for which 5% is added; the simulator's memory.
@@ -14,13 +15,15 @@ Left out: the allocator's fragmentation and the libraries' own buffers, for whic
 import math
 import os
 import re
+import shutil
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import psutil
 import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import job
 import vla
@@ -29,7 +32,7 @@ GiB = 2**30
 MARGIN = 1.05
 PROMPT_TOKENS = 32      # of an OpenVLA instruction, about
 # What may be changed to save memory, the least costly first; each is tried on top of the ones before
-SAVINGS = {"vla": [{"gradient_checkpointing": True}, {"micro_batch": 8}, {"micro_batch": 1}, {"average": 0.0}, {"average": 0.0, "dtype": "bfloat16"},
+SAVINGS = {"vla": [{"gradient_checkpointing": True}, {"clips": 4}, {"clips": 1}, {"micro_batch": 8}, {"micro_batch": 1}, {"average": 0.0}, {"average": 0.0, "dtype": "bfloat16"},
                    {"offload_optimizer": True}, {"lora_rank": 32}],
            "vlm": [{"gradient_checkpointing": True}, {"micro_tokens": 4096}, {"rollout_batch": 16}, {"micro_tokens": 1}, {"dtype": "bfloat16"},
                    {"offload_optimizer": True}, {"lora_rank": 32}]}
@@ -43,7 +46,8 @@ class Needs:
     working: float          # whole weights of a block or two, and of the root, in the update of several ranks
     gradients: float
     optimizer: float
-    copies: float           # running average, reference
+    copies: float           # running average; on a CPU also the reference
+    reference: float        # while it is there, for its pass; else it waits on the CPU
     activations: float
     logits: float           # of the completions: forward, copy, gradient
     kv_cache: float
@@ -61,8 +65,15 @@ class Needs:
         return MARGIN * (self.weights + self.working + self.gradients + self.optimizer + self.copies + self.activations + self.logits + self.world_model)
 
     @property
+    def scoring(self) -> float:
+        """The pass of the reference, with what that of the rollout works with."""
+        if not self.reference:
+            return 0.0
+        return MARGIN * (self.weights + self.gathered + self.optimizer + self.copies + self.reference + self.forward + self.logits / 3 + self.world_model)
+
+    @property
     def peak(self) -> float:
-        return max(self.rollout, self.update)
+        return max(self.rollout, self.scoring, self.update)
 
 
 def read_checkpoint(path: str | Path) -> tuple[Path, dict, dict[str, tuple[int, ...]]]:
@@ -106,7 +117,7 @@ class Stack:
     llama: RMSNorm, gated MLP, padding; qwen-vit: the same without padding, q, k and v cut from one tensor; vit: LayerNorm, GELU MLP; dino: that,
     with both branches scaled by a vector."""
     kind: str
-    rows: int
+    rows: float
     length: int
     width: int
     depth: int
@@ -150,7 +161,7 @@ def stacks(config: dict, shapes: dict, s) -> list[Stack]:
         rows = min(s.micro_batch, s.minibatch)
         return [Stack("dino", rows, vla.PATCHES + 5, w1, d1 - 1, m1, s.lora_rank > 0), Stack("vit", rows, vla.PATCHES, w2, d2 - 1, m2, s.lora_rank > 0),
                 Stack("llama", rows, vla.PATCHES + PROMPT_TOKENS + vla.ACTION_TOKENS + 1, **text, lora=s.lora_rank > 0)]
-    language, vision = Stack("llama", sequences(s), s.max_prompt + s.max_new_tokens, **text, lora=s.lora_rank > 0), config["vision_config"]
+    language, vision = Stack("llama", sequences(s), longest(s)[0], **text, lora=s.lora_rank > 0), config["vision_config"]
     if s.freeze_vision or s.lora_rank:                                                  # nothing of the tower is kept
         return [language]
     merged = vision.get("spatial_merge_size", 2)**2                                     # patches of an image token
@@ -172,13 +183,23 @@ def activations(config: dict, shapes: dict, s, size: int) -> float:
     return total + sum(part.block(size) * part.depth for part in parts)
 
 
-def sequences(s) -> int:
-    """Responses of a micro-batch: one always goes."""
-    return max(1, s.micro_tokens // (s.max_prompt + s.max_new_tokens))
+def longest(s) -> tuple[int, int]:
+    """reflection_srpo.py: tokens of the longest row that its stage may train on, and those of its response."""
+    return (s.max_length, max(1, s.max_length - s.max_prompt)) if s.stage == "sft" else (s.max_prompt + s.max_new_tokens, s.max_new_tokens)
 
 
-def needs(s, config: dict, shapes: dict, ranks: int = 1, world_model: tuple[float, float] = (0.0, 0.0)) -> Needs:
-    """Per GPU, for the settings of either script."""
+def sequences(s) -> float:
+    """Longest rows of a micro-batch, of shorter ones there are more: one always goes."""
+    return max(1.0, s.micro_tokens / longest(s)[0])
+
+
+def completion_tokens(s) -> int:
+    """Of a micro-batch at most: these reach the vocabulary."""
+    return int(sequences(s) * longest(s)[1])
+
+
+def needs(s, config: dict, shapes: dict, ranks: int = 1, world_model: tuple[dict, int] | None = None) -> Needs:
+    """Per GPU, for the settings of either script. world_model: config.json and number of parameters of a V-JEPA 2."""
     size, numbers = (2 if s.dtype == "bfloat16" else 4), {name: math.prod(shape) for name, shape in shapes.items()}
     train = trained(shapes, s)
     adapted = sum(train.values()) * 4 if s.lora_rank else 0                             # adapters are fp32
@@ -191,11 +212,12 @@ def needs(s, config: dict, shapes: dict, ranks: int = 1, world_model: tuple[floa
     if hasattr(s, "micro_tokens"):
         text = config.get("text_config") or config
         heads = text.get("num_key_value_heads") or text["num_attention_heads"]
-        prompts = min(s.rollout_batch, math.ceil(s.prompts / ranks) * s.group_size)
+        prompts = 0 if s.stage == "sft" else min(s.rollout_batch, math.ceil(s.prompts / ranks) * s.group_size)
         kv_cache = (prompts * (s.max_prompt + s.max_new_tokens) * text["num_hidden_layers"] * 2 * heads
                     * (text["hidden_size"] // text["num_attention_heads"]) * size)
-        logits = 3 * sequences(s) * s.max_new_tokens * text["vocab_size"] * size
-    copies = (weights / ranks if getattr(s, "average", 0) else 0) + (sum(numbers.values()) * size if s.beta and not s.lora_rank else 0)
+        logits = 3 * completion_tokens(s) * text["vocab_size"] * size
+    reference = sum(numbers.values()) * size if s.beta and not s.lora_rank else 0
+    copies = (weights / ranks if getattr(s, "average", 0) else 0) + (0 if torch.cuda.is_available() else reference)
     parts, forward = stacks(config, shapes, s), 0.0
     if parts:
         length = s.max_prompt if hasattr(s, "micro_tokens") else parts[-1].length
@@ -205,8 +227,9 @@ def needs(s, config: dict, shapes: dict, ranks: int = 1, world_model: tuple[floa
     working, one = 0.0, (weights - root) / blocks
     if ranks > 1:                                                                       # whole weights, and gradients before they are divided, also in fp32
         working = (root + 2 * one) * (1 - 1 / ranks) + (0 if s.lora_rank else (root + one) * (1 + 4 / size))
-    return Needs(weights / ranks, weights * (1 - 1 / ranks), working, gradients / ranks, optimizer / ranks, copies, activations(config, shapes, s, size),
-                 logits, kv_cache, forward, *world_model)
+    encoder = encoder_bytes(*world_model, s.clips) if world_model else (0.0, 0.0)
+    return Needs(weights / ranks, weights * (1 - 1 / ranks), working, gradients / ranks, optimizer / ranks, copies,
+                 reference if torch.cuda.is_available() else 0, activations(config, shapes, s, size), logits, kv_cache, forward, *encoder)
 
 
 def encoder_bytes(config: dict, parameters: int, clips: int) -> tuple[float, float]:
@@ -214,6 +237,16 @@ def encoder_bytes(config: dict, parameters: int, clips: int) -> tuple[float, flo
     tokens = config["frames_per_clip"] // config["tubelet_size"] * (config["crop_size"] // config["patch_size"])**2
     pixels = 3 * config["frames_per_clip"] * config["crop_size"]**2
     return 4 * parameters, clips * (4 * pixels + tokens * config["hidden_size"] * (8 + 4 * config["mlp_ratio"]))
+
+
+def host(s, shapes: dict, ranks: int = 1) -> tuple[float, float]:
+    """(RAM, disk) in bytes beside a GPU: the RAM of this rank's reference, offloaded optimiser and of the copy that is saved; the disk of
+    two checkpoints, since the old one goes when the new one is whole, and of the policy."""
+    size, numbers, train = (2 if s.dtype == "bfloat16" else 4), sum(map(math.prod, shapes.values())), sum(trained(shapes, s).values())
+    state = train * (8 + (4 if size == 2 and not s.lora_rank else 0))
+    checkpoint = state + train * (4 if s.lora_rank else size) * (2 if getattr(s, "average", 0) else 1)
+    ram = (numbers * size if s.beta and not s.lora_rank else 0) + (state if s.offload_optimizer else 0) + checkpoint / ranks
+    return ram, 2 * checkpoint + numbers * size
 
 
 def free_memory() -> tuple[float, str]:
@@ -251,10 +284,17 @@ def inputs(s, model: str = "") -> tuple[Path, tuple]:
     """The checkpoint's folder, and what `needs` takes after the settings; ranks are torchrun's."""
     if not (model or s.model):
         raise ValueError("--plan needs --model: a folder or hub id")
-    (folder, config, shapes), encoder = read_checkpoint(model or s.model), (0.0, 0.0)
+    folder, config, shapes = read_checkpoint(model or s.model)
+    kind, encoder = config.get("model_type"), None
+    if hasattr(s, "micro_tokens") and not (isinstance(config.get("vision_config"), dict) and "image_token_id" in config):
+        raise ValueError(f"{folder} is a {kind}, which takes no pictures here; give a Qwen2.5-VL or Qwen3-VL")
+    if hasattr(s, "micro_batch") and kind not in ("openvla", "tiny_vla"):
+        raise ValueError(f"{folder} is a {kind}; give an OpenVLA-OFT or a TinyVLA")
     if getattr(s, "reward", "") == "srpo" and s.world_model != "pixels":
-        _, video, tensors = read_checkpoint(s.world_model)
-        encoder = encoder_bytes(video, sum(map(math.prod, tensors.values())), 32)
+        where, video, tensors = read_checkpoint(s.world_model)
+        if video.get("model_type") != "vjepa2":
+            raise ValueError(f"--world_model {where} is a {video.get('model_type')}; give a V-JEPA 2, or pixels")
+        encoder = video, sum(map(math.prod, tensors.values()))
     return folder, (config, shapes, int(os.environ.get("WORLD_SIZE", 1)), encoder)
 
 
@@ -265,10 +305,15 @@ def summary(s, given: tuple) -> str:
 
 
 def announced(s, model: str = "") -> str:
-    """The first line of a run, before anything is loaded: `summary`, and what to change if that is more than there is."""
-    _, given = inputs(s, model)
-    free = free_memory()[0]
-    return f"memory: {summary(s, given)}" + (f". It does not fit: {advice(s, given, free)}" if needs(s, *given).peak > free else "")
+    """The first lines of a run, before anything is loaded: what is needed, and what to change if that is more than there is. ValueError for what
+    would stop the run later."""
+    folder, given = inputs(s, model)
+    if problems := checks(s, folder, *given[:2]):
+        raise ValueError(problems[0])
+    free, plan = free_memory()[0], needs(s, *given)
+    parts = [f"{field.name.replace('_', ' ')} {x / GiB:.2f}" for field in fields(plan) if (x := getattr(plan, field.name)) > 0.005 * GiB]
+    return f"memory: {summary(s, given)}" + f"\n  of it: {', '.join(parts)}" * bool(parts) + (
+        f"\n  it does not fit: {advice(s, given, free)}" if plan.peak > free else "")
 
 
 def advice(s, given: tuple, free: float) -> str:
@@ -279,14 +324,21 @@ def advice(s, given: tuple, free: float) -> str:
 
 def report(s, model: str = "") -> tuple[str, list[str]]:
     """The plan as text, and what would stop the run, a line each."""
-    folder, given = inputs(s, model)
+    try:
+        folder, given = inputs(s, model)
+    except ValueError as error:                                                         # another architecture: there is nothing to count
+        return "", [str(error)]
     config, shapes, ranks, _ = given
-    problems = checks(s, folder, config, shapes)
-    if "vision_config" not in config and (hasattr(s, "micro_tokens") or config.get("model_type") not in ("openvla", "tiny_vla")):
-        return "", problems                                                             # another architecture: there is nothing to count
-    plan, (free, _) = needs(s, *given), free_memory()
+    problems = checks(s, folder, config, shapes) + simulator(s)
+    plan, (free, _), (ram, disk) = needs(s, *given), free_memory(), host(s, shapes, ranks)
+    room = shutil.disk_usage(next(p for p in Path(s.out or "out").absolute().parents if p.exists())).free
+    if disk > room:
+        problems.append(f"two checkpoints and the policy need {disk / GiB:.1f} GiB on disk, {room / GiB:.1f} are free; choose another --out")
+    if torch.cuda.is_available() and ram > (there := psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
+        problems.append(f"a rank needs {ram / GiB:.1f} GiB of RAM beside the GPU, {there / GiB:.1f} are free")
     lines = [f"plan for {folder}: {sum(map(math.prod, shapes.values())):,} parameters, {sum(trained(shapes, s).values()):,} trained, {ranks} rank(s); GiB each"]
     lines += [f"  {field.name.replace('_', ' '):12} {getattr(plan, field.name) / GiB:8.2f}" for field in fields(plan)]
+    lines += [f"  beside the GPU: RAM {ram / GiB:.2f}, disk {disk / GiB:.2f}"]
     return "\n".join([*lines, "  " + summary(s, given)]), problems + [f"does not fit; {advice(s, given, free)}"] * (plan.peak > free)
 
 
@@ -320,38 +372,63 @@ def explained(s):
 # What else would stop the run
 
 def checks(s, folder: Path, config: dict, shapes: dict) -> list[str]:
-    """Problems of the checkpoint, its tokenizer, the suite and its simulator, a line each with the fix."""
-    kind, tokenizer = config.get("model_type"), folder / "tokenizer.json"
-    problems = [] if tokenizer.is_file() or kind == "tiny_vla" else [f"{folder} has no tokenizer.json; copy it from the original checkpoint"]
+    """Problems of the checkpoint, its tokenizer and the suite, a line each with the fix."""
+    kind, problems = config["model_type"], []
+    files = {file.name for file in folder.iterdir()}
+    if kind == "tiny_vla":
+        needed = []
+    else:
+        needed = ["tokenizer.json", *(["preprocessor_config.json"] if kind == "openvla" or "processor_config.json" not in files else [])]
+    problems += [f"{folder} has no {name}; copy it from the original checkpoint" for name in needed if name not in files]
     if hasattr(s, "micro_tokens"):
-        if "vision_config" not in config:
-            return [f"{folder} is a {kind}, which takes no pictures; give a Qwen2.5-VL or Qwen3-VL"]
-        words, rows = 0 if problems else len(vla.read_json(tokenizer)["model"]["vocab"]), (config.get("text_config") or config)["vocab_size"]
-        if words > rows:
-            problems.append(f"{folder}: the tokenizer has {words} words and the model {rows} rows; they belong to different checkpoints")
-        if not any(folder.glob("chat_template.*")) and "chat_template" not in vla.read_json(folder / "tokenizer_config.json"):
-            problems.append(f"{folder} has no chat template; give an instruction-tuned checkpoint")
-        return problems
-    if kind not in ("openvla", "tiny_vla"):
-        return [f"{folder} is a {kind}; give an OpenVLA-OFT or a TinyVLA"]
+        return problems or _qwen_checks(folder, config, shapes)
     if kind == "openvla" and not problems:
         try:
-            vla.read_tokenizer(tokenizer.read_bytes())
+            vla.read_tokenizer((folder / "tokenizer.json").read_bytes())
         except ValueError as error:
             problems.append(f"{folder}: {error}")
     rows = shapes.get("language_model.lm_head.weight", (0,))[0]
     if kind == "openvla" and rows < vla.FIRST_BIN + vla.BINS:
         problems.append(f"{folder}: the head has {rows} rows, the discrete action tokens end at {vla.FIRST_BIN + vla.BINS}")
-    problems += [f"{folder} holds {file.name}, a regression head: RL needs the checkpoint with discrete action tokens" for file in folder.glob("*action_head*")]
-    file, suite = folder / "dataset_statistics.json", getattr(s, "suite", "tabletop")
-    stats = vla.read_json(file) if file.is_file() else config.get("norm_stats", {})
-    if not {f"{suite}_no_noops", suite} & set(stats):
-        problems.append(f"{folder} has action statistics for {', '.join(sorted(stats)) or 'nothing'}, not for {suite}; give the checkpoint of that suite")
-    try:
-        import envs
-        import libero_envs
-        env = envs.Tabletop() if suite == "tabletop" else libero_envs.Libero(suite, task=0, assets=s.assets)
-        env.reset()                                                                     # OpenGL, and the suite's assets
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        problems.append(str(error).splitlines()[0])
+    elif kind == "openvla":
+        problems += vla.misfits(config, shapes, folder)
+    if not Path(s.model).is_dir():
+        from huggingface_hub import list_repo_files
+        with suppress(OSError, ValueError):                                             # offline: what is in the cache must do
+            files |= set(list_repo_files(s.model))
+    problems += [f"{folder} holds {name}, a regression head: RL needs the checkpoint with discrete action tokens" for name in files if "action_head" in name]
+    statistics = vla.read_json(folder / "dataset_statistics.json") if "dataset_statistics.json" in files else config.get("norm_stats", {})
+    if not {f"{s.suite}_no_noops", s.suite} & set(statistics):
+        problems.append(f"{folder} has action statistics for {', '.join(sorted(statistics)) or 'nothing'}, not for {s.suite}; give the checkpoint of that suite")
     return problems
+
+
+def _qwen_checks(folder: Path, config: dict, shapes: dict) -> list[str]:
+    problems, text = [], config.get("text_config") or config
+    tokenizer = vla.read_json(folder / "tokenizer.json")
+    words = (tokenizer.get("model") or {}).get("vocab") or {}
+    numbers = {*(words.values() if isinstance(words, dict) else range(len(words))), *(token["id"] for token in tokenizer.get("added_tokens", ()))}
+    if len(words) > text["vocab_size"]:
+        problems.append(f"{folder}: the tokenizer has {len(words)} words and the model {text['vocab_size']} rows; they belong to different checkpoints")
+    elif config["image_token_id"] not in numbers:
+        problems.append(f"{folder}: the tokenizer has no word {config['image_token_id']}, the model's place holder of pictures; they belong to different checkpoints")
+    if not any(folder.glob("chat_template.*")) and "chat_template" not in vla.read_json(folder / "tokenizer_config.json"):
+        problems.append(f"{folder} has no chat template; give an instruction-tuned checkpoint")
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+    wanted, found = {sum(p.numel() for p in tensors) for tensors in (model.parameters(), model.state_dict().values())}, sum(map(math.prod, shapes.values()))
+    if found not in wanted:                                                             # names differ between versions of transformers, sizes do not
+        problems.append(f"{folder}: the tensors hold {found:,} numbers, and config.json describes {min(wanted):,}; copy the checkpoint again")
+    return problems
+
+
+def simulator(s) -> list[str]:
+    """Problems of the suite, its tasks, OpenGL and the simulator's assets."""
+    if hasattr(s, "micro_tokens"):
+        return []
+    import eval as evaluation
+    try:
+        evaluation.try_suite(evaluation.find_suite(s.suite, s.tasks, **{} if s.suite == "tabletop" else dict(assets=s.assets)), 64)
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        return [str(error).splitlines()[0]]
+    return []

@@ -90,7 +90,7 @@ class Settings:
     offload_optimizer: bool = flag(False, "optimiser state and step on the CPU, for one process: 12 of 16 bytes a weight leave the GPU")
     dtype: str = flag("float32", "of the weights; bfloat16 keeps fp32 master weights in the optimiser", choices=["float32", "bfloat16"])
     device: str = flag("", "default: cuda if there is one")
-    micro_tokens: int = flag(16384, "tokens per forward pass, padding included; smaller saves memory, same gradient")
+    micro_tokens: int = flag(16384, "tokens per forward pass, padding included; smaller saves memory, same gradient (in bf16 to rounding)")
     rollout_batch: int = flag(256, "responses generated at a time")
     stage: str = flag("all", "what the command's first word says; all: sft, then rl", choices=["all", "sft", "rl"])
     seed: int = flag(0, "of weights, data, sampling")
@@ -103,8 +103,10 @@ class Settings:
 
 # The paper's settings, where they differ from the small ones above
 PAPER = dict(prompt="reflection", max_new_tokens=2048, sft_epochs=1.0, sft_lr=1e-5, steps=500, prompts=128, lr=1e-6,
-             max_pixels=640 * 28 * 28, keep="mixed", freeze_vision=True, gradient_checkpointing=True, dtype="bfloat16", rollout_batch=64, eval_every=50)
-FREE = {"out", "resume", "threads", "eval_every", "save_every", "rollout_batch", "micro_tokens"}    # may change on resume
+             max_pixels=640 * 28 * 28, keep="mixed", freeze_vision=True, gradient_checkpointing=True, dtype="bfloat16", rollout_batch=32, micro_tokens=8192,
+             eval_every=50)
+# May change on resume: where it is computed and how much at a time
+FREE = {"out", "resume", "threads", "eval_every", "save_every", "rollout_batch", "micro_tokens", "gradient_checkpointing", "offload_optimizer"}
 
 
 def check(s: Settings) -> None:
@@ -217,7 +219,7 @@ def supervised(s: Settings, out: Path, model, processor, rows: list[Row], step: 
             idle = any(busy := parallel.gather([some[0] in own])) and not busy[parallel.rank()]     # some is a spare row, which only fills up passes
             targets = [processor.target(row.target) for row in some]
             tokens, total = sum(parallel.gather([0 if idle else sum(map(len, targets))])), 0.0
-            for part in parallel.even(list(vlm.micro_batches([len(p.ids) + len(t) for p, t in zip(prompts, targets)], s.micro_tokens))):
+            for part in parallel.even(list(micro_batches([(len(p.ids), len(t)) for p, t in zip(prompts, targets)], s))):
                 counts, part = part is not None and not idle, part or [0]
                 inputs, ids, mask = processor.batch([prompts[i] for i in part], [targets[i] for i in part], model.device)
                 logp, _ = grpo.token_logprobs(vlm.completion_logits(model, inputs, ids.shape[1]), ids)      # (B, n)
@@ -248,22 +250,37 @@ class Batch:
     idle: bool = False                  # this rank has none: the one row only fills up passes
 
 
+def micro_batches(lengths: list[tuple[int, int]], s: Settings):
+    """`vlm.micro_batches` within what plan.py counts on."""
+    return vlm.micro_batches(lengths, s.micro_tokens, plan.completion_tokens(s))
+
+
 def logprobs(model, processor, prompts, completions, temperature: float):
     """(log-probabilities, entropy, mask) of the completions' tokens, each (B, n)."""
     inputs, ids, mask = processor.batch(prompts, completions, model.device)
     return (*grpo.token_logprobs(vlm.completion_logits(model, inputs, ids.shape[1]), ids, temperature), mask)
 
 
-def reference_logprobs(model, reference, *arguments):
-    """Under the starting policy: the model with its adapters off, or a copy that waits on the CPU."""
+def frozen_logprobs(model, processor, batch: Batch, s: Settings) -> list[torch.Tensor]:
+    """Log-probabilities of each response (n_i,), without gradient, by a model whose weights are whole."""
+    rows: list = [None] * len(batch.completions)
     with torch.no_grad():
-        if reference is None:
-            with model.disable_adapter():
-                return logprobs(model, *arguments)[0]
-        try:
-            return logprobs(reference.to(model.device), *arguments)[0]
-        finally:
-            reference.to("cpu")
+        for part in micro_batches([(len(p.ids), len(c)) for p, c in zip(batch.prompts, batch.completions)], s):
+            logp, _, _ = logprobs(model, processor, [batch.prompts[i] for i in part], [batch.completions[i] for i in part], s.temperature)
+            for i, row in zip(part, logp):
+                rows[i] = row[:len(batch.completions[i])]
+    return rows
+
+
+def reference_logprobs(model, reference, *arguments) -> list[torch.Tensor]:
+    """`frozen_logprobs` under the starting policy: the model with its adapters off, or a copy that waits on the CPU."""
+    if reference is None:
+        with parallel.gathered(model), model.disable_adapter():
+            return frozen_logprobs(model, *arguments)
+    try:
+        return frozen_logprobs(reference.to(model.device), *arguments)
+    finally:
+        reference.to("cpu")
 
 
 def update(model, reference, processor, optimizer, batch: Batch, s: Settings) -> dict:
@@ -273,27 +290,24 @@ def update(model, reference, processor, optimizer, batch: Batch, s: Settings) ->
     first, tokens = sum(map(len, tokens[:parallel.rank()])), torch.tensor([count for each in tokens for count in each])
     n, stats, entropies, norms, skipped = len(tokens), [], [], [], 0
     size = s.minibatch or n
-    lengths = [len(p.ids) + len(c) for p, c in zip(batch.prompts, batch.completions)]
+    lengths = [(len(p.ids), len(c)) for p, c in zip(batch.prompts, batch.completions)]
     pick = lambda part: ([batch.prompts[i] for i in part], [batch.completions[i] for i in part])
-    old = None
+    padded = lambda rows, part: rows and torch.nn.utils.rnn.pad_sequence([rows[i] for i in part], batch_first=True)     # (B, n)
+    old = ref = None
     if s.epochs * math.ceil(n / size) > 1:      # else the only update starts at ratio 1, and its own log-probabilities serve
-        old = [None] * len(batch.completions)
-        with torch.no_grad(), parallel.gathered(model):
-            for part in vlm.micro_batches(lengths, s.micro_tokens):
-                logp, _, _ = logprobs(model, processor, *pick(part), s.temperature)
-                for i, row in zip(part, logp):
-                    old[i] = row[:len(batch.completions[i])]
+        with parallel.gathered(model):
+            old = frozen_logprobs(model, processor, batch, s)
+    if s.beta:
+        ref = reference_logprobs(model, reference, processor, batch, s)
     for _ in range(s.epochs):
         for rows in parallel.permutation(n).split(size):
             normalizer = grpo.loss_normalizer(torch.arange(int(tokens[rows].max())) < tokens[rows, None], s.aggregate, s.max_new_tokens)
             rows, seen = rows[(rows >= first) & (rows < first + len(own))] - first, []                      # this rank's
-            for part in parallel.even(list(vlm.micro_batches([lengths[i] for i in rows], s.micro_tokens))):
-                counts, part = part is not None, [lengths.index(min(lengths))] if part is None else rows[part].tolist()
-                ref = reference_logprobs(model, reference, processor, *pick(part), s.temperature) if s.beta else None
+            for part in parallel.even(list(micro_batches([lengths[i] for i in rows], s))):
+                counts, part = part is not None, [lengths.index(min(lengths, key=sum))] if part is None else rows[part].tolist()
                 logp, entropy, mask = logprobs(model, processor, *pick(part), s.temperature)                # (B, n)
                 mask = mask & counts
-                before = old and torch.nn.utils.rnn.pad_sequence([old[i] for i in part], batch_first=True)
-                loss, stat = grpo.policy_loss(logp, before, batch.advantages[part].to(logp.device), mask, ref_logp=ref, beta=s.beta,
+                loss, stat = grpo.policy_loss(logp, padded(old, part), batch.advantages[part].to(logp.device), mask, ref_logp=padded(ref, part), beta=s.beta,
                                               clip=(s.clip_low, s.clip_high), aggregate=s.aggregate, normalizer=normalizer)
                 (loss * parallel.world()).backward()                            # ranks' gradients are averaged
                 seen += [stat | {"entropy": (entropy.detach() * mask).sum() / mask.sum()}] * counts
@@ -463,8 +477,8 @@ def read_rows(data: str, s: Settings, rejected: Rejections) -> list[Row]:
 
 def run(s: Settings, given: set[str] = frozenset()) -> int:
     """The whole job; returns the exit code."""
-    check(s)
     s, out, saved = job.begin(s, given, FREE, s.out)
+    check(s)
     stage = s.stage
     if stage == "all" and s.data != "arrows":
         raise ValueError("--data needs a stage: python reflection_srpo.py sft ... (rows with targets) or rl ...")
@@ -579,7 +593,10 @@ def main(argv: list[str] | None = None) -> int:
             given.add("stage")
         with plan.explained(s):
             parallel.start()
-            check(s)
+            if s.resume and more.plan:
+                s, _, _ = job.begin(s, given, FREE, s.out)
+            if not s.resume or more.plan:              # else `run` checks the settings of the run
+                check(s)
             code = plan.show(s) if more.plan else run(s, given)
             parallel.stop()
             return code

@@ -354,12 +354,8 @@ class OpenVLA(nn.Module):
             model = cls(config, *sizes, preprocessor=preprocessor, files=files)
         if (folder / "dataset_statistics.json").is_file():      # of fine-tuning: overrides the config's
             model.norm_stats = read_json(folder / "dataset_statistics.json")
-        wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-        wrong = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
-        if wrong:
-            raise ValueError(f"{folder}: {len(wrong)} tensors are not OpenVLA's; the first, {wrong[0]}, has shape "
-                             f"{found.get(wrong[0], 'missing')} and should be {wanted.get(wrong[0], 'absent')}; "
-                             "give a complete checkpoint whose config.json fits")
+        if wrong := misfits(config, found, folder):
+            raise ValueError(wrong[0])
         for file in sorted({file for file, _ in tensors.values()}):
             with safe_open(file, "pt", device=str(device or "cpu")) as shard:
                 part = {name: shard.get_tensor(name).to(dtype) for name in shard.keys()}
@@ -424,7 +420,7 @@ def local_folder(path: str | Path, weights: bool = True) -> Path:
 
 def read_json(file: Path) -> dict:
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing; the folder is not a complete OpenVLA checkpoint")
+        raise FileNotFoundError(f"{file} is missing; the folder is not a complete checkpoint")
     try:
         return json.loads(file.read_text())
     except ValueError as error:
@@ -480,6 +476,18 @@ def write_folder(path: Path, jsons: dict[str, dict], files: dict[str, bytes], st
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial_folder / "model.safetensors",
               metadata={"format": "pt"})
     os.replace(partial_folder, path)
+
+
+def misfits(config: dict, shapes: dict[str, tuple[int, ...]], folder: Path) -> list[str]:
+    """A line if the tensors are not those of the OpenVLA that config.json describes, else none."""
+    sizes = [tower_size(shapes, f"vision_backbone.{tower}", folder) for tower in ("featurizer", "fused_featurizer")]
+    with torch.device("meta"):
+        wanted = {name: tuple(p.shape) for name, p in OpenVLA(config, *sizes).state_dict().items()}
+    wrong = [name for name in {**wanted, **shapes} if shapes.get(name) != wanted.get(name)]
+    if not wrong:
+        return []
+    return [f"{folder}: {len(wrong)} tensors are not OpenVLA's; the first, {wrong[0]}, has shape {shapes.get(wrong[0], 'missing')} and should be "
+            f"{wanted.get(wrong[0], 'absent')}; give a complete checkpoint whose config.json fits"]
 
 
 def tower_size(shapes: dict[str, tuple[int, ...]], prefix: str, folder: Path) -> tuple[int, int, int]:

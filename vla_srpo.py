@@ -27,7 +27,7 @@ import os
 import shutil
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -73,7 +73,7 @@ class Settings:
     lr_end: float = flag(0.3, "towards this fraction of it at the end")
     epochs: int = flag(2, "passes over a step's rollouts (paper: 1)")
     minibatch: int = flag(256, "action chunks per update")
-    micro_batch: int = flag(256, "action chunks per forward pass; smaller saves memory, same gradient")
+    micro_batch: int = flag(256, "action chunks per forward pass; smaller saves memory, same gradient (in bf16 to rounding)")
     clip_low: float = flag(0.2, "ratio is clipped below 1 - this")
     clip_high: float = flag(0.28, "and above 1 + this")
     target_kl: float = flag(0.02, "end a step's updates when KL(old || new) per token exceeds this; 0: never")
@@ -87,6 +87,7 @@ class Settings:
                      choices=["signal", "mixed"])
     model: str = flag(str(WEIGHTS / "tiny_vla"), "starting policy: folder or hub id")
     world_model: str = flag(str(WEIGHTS / "vjepa_tiny"), "V-JEPA 2 encoder: folder or hub id; pixels: mean frames instead of latents, a baseline")
+    clips: int = flag(32, "videos that the world model encodes at a time; fewer need less memory")
     dtype: str = flag("float32", "of the policy's weights; bfloat16 keeps fp32 master weights in the optimiser", choices=["float32", "bfloat16"])
     lora_rank: int = flag(0, "train LoRA adapters of this rank on all linear layers, the towers' too; 0: all weights")
     gradient_checkpointing: bool = flag(False, "OpenVLA: recompute activations in the backward pass: less memory, a third more time")
@@ -114,12 +115,12 @@ class Settings:
 PAPER = dict(alpha=0.8, groups=64, temperature_end=1.6, lr=5e-6, lr_end=1.0, epochs=1, minibatch=1024, micro_batch=16, target_kl=0.0, average=0.0,
              dtype="bfloat16", gradient_checkpointing=True, world_model="facebook/vjepa2-vitg-fpc64-384", suite="libero_object", save_every=10)
 # May change on resume; threads change the rounding, LIBERO's workers the draws
-FREE = {"out", "resume", "workers", "threads", "eval_every", "save_every", "assets"}
+FREE = {"out", "resume", "workers", "threads", "eval_every", "save_every", "assets", "micro_batch", "clips", "gradient_checkpointing", "offload_optimizer"}
 
 
 def check(s: Settings) -> None:
     """ValueError, one line, for a setting out of range."""
-    job.require(s, dict(steps=1, groups=1, group_size=2, epochs=1, minibatch=1, micro_batch=1, workers=1, tables=0, save_every=1, threads=0,
+    job.require(s, dict(steps=1, groups=1, group_size=2, epochs=1, minibatch=1, micro_batch=1, clips=1, workers=1, tables=0, save_every=1, threads=0,
                         lora_rank=0, horizon=0, eval_every=0, seed=0, beta=0, target_kl=0, lr_end=0),
                 ("temperature", "temperature_end", "lr", "max_norm", "clip_low", "clip_high"), {"group_size": "a group of one has no baseline"})
     if not 0 <= s.average < 1:
@@ -195,6 +196,24 @@ def collate(episodes: list[rollouts.Episode], advantages: torch.Tensor, instruct
                  trajectory=torch.tensor([i for i, _, _ in rows]))
 
 
+def logprobs(policy, batch: Batch, part: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Of the bins of some rows, (B, 56) float32."""
+    inputs = (*policy.prompt_ids([batch.instructions[i] for i in part]), policy.pixel_values(batch.frames[part]))
+    logits = policy(*inputs)                                                                                    # (B, 56, 256)
+    return grpo.token_logprobs(logits, batch.bins[part].to(logits.device), temperature)[0]
+
+
+def reference_logprobs(policy, reference, batch: Batch, s: Settings) -> torch.Tensor:
+    """Of all rows under the starting policy, (N, 56): the policy with its adapters off, or a copy that waits on the CPU."""
+    device = next(policy.parameters()).device
+    with torch.no_grad(), parallel.gathered(policy), adapters_off(policy):
+        model = policy if reference is None else reference.to(device)
+        rows = [logprobs(model, batch, part, s.temperature) for part in torch.arange(len(batch.bins)).split(s.micro_batch)]
+    if reference is not None:
+        reference.to("cpu")
+    return torch.cat(rows)
+
+
 def update(policy, reference, optimizer, batch: Batch, s: Settings) -> dict:
     """Clipped updates over a step's batch. Loss (SRPO-VLA, and its code): mean over a rollout's valid tokens, then over
     rollouts. Returns statistics over all updates; a minibatch with a non-finite loss or gradient is skipped and counted.
@@ -205,22 +224,16 @@ def update(policy, reference, optimizer, batch: Batch, s: Settings) -> dict:
     first, own, total = sum(counts[:parallel.rank()]), counts[parallel.rank()], sum(counts)
     n_rollouts = sum(parallel.gather([grpo.loss_normalizer(batch.mask, "sequence", row_weight=weight) if own else 0.0]))
     device = next(policy.parameters()).device
+    ref = reference_logprobs(policy, reference, batch, s) if s.beta else None       # (N, 56)
     for _ in range(s.epochs):
         for rows in parallel.permutation(total).split(s.minibatch):
             normalizer, seen = n_rollouts * len(rows) / total, []                     # expectation: the whole batch's gradient
             rows = rows[(rows >= first) & (rows < first + own)] - first             # this rank's
             for part in parallel.even(list(rows.split(s.micro_batch)) if len(rows) else []):
                 counted, part = part is not None, torch.tensor([0]) if part is None else part
-                inputs = (*policy.prompt_ids([batch.instructions[i] for i in part]), policy.pixel_values(batch.frames[part]))
-                bins, old, adv, mask = (x[part].to(device) for x in (batch.bins, batch.logp, batch.advantage, batch.mask & counted))
-                ref = None
-                if s.beta:                                                          # with LoRA: the policy with its adapters off
-                    with torch.no_grad(), adapters_off(policy) if reference is None else nullcontext():
-                        ref, _ = grpo.token_logprobs((policy if reference is None else reference.to(device))(*inputs), bins, s.temperature)
-                    if reference is not None:
-                        reference.to("cpu")                                         # where it waits
-                logp, _ = grpo.token_logprobs(policy(*inputs), bins, s.temperature)
-                loss, stat = grpo.policy_loss(logp, old, adv, mask, ref_logp=ref, clip=(s.clip_low, s.clip_high), beta=s.beta,
+                old, adv, mask = (x[part].to(device) for x in (batch.logp, batch.advantage, batch.mask & counted))
+                logp = logprobs(policy, batch, part, s.temperature)
+                loss, stat = grpo.policy_loss(logp, old, adv, mask, ref_logp=None if ref is None else ref[part], clip=(s.clip_low, s.clip_high), beta=s.beta,
                                               aggregate="sequence", row_weight=weight[part].to(device), normalizer=normalizer)
                 (loss * parallel.world()).backward()                                # ranks' gradients are averaged
                 seen.append({name: float(x) for name, x in stat.items()})
@@ -248,7 +261,7 @@ def score(episodes: list[rollouts.Episode], encoder, s: Settings) -> tuple[np.nd
     success = np.array(parallel.gather([e.success for e in episodes]))
     if s.reward == "binary":
         return success.astype(float), None
-    latents = torch.stack(parallel.gather(list(encoder.encode([e.video for e in episodes])))).numpy()       # (N, D): one per ROLLOUT
+    latents = np.stack(parallel.gather(list(encoder.encode([e.video for e in episodes]).numpy())))          # (N, D): one per ROLLOUT
     group, task = np.repeat(np.arange(len(success) // s.group_size), s.group_size), np.array(parallel.gather([e.start.task for e in episodes]))
     kept = mixed(success, s)
     if not kept.any():
@@ -441,6 +454,7 @@ def splits(s: Settings) -> tuple[str, str, str]:
 def run(s: Settings, given: set[str]) -> int:
     """The whole job; returns the exit code."""
     s, out, saved = job.begin(s, given, FREE, s.out or f"out/{s.reward}")
+    check(s)
     step = saved["step"] if saved else 0
     if s.suite.startswith("libero_plus"):
         raise ValueError("libero_plus is for evaluation only: python eval.py vla --suite " + s.suite)
@@ -451,18 +465,18 @@ def run(s: Settings, given: set[str]) -> int:
     torch.set_num_threads(s.threads or os.cpu_count())
     torch.set_flush_denormal(True)          # CPU arithmetic on numbers below 1e-38 is many times slower, and they are noise
     print(plan.announced(s))
+    evaluation.try_suite(suite, 64)         # OpenGL and assets, before minutes of loading
     logging.disable_progress_bar()          # transformers' own bar for loading weights
     policy = prepared(vla.load_policy(s.model, getattr(torch, s.dtype), parallel.device()), s)
     reference = vla.load_policy(s.model, getattr(torch, s.dtype)) if s.beta > 0 and not s.lora_rank else None
     encoder = None
     if s.reward == "srpo":
         pixels = s.world_model == "pixels"
-        encoder = world_model.WorldModel.from_pretrained(WEIGHTS / "vjepa_tiny" if pixels else s.world_model, batch_size=32)
+        encoder = world_model.WorldModel.from_pretrained(WEIGHTS / "vjepa_tiny" if pixels else s.world_model, batch_size=s.clips)
         encoder = world_model.PixelModel(encoder) if pixels else encoder
     key = vla.find_key(policy.norm_stats, suite.name)
     evaluation.note_pixels(policy, key, s.fast_sim)
-    evaluation.try_suite(suite, vla.camera_size(policy))        # whatever is wrong with the models or OpenGL shows before anything is written
-    job.make_folder(out)
+    job.make_folder(out)                    # whatever is wrong with the models or OpenGL has shown by now
     average = AveragedModel(policy, multi_avg_fn=running_average(s.average)) if s.average else None
     optimizer = grpo.make_optimizer(parallel.shard(policy), s.lr, betas=(0.9, 0.99), offload=s.offload_optimizer)
     if average is not None:
@@ -540,7 +554,10 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--paper needs --model: the folder or hub id of an OpenVLA-OFT")
         with plan.explained(s):
             parallel.start()
-            check(s)
+            if s.resume and more.plan:
+                s, _, _ = job.begin(s, given, FREE, s.out)
+            if not s.resume or more.plan:              # else `run` checks the settings of the run
+                check(s)
             code = plan.show(s) if more.plan else run(s, given)
             parallel.stop()
             return code

@@ -3,8 +3,8 @@
 Prompts are padded on the left and completions on the right, so that every completion starts in one column: generation goes on from there,
 and the logits of completion positions alone reach the vocabulary (152k words: for 2048 tokens of one response 0.6 GB in bf16).
 
-Left out: videos; transformers' own processor classes, which need torchvision for a video part nobody uses here. Tokenizer, chat
-template and image processor are the checkpoint's.
+Left out: videos; continuous batching: a batch is decoded until its longest response ends; transformers' own processor classes, which need
+torchvision for a video part nobody uses here. Tokenizer, chat template and image processor are the checkpoint's.
 
     python vlm.py --model Qwen/Qwen2.5-VL-7B-Instruct --image photo.jpg --text "What is this?"
 """
@@ -148,17 +148,20 @@ def completion_logits(model, inputs: dict, n: int) -> Tensor:
     return model(**inputs, logits_to_keep=n + 1, use_cache=False).logits[:, :-1]
 
 
-def micro_batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
-    """Row numbers in batches of at most `budget` tokens, padding included (one row always goes), rows of like length together.
+def micro_batches(lengths: list[tuple[int, int]], budget: int, completions: int | None = None) -> Iterator[list[int]]:
+    """Row numbers in batches of at most `budget` tokens, of which at most `completions` (default: all) in completions, padding included; one row
+    always goes. lengths: each row's prompt and completion, which `Processor.batch` pads apart. Rows of like length stand together.
 
-    >>> list(micro_batches([5, 1, 4, 2], 10))
+    >>> list(micro_batches([(4, 1), (1, 1), (2, 2), (1, 2)], 12))
     [[1, 3, 2], [0]]
     """
-    batch = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * lengths[i] > budget:
+    batch, prompt, completion = [], 0, 0
+    for i in sorted(range(len(lengths)), key=lambda i: (sum(lengths[i]), lengths[i])):
+        prompt, completion = max(prompt, lengths[i][0]), max(completion, lengths[i][1])
+        rows = len(batch) + 1
+        if batch and (rows * (prompt + completion) > budget or rows * completion > (completions or budget)):
             yield batch
-            batch = []
+            batch, (prompt, completion) = [], lengths[i]
         batch.append(i)
     if batch:
         yield batch

@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import grpo
@@ -13,6 +14,21 @@ import job
 
 
 # checkpoints
+
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    x = {"w": torch.ones(3)}
+    job.save_checkpoint(tmp_path / "c", model_tensors=x, trainer_tensors={}, state={"step": 1})
+
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr(job, "save_file", full)
+    with pytest.raises(OSError, match="c.tmp cannot be written .*No space left.*is the disk full"):
+        job.save_checkpoint(tmp_path / "c", model_tensors=x, trainer_tensors={}, state={"step": 2})
+    monkeypatch.undo()
+    assert job.load_checkpoint(tmp_path / "c")[2] == {"step": 1}
+    job.save_checkpoint(tmp_path / "c", model_tensors=x, trainer_tensors={}, state={"step": 2})             # what the failed one left is no hindrance
+    assert job.read_state(tmp_path / "c") == {"step": 2}
+
 
 class TinyRun:
     """A bf16 and an fp32 layer; steps that depend on their number alone."""

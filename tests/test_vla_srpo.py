@@ -236,6 +236,16 @@ def test_gradient_with_a_reference(policy, batch, monkeypatch):
     same_gradient(found, naive_gradient(policy, batch, 0.5, reference))
 
 
+def test_the_reference_passes_once(policy, batch, monkeypatch):
+    """Whatever the epochs and micro-batches: 15 GB must not travel between CPU and GPU for each of them."""
+    passed, moved, reference = [], [], tiny_policy()
+    forward, to = reference.forward, reference.to
+    monkeypatch.setattr(reference, "forward", lambda ids, *more: passed.append(len(ids)) or forward(ids, *more))
+    monkeypatch.setattr(reference, "to", lambda where: moved.append(str(where)) or to(where))
+    vla_srpo.update(policy, reference, grpo.make_optimizer(policy, 1e-3), batch, settings(beta=0.1, epochs=3, minibatch=6, micro_batch=5))
+    assert passed == [5, 5, 2] and moved == ["cpu", "cpu"]
+
+
 def test_minibatches_average_to_the_whole_batch(policy, batch, monkeypatch):
     sizes = [5, 5, 2]
     found = gradients(policy, batch, settings(minibatch=5, micro_batch=3), monkeypatch)
@@ -647,6 +657,8 @@ def test_resume_with_other_settings_or_a_damaged_checkpoint(stopped, tmp_path, c
         file.unlink()
         refused(["--resume", run], [name, "incomplete"], tmp_path, capsys)
         file.write_bytes(content)
+    assert vla_srpo.main(["--resume", str(run), "--plan", "--micro_batch", "20"]) == 0          # of the run's policy; what only saves memory may change
+    assert f"plan for {tmp_path}/policy" in capsys.readouterr().out
     os.truncate(tmp_path / "policy" / "model.safetensors", 1000)
     refused(["--resume", run], ["policy/model.safetensors"], tmp_path, capsys)
 

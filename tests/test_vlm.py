@@ -139,10 +139,14 @@ def test_truncated_weights_are_one_line(tmp_path):
 
 @pytest.mark.parametrize("budget", [1, 10, 100])
 def test_micro_batches_hold_every_row_once_within_the_budget(budget):
-    lengths = np.random.default_rng(0).integers(1, 30, 50).tolist()
-    batches = list(vlm.micro_batches(lengths, budget))
-    assert sorted(i for b in batches for i in b) == list(range(50))
-    assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= budget for b in batches)
+    """Counted as `Processor.batch` pads: prompts on the left, completions on the right."""
+    lengths = [(int(p), int(c)) for p, c in np.random.default_rng(0).integers(1, 30, (50, 2))]
+    for completions in (None, 30):
+        batches = list(vlm.micro_batches(lengths, budget, completions))
+        assert sorted(i for b in batches for i in b) == list(range(50))
+        for b in batches:
+            prompt, completion = (max(lengths[i][k] for i in b) for k in (0, 1))
+            assert len(b) == 1 or len(b) * (prompt + completion) <= budget and len(b) * completion <= (completions or budget)
 
 
 def test_answers_follow_the_arrows_in_the_pixels():
