@@ -312,7 +312,7 @@ def announced(s, model: str = "") -> str:
         raise ValueError(problems[0])
     free, plan = free_memory()[0], needs(s, *given)
     parts = [f"{field.name.replace('_', ' ')} {x / GiB:.2f}" for field in fields(plan) if (x := getattr(plan, field.name)) > 0.005 * GiB]
-    return f"memory: {summary(s, given)}" + f"\n  of it: {', '.join(parts)}" * bool(parts) + (
+    return f"memory: {summary(s, given)}" + f"\n  of it: {', '.join(parts)}" * (plan.peak > GiB) + (
         f"\n  it does not fit: {advice(s, given, free)}" if plan.peak > free else "")
 
 
