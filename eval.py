@@ -4,7 +4,7 @@
     python eval.py vla --checkpoint out/srpo/policy --split heldout --gifs 2
     python eval.py vla --checkpoint FOLDER_OR_ID --suite libero_object --split all      # LIBERO: 10 tasks x 50 trials
     python eval.py vla --checkpoint FOLDER_OR_ID --suite libero_plus --plus FOLDER      # LIBERO-Plus: a line per dimension
-    python eval.py vla --checkpoint out/libero/policy --suite libero_object --videos    # and: python world_model_train.py --videos .../videos.npz
+    python eval.py vla --checkpoint out/libero/policy --suite libero_object --videos    # then: python world_model.py --videos .../videos.npz
     python eval.py paper --checkpoint libero_spatial=FOLDER_OR_ID libero_object=FOLDER_OR_ID    # the paper's table, and ours below
     python eval.py curves runs/tabletop/*/metrics.jsonl --out runs/tabletop/curves.png
     python eval.py curves runs/reflection/*/metrics.jsonl --kind reflection --out runs/reflection/curves.png

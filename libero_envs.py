@@ -27,7 +27,7 @@ import sys
 import time
 import types
 import zipfile
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -311,12 +311,13 @@ class Libero(gymnasium.Env):
         self.close()
         import mujoco
         from robosuite.utils.errors import RandomizationError
-        wrapper = None
+        wrapper, tries = None, 100
         try:
             while wrapper is None:
-                with suppress(RandomizationError):              # objects did not fit
+                tries -= 1
+                with suppress(RandomizationError) if tries else nullcontext():          # objects did not fit
                     wrapper = control_env(task.bddl, use_camera_obs=False, has_offscreen_renderer=False, hard_reset=False, ignore_done=True)
-        except (OSError, ValueError, AssertionError, SyntaxError) as e:         # the last: XML that is cut off
+        except (OSError, ValueError, AssertionError, SyntaxError, RandomizationError) as e:         # SyntaxError: XML that is cut off
             raise RuntimeError(f"LIBERO cannot build {task.name}: {' '.join(str(e).split())[:300]}; "
                                f"set LIBERO_ASSETS or --assets to a complete copy of its assets") from None
         self.mujoco, self.wrapper, self.env, self.sim, self.built = mujoco, wrapper, wrapper.env, wrapper.env.sim, task
@@ -420,7 +421,7 @@ class Libero(gymnasium.Env):
             image = image.reshape(self.size, 2, self.size, 2, 3).mean((1, 3)).round().astype(np.uint8)
         if getattr(self.wrapper, "noise", 0):                   # LIBERO-Plus spoils images in the wrapper's step: lend it this one
             held = np.random.get_state()
-            np.random.seed([self.state, self.steps])            # code: never seeded there
+            np.random.seed([self.task, self.state, self.steps])     # code: never seeded there
             stand_in = types.SimpleNamespace(noise=self.wrapper.noise, env=types.SimpleNamespace(
                 step=lambda _: ({"agentview_image": image[::-1, ::-1]}, 0, False, {})))
             image = np.asarray(type(self.wrapper).step(stand_in, None)[0]["agentview_image"], np.uint8)[::-1, ::-1]
@@ -450,6 +451,8 @@ def make_suite(name: str, numbers: tuple[int, ...] = (), protocol: str = "openvl
         raise ValueError(f"--tasks {' '.join(map(str, numbers))}: each once")
     make = partial(Libero, name, protocol=protocol, fast=fast, hard=hard, assets=assets, plus=plus)
     env = make()
+    if not env.tasks:
+        raise ValueError(f"{name} has no tasks in this copy of LIBERO-Plus; choose another dimension or suite")
     instructions, steps = tuple(t.instruction for t in env.tasks), horizon or max(PROTOCOLS[protocol][t.suite] for t in env.tasks)
     labels = tuple(t.suite if env.plus else t.name.replace("_", " ") for t in env.tasks)        # instructions occur twice
     return Suite(name, instructions, tuple(map(env.task_id, numbers or range(len(env.tasks)))),

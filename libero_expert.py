@@ -265,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more")
         if not 0 <= args.noise < math.inf:
             raise ValueError(f"--noise must be 0 or more and finite, got {args.noise}")
-        if not Path(args.out).absolute().parent.is_dir():
+        if args.run is measure and not Path(args.out).absolute().parent.is_dir():
             raise ValueError(f"--out {args.out}: there is no such folder")
         if len(set(args.tasks or ())) < len(args.tasks or ()):
             raise ValueError(f"--tasks {' '.join(map(str, args.tasks))}: each once")

@@ -87,7 +87,7 @@ def read_checkpoint(path: str | Path) -> tuple[Path, dict, dict[str, tuple[int, 
         from huggingface_hub import get_safetensors_metadata                            # a hub id whose weights are not in the cache
         try:
             files = get_safetensors_metadata(str(path)).files_metadata.values()
-        except (OSError, ValueError) as error:                                          # the hub's errors derive from these two
+        except Exception as error:                                                      # no network, no such file: the hub's errors have no common class
             raise FileNotFoundError(f"the hub did not give the tensors' shapes of {path}: {' '.join(str(error).split())[:200]}") from None
         shapes = {name: tuple(tensor.shape) for file in files for name, tensor in file.tensors.items()}
     return folder, vla.read_json(folder / "config.json"), shapes
@@ -184,7 +184,7 @@ def activations(config: dict, shapes: dict, s, size: int) -> float:
 
 
 def longest(s) -> tuple[int, int]:
-    """reflection_srpo.py: tokens of the longest row that its stage may train on, and those of its response."""
+    """reflection_srpo.py: tokens of the longest row that its stage may train on, and those of its response if its prompt is as long as can be."""
     return (s.max_length, max(1, s.max_length - s.max_prompt)) if s.stage == "sft" else (s.max_prompt + s.max_new_tokens, s.max_new_tokens)
 
 
@@ -194,8 +194,8 @@ def sequences(s) -> float:
 
 
 def completion_tokens(s) -> int:
-    """Of a micro-batch at most: these reach the vocabulary."""
-    return int(sequences(s) * longest(s)[1])
+    """Of a micro-batch at most: these reach the vocabulary. One row always goes, in fine-tuning one of nearly --max_length."""
+    return max(int(sequences(s) * longest(s)[1]), s.max_length if s.stage == "sft" else 0)
 
 
 def needs(s, config: dict, shapes: dict, ranks: int = 1, world_model: tuple[dict, int] | None = None) -> Needs:
@@ -240,12 +240,12 @@ def encoder_bytes(config: dict, parameters: int, clips: int) -> tuple[float, flo
 
 
 def host(s, shapes: dict, ranks: int = 1) -> tuple[float, float]:
-    """(RAM, disk) in bytes beside a GPU: the RAM of this rank's reference, offloaded optimiser and of the copy that is saved; the disk of
-    two checkpoints, since the old one goes when the new one is whole, and of the policy."""
+    """(RAM, disk) in bytes beside a GPU: the RAM of this rank's reference, offloaded optimiser and of the copy that is saved, without the
+    simulator and the episodes' images; the disk of two checkpoints, since the old one goes when the new one is whole, and of the policy."""
     size, numbers, train = (2 if s.dtype == "bfloat16" else 4), sum(map(math.prod, shapes.values())), sum(trained(shapes, s).values())
     state = train * (8 + (4 if size == 2 and not s.lora_rank else 0))
     checkpoint = state + train * (4 if s.lora_rank else size) * (2 if getattr(s, "average", 0) else 1)
-    ram = (numbers * size if s.beta and not s.lora_rank else 0) + (state if s.offload_optimizer else 0) + checkpoint / ranks
+    ram = (numbers * size if s.beta and not s.lora_rank else 0) + (state if s.offload_optimizer else 0) + max(checkpoint / ranks, numbers * size)
     return ram, 2 * checkpoint + numbers * size
 
 
@@ -329,7 +329,11 @@ def report(s, model: str = "") -> tuple[str, list[str]]:
     except ValueError as error:                                                         # another architecture: there is nothing to count
         return "", [str(error)]
     config, shapes, ranks, _ = given
-    problems = checks(s, folder, config, shapes) + simulator(s)
+    try:
+        problems = checks(s, folder, config, shapes)
+    except (ValueError, OSError) as error:
+        problems = [str(error)]
+    problems += simulator(s)
     plan, (free, _), (ram, disk) = needs(s, *given), free_memory(), host(s, shapes, ranks)
     room = shutil.disk_usage(next(p for p in Path(s.out or "out").absolute().parents if p.exists())).free
     if disk > room:
@@ -342,9 +346,9 @@ def report(s, model: str = "") -> tuple[str, list[str]]:
     return "\n".join([*lines, "  " + summary(s, given)]), problems + [f"does not fit; {advice(s, given, free)}"] * (plan.peak > free)
 
 
-def show(s) -> int:
-    """`--plan`: the exit code is 0 if nothing would stop the run."""
-    text, problems = report(s)
+def show(s, model: str = "") -> int:
+    """`--plan`: the exit code is 0 if nothing would stop the run. model: in place of the settings'."""
+    text, problems = report(s, model)
     if int(os.environ.get("RANK", 0)) == 0:
         print(text)
         print("".join(f"problem: {problem}\n" for problem in problems), end="", file=sys.stderr)
@@ -394,7 +398,7 @@ def checks(s, folder: Path, config: dict, shapes: dict) -> list[str]:
         problems += vla.misfits(config, shapes, folder)
     if not Path(s.model).is_dir():
         from huggingface_hub import list_repo_files
-        with suppress(OSError, ValueError):                                             # offline: what is in the cache must do
+        with suppress(Exception):                                                       # no network: what is in the cache must do
             files |= set(list_repo_files(s.model))
     problems += [f"{folder} holds {name}, a regression head: RL needs the checkpoint with discrete action tokens" for name in files if "action_head" in name]
     statistics = vla.read_json(folder / "dataset_statistics.json") if "dataset_statistics.json" in files else config.get("norm_stats", {})
@@ -417,7 +421,7 @@ def _qwen_checks(folder: Path, config: dict, shapes: dict) -> list[str]:
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
     wanted, found = {sum(p.numel() for p in tensors) for tensors in (model.parameters(), model.state_dict().values())}, sum(map(math.prod, shapes.values()))
-    if found not in wanted:                                                             # names differ between versions of transformers, sizes do not
+    if found < min(wanted):                                                             # names differ between versions of transformers, sizes do not
         problems.append(f"{folder}: the tensors hold {found:,} numbers, and config.json describes {min(wanted):,}; copy the checkpoint again")
     return problems
 

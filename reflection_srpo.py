@@ -105,7 +105,7 @@ class Settings:
 PAPER = dict(prompt="reflection", max_new_tokens=2048, sft_epochs=1.0, sft_lr=1e-5, steps=500, prompts=128, lr=1e-6,
              max_pixels=640 * 28 * 28, keep="mixed", freeze_vision=True, gradient_checkpointing=True, dtype="bfloat16", rollout_batch=32, micro_tokens=8192,
              eval_every=50)
-# May change on resume: where it is computed and how much at a time
+# May change on resume: what costs memory or time and changes no result but for rounding
 FREE = {"out", "resume", "threads", "eval_every", "save_every", "rollout_batch", "micro_tokens", "gradient_checkpointing", "offload_optimizer"}
 
 
@@ -597,7 +597,7 @@ def main(argv: list[str] | None = None) -> int:
                 s, _, _ = job.begin(s, given, FREE, s.out)
             if not s.resume or more.plan:              # else `run` checks the settings of the run
                 check(s)
-            code = plan.show(s) if more.plan else run(s, given)
+            code = plan.show(s, s.model or s.resume and str(Path(s.resume) / "base")) if more.plan else run(s, given)
             parallel.stop()
             return code
     return job.command(work)

@@ -6,6 +6,7 @@ done again, and the same command goes on with what was interrupted.
     python reflection_study.py --out runs/reflection            # 4 rewards, 3 seeds
 """
 import math
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import HfArgumentParser
 
 import eval as evaluation
 import job
+import plan
 from reflection_srpo import FREE, REWARDS, Settings
 
 MEASURES = ("first_accuracy", "final_accuracy", "fix_rate", "break_rate", "format_rate", "tokens")
@@ -60,8 +62,11 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"a study has no --{min(wrong)}: it runs every reward of --rewards with --seeds seeds on the arrows")
         if more.seeds < 1:
             raise ValueError(f"--seeds must be at least 1, got {more.seeds}")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("a study runs as one process; start it without torchrun")
         reflection_srpo.check(s)
-        return study(s, more.rewards, more.seeds)
+        with plan.explained(s):
+            return study(s, more.rewards, more.seeds)
     return job.command(work)
 
 

@@ -161,13 +161,17 @@ class Workers:
             self.envs[k].step_async({"chunk": chunks, "active": active})
 
     def _wait(self, k: int, method: str) -> tuple:
-        """A process's reply. An error there is raised here; its traceback, which gymnasium warns of, goes with it."""
+        """A process's reply. An error there is raised here, an OSError as RuntimeError: it is not the process's death. Its traceback, of which
+        gymnasium warns, goes with it."""
         with warnings.catch_warnings(record=True) as said:
             try:
                 return getattr(self.envs[k], f"{method}_wait")()
             except Exception as error:
-                error.add_note("\n".join(str(warning.message) for warning in said))
-                raise
+                if not said:
+                    raise
+                told = RuntimeError(f"{type(error).__name__}: {error}") if isinstance(error, (EOFError, OSError)) else error
+                told.add_note("\n".join(str(warning.message) for warning in said))
+                raise told
 
     def _revive(self, k: int, method: str, share: dict[int, object]) -> tuple:
         """Replace process k, repeat what its live tables had done, then make the call that it did not answer."""

@@ -475,7 +475,8 @@ def run(s: Settings, given: set[str]) -> int:
         encoder = world_model.WorldModel.from_pretrained(WEIGHTS / "vjepa_tiny" if pixels else s.world_model, batch_size=s.clips)
         encoder = world_model.PixelModel(encoder) if pixels else encoder
     key = vla.find_key(policy.norm_stats, suite.name)
-    evaluation.note_pixels(policy, key, s.fast_sim)
+    if parallel.rank() == 0:
+        evaluation.note_pixels(policy, key, s.fast_sim)
     job.make_folder(out)                    # whatever is wrong with the models or OpenGL has shown by now
     average = AveragedModel(policy, multi_avg_fn=running_average(s.average)) if s.average else None
     optimizer = grpo.make_optimizer(parallel.shard(policy), s.lr, betas=(0.9, 0.99), offload=s.offload_optimizer)

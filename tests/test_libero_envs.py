@@ -249,6 +249,8 @@ def test_suites_for_the_scripts(tmp_path, installed):
     assert plus.instructions == ("pick up the bowl", "turn on the stove") and plus.protocol.startswith("horizon 520")
     with pytest.raises(ValueError, match="unknown task 7"):
         make_suite("libero_spatial", (0, 7))
+    with pytest.raises(ValueError, match="libero_plus:camera:libero_10 has no tasks in this copy"):
+        make_suite("libero_plus:camera:libero_10", plus=str(tmp_path / "plus"))
 
 
 @needs_libero

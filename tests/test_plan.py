@@ -286,7 +286,7 @@ def test_the_command_of_the_other_script(qwen, tmp_path, capsys):
     assert "kv cache" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
-def test_a_hub_id_is_planned_without_its_weights(qwen, monkeypatch, tmp_path):
+def test_a_hub_id_is_planned_without_its_weights(qwen, openvla, monkeypatch, tmp_path):
     """From the hub's metadata; from the cache, perhaps offline, if the weights are there; and one line if neither."""
     import huggingface_hub
     shapes, asked = plan.read_checkpoint(qwen)[2], {}
@@ -298,12 +298,18 @@ def test_a_hub_id_is_planned_without_its_weights(qwen, monkeypatch, tmp_path):
     assert not any("safetensors" in pattern for pattern in asked["allow_patterns"]) and "*.jinja" in asked["allow_patterns"]
 
     def offline(name):
-        raise OSError("no route\nto host")
+        raise type("ConnectError", (Exception,), {})("no route\nto host")
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", offline)
     with pytest.raises(FileNotFoundError, match="shapes of someone/model: no route to host"):
         plan.read_checkpoint("someone/model")
     (tmp_path / "model.safetensors").write_bytes((qwen / "model.safetensors").read_bytes())
     assert plan.read_checkpoint("someone/model")[2] == shapes
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **more: str(openvla))
+    assert "by plan" in plan.announced(vla_srpo.Settings(model="someone/model", reward="binary", average=0.0))
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name: ["config.json", "action_head--9_checkpoint.pt"])
+    with pytest.raises(ValueError, match="action_head--9_checkpoint.pt, a regression head"):
+        plan.announced(vla_srpo.Settings(model="someone/model", reward="binary", average=0.0))
 
 
 def test_savings_are_no_more_than_needed():

@@ -168,17 +168,19 @@ def test_worker_that_always_dies():
 
 class Refusing(TableBatch):
     def step(self, action):
-        raise ValueError("no such mesh")
+        raise (ValueError if action["active"][0] else FileNotFoundError)("no such mesh")
 
 
-def test_an_error_in_a_worker_is_raised_as_it_is(recwarn):
-    """Its message alone, for one line; where it happened stands in its notes, which Python prints with a traceback."""
-    workers = Workers(1, 1, Refusing)
+@pytest.mark.parametrize("table, error, message", [(0, ValueError, "no such mesh"), (1, RuntimeError, "FileNotFoundError: no such mesh")])
+def test_an_error_in_a_worker_is_raised_as_it_is(recwarn, table, error, message):
+    """Its message alone, for one line; where it happened stands in its notes, which Python prints with a traceback. A file that the worker misses
+    does not pass for its death."""
+    workers = Workers(1, 2, Refusing)
     try:
-        workers.reset({0: Start(0, 0)})
-        with pytest.raises(ValueError, match="no such mesh") as caught:
-            workers.step({0: np.zeros((8, 7))})
-        assert str(caught.value) == "no such mesh" and "in step" in caught.value.__notes__[0] and not [w for w in recwarn if "mesh" in str(w.message)]
+        workers.reset({table: Start(0, 0)})
+        with pytest.raises(error, match="no such mesh") as caught:
+            workers.step({table: np.zeros((8, 7))})
+        assert workers.replaced == 0 and str(caught.value) == message and "in step" in caught.value.__notes__[0] and not [w for w in recwarn if "mesh" in str(w.message)]
     finally:
         workers.close()
 
