@@ -147,10 +147,11 @@ class Scene:
         return self.renderers[size].render()
 
     def close(self) -> None:
-        for renderer in self.renderers.values():
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+        while self.renderers:
             with suppress(Exception):           # LIBERO's simulator, if this process had one too, has shut OpenGL down already
-                renderer.close()
-        self.renderers.clear()
+                self.renderers.popitem()[1].close()
+        sys.unraisablehook = hook               # a renderer that could not be closed complains once more as it is deleted
 
 
 class Tabletop(gymnasium.Env):
