@@ -1,7 +1,7 @@
 """Memory, speed and model FLOP utilisation of rollout and update, full and LoRA, with and without gradient checkpointing.
 
-Each case runs in a process of its own, through the functions that train: `sampler` and `update` of vla_srpo.py, `generate` and `update` of
-reflection_srpo.py, `encode` of world_model.py. Weights are random, shapes are real, and nothing is downloaded.
+Each case runs in a process of its own, through the functions that train: `sampler` of policies.py and `update` of vla_srpo.py, `generate` of reflection_eval.py,
+`update` of reflection_srpo.py, `encode` of world_model.py. Weights are random, shapes are real, and nothing is downloaded.
 
   peak     GPU: the allocator's maximum; CPU: the process's resident memory, libraries included
   FLOPs    of one forward pass, counted operator by operator (torch.utils.flop_counter); an update is 3 of them, with LoRA 2: the weights'
@@ -11,6 +11,7 @@ reflection_srpo.py, `encode` of world_model.py. Weights are random, shapes are r
 Left out: the simulator (python envs.py measures it), reading data, several GPUs. bench_trl.py measures a step side by side with TRL's.
 
     python bench.py                             # small models on the CPU, some minutes -> runs/bench/small.json
+    python bench.py --plan                      # 7B by plan.py, from the shapes alone
     python bench.py --model openvla-7b          # on a GPU; or qwen2.5-vl-7b, vjepa2-vitg -> runs/bench/MODEL.json
 """
 import argparse
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -38,6 +39,8 @@ import arrows
 import grpo
 import parallel
 import plan
+import policies
+import reflection_eval
 import reflection_srpo
 import vla
 import vla_srpo
@@ -113,9 +116,29 @@ def needed(case: Case, device: str) -> float:
     if s is None:
         return plan.MARGIN * sum(plan.encoder_bytes(model.config.to_dict(), sum(p.numel() for p in model.parameters()), case.rows))
     s.dtype = "bfloat16" if device != "cpu" else "float32"
-    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
-    config = model.config | {"text_config": model.language_model.config.to_dict()} if case.model in OPENVLA else model.config.to_dict()
-    return plan.needs(s, config, shapes).peak
+    return plan.needs(s, *described(model)).peak
+
+
+def described(model) -> tuple[dict, dict[str, tuple[int, ...]]]:
+    """(config.json, shapes of the tensors), as plan.py takes them."""
+    config = model.config | {"text_config": model.language_model.config.to_dict()} if isinstance(model, vla.OpenVLA) else model.config.to_dict()
+    return config, {name: tuple(x.shape) for name, x in model.state_dict().items()}
+
+
+def planned() -> dict[str, float]:
+    """{command: bytes by plan.py} of both papers' RL on one GPU, and of what makes it smaller, from the shapes alone."""
+    (_, policy), (_, model), (_, encoder) = (build(Case(name), "meta") for name in LARGE)
+    video = encoder.config.to_dict(), sum(p.numel() for p in encoder.parameters())
+    result = {}
+    for script, s, given, smaller in (
+            ("vla_srpo.py", vla_srpo.Settings(**vla_srpo.PAPER), (*described(policy), 1, video), ({"lora_rank": 32}, {"clips": 4}, {"micro_batch": 8})),
+            ("reflection_srpo.py rl", reflection_srpo.Settings(stage="rl", **reflection_srpo.PAPER), described(model),
+             ({"lora_rank": 32}, {"rollout_batch": 16, "micro_tokens": 1}))):
+        flags: dict = {}
+        for more in ({}, *smaller):
+            flags |= more
+            result[" ".join([script, "--paper", *(f"--{name} {value}" for name, value in flags.items())])] = plan.needs(replace(s, **flags), *given).peak
+    return result
 
 
 # Timing
@@ -196,9 +219,9 @@ def measure(case: Case) -> dict:
 
 def openvla_work(case: Case, s, policy):
     policy.prompt_ids = lambda texts: (torch.full((len(texts), 24), 5, device=parallel.device()), torch.ones(len(texts), 24, dtype=torch.long, device=parallel.device()))
-    policy = vla_srpo.prepared(policy, s)
+    policy = policies.prepared(policy, s)
     frames, n = torch.randint(256, (case.rows, vla.IMAGE, vla.IMAGE, 3), dtype=torch.uint8), case.rows
-    act, optimizer = vla_srpo.sampler(policy, s.temperature, "unit"), grpo.make_optimizer(policy, 1e-6)
+    act, optimizer = policies.sampler(policy, s.temperature, "unit"), grpo.make_optimizer(policy, 1e-6)
     bins, logp = torch.randint(vla.BINS, (n, 56)), torch.full((n, 56), -5.5)
     batch = vla_srpo.Batch(frames[:, None], [""] * n, bins, logp, torch.ones(n, 56, dtype=torch.bool), torch.randn(n), torch.arange(n))
     forward = lambda: policy(*policy.prompt_ids([""] * n), policy.pixel_values(frames[:, None]))
@@ -225,7 +248,7 @@ def qwen_work(case: Case, s, model):
     def tower():
         inputs, _, _ = processor.batch(prompts, completions, model.device)
         (model.get_base_model() if case.lora_rank else model).model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
-    return (lambda: reflection_srpo.generate(model, processor, prompts, s, 1.0), lambda: reflection_srpo.update(model, None, processor, optimizer, batch, s),
+    return (lambda: reflection_eval.generate(model, processor, prompts, s, 1.0), lambda: reflection_srpo.update(model, None, processor, optimizer, batch, s),
             forward, tower, "response tokens", case.rows * case.length)
 
 
@@ -286,8 +309,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="torch threads on the CPU")
     parser.add_argument("--out", default="", help="JSON (default: runs/bench/MODEL.json or small.json)")
     parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--plan", action="store_true", help="only what 7B needs of a GPU by plan.py, from the shapes alone")
     args = parser.parse_args(argv)
     logging.disable_progress_bar()
+    if args.plan:
+        print("\n".join(f"{need / plan.GiB:6.1f} GiB  {command}" for command, need in planned().items()))
+        return 0
     if args.case:
         case = Case(**json.loads(args.case))
         print(json.dumps(measure(case)))

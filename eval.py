@@ -32,6 +32,8 @@ from tqdm import tqdm
 
 import envs
 import libero_envs
+import libero_files
+import policies
 import reasoning_eval
 import rollouts
 import vla
@@ -53,15 +55,6 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     p, z2 = successes / n, z * z / n
     centre, half = (p + z2 / 2) / (1 + z2), z / (1 + z2) * math.sqrt(p * (1 - p) / n + z2 / (4 * n))
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def greedy(policy, key: str):
-    """act() of `rollouts.play`: the most likely bin of every token."""
-    def act(images, instructions):
-        with torch.no_grad():
-            bins = policy(*policy.prompt_ids(instructions), policy.pixel_values(vla.policy_frames(policy, images))).argmax(-1)
-        return vla.to_env_actions(policy.decode(bins, key)), [None] * len(bins)
-    return act
 
 
 def evaluate_vla(policy, workers: rollouts.Workers, split: str, key: str, states: int | None = None, suite: rollouts.Suite | None = None,
@@ -94,7 +87,7 @@ def evaluate_vla(policy, workers: rollouts.Workers, split: str, key: str, states
             videos.append(replace(episode, images=[*episode.images]))
         episode.images.clear()                                  # 500 episodes of 256 px frames would fill the memory
         bar.update()
-    rollouts.play(greedy(policy, key), workers, starts, finished, suite)
+    rollouts.play(policies.greedy(policy, key), workers, starts, finished, suite)
     bar.close()
     rows.sort(key=lambda row: (row["task"], row["index"]))
     own: dict[str, list] = {}
@@ -155,7 +148,7 @@ def table(results: dict[str, dict]) -> str:
 
 def film(policy, starts: list[rollouts.Start], key: str, path: Path, size: int = 128) -> None:
     """Play greedily and write one GIF with a coloured border at the end of each episode: green success, red failure."""
-    table_, act, frames = envs.Tabletop(size=policy.config["size"]), greedy(policy, key), []
+    table_, act, frames = envs.Tabletop(size=policy.config["size"]), policies.greedy(policy, key), []
     for start in starts:
         image, ended = table_.reset(options=vars(start))[0]["image"], False
         while not ended:
@@ -277,7 +270,7 @@ def measure_suite(policy, name: str, checkpoint: str, out: Path, args) -> dict[s
     libero = name != "tabletop"
     suite = find_suite(name, args.tasks, **dict(protocol=args.protocol, horizon=args.horizon, fast=args.fast_sim, hard=args.hard,
                                                 assets=args.assets, plus=args.plus) if libero else {})
-    key, size = args.key or vla.find_key(policy.norm_stats, name.split(":")[-1] if name.count(":") > 1 else name), vla.camera_size(policy)
+    key, size = args.key or policies.find_key(policy.norm_stats, name.split(":")[-1] if name.count(":") > 1 else name), policies.camera_size(policy)
     vla.action_stats(policy.norm_stats, key)                    # refuses an unknown key
     note_pixels(policy, key, args.fast_sim)
     splits = args.split or (["all"] if "plus" in name else ["heldout"] if libero else ["train", "heldout"])
@@ -312,14 +305,14 @@ def measure_suite(policy, name: str, checkpoint: str, out: Path, args) -> dict[s
 def load(checkpoint: str, device: str):
     """A policy for evaluation: OpenVLA on a GPU in bf16, as published."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return vla.load_policy(checkpoint, torch.bfloat16 if device.startswith("cuda") else torch.float32, device)
+    return policies.load_policy(checkpoint, torch.bfloat16 if device.startswith("cuda") else torch.float32, device)
 
 
 def paper_table(ours: dict[str, dict]) -> str:
     """{suite: result of `evaluate_vla`} -> the paper's rows and ours, percent; the mean only where all four suites are there."""
-    lines = [f"{'success, %':44}" + "".join(f"{name.removeprefix('libero_'):>9}" for name in (*libero_envs.SUITES, "mean"))]
+    lines = [f"{'success, %':44}" + "".join(f"{name.removeprefix('libero_'):>9}" for name in (*libero_files.SUITES, "mean"))]
     lines += [f"{name:44}" + "".join(f"{x:9.1f}" for x in row) for name, row in PAPER.items()]
-    own = [100 * ours[name]["success"] if name in ours else math.nan for name in libero_envs.SUITES]
+    own = [100 * ours[name]["success"] if name in ours else math.nan for name in libero_files.SUITES]
     lines.append(f"{'ours, ' + ', '.join(sorted({r['split'] + ' states' for r in ours.values()})):44}"
                  + "".join(f"{'-':>9}" if math.isnan(x) else f"{x:9.1f}" for x in (*own, np.mean(own))))
     return "\n".join(lines)
@@ -332,7 +325,7 @@ def main() -> None:
         p = commands.add_parser(name, help=text)
         if name == "vla":
             p.add_argument("--checkpoint", required=True, help="folder of a policy, or hub id")
-            p.add_argument("--suite", nargs="+", default=["tabletop"], help="tabletop, " + ", ".join(libero_envs.SUITES) + ", libero_90, "
+            p.add_argument("--suite", nargs="+", default=["tabletop"], help="tabletop, " + ", ".join(libero_files.SUITES) + ", libero_90, "
                            "libero_plus:DIMENSION or libero_plus:DIMENSION:SUITE; libero_plus for its seven dimensions")
         else:
             p.add_argument("--checkpoint", required=True, nargs="+", metavar="SUITE=CHECKPOINT", help="as many as you have")
@@ -379,10 +372,10 @@ def main() -> None:
     torch.set_num_threads(args.threads or os.cpu_count())
     if args.command == "paper":
         pairs = dict(pair.partition("=")[::2] for pair in args.checkpoint)
-        if unknown := [name for name, checkpoint in pairs.items() if name not in libero_envs.SUITES or not checkpoint]:
-            raise ValueError(f"--checkpoint {unknown[0]}: write SUITE=CHECKPOINT, with SUITE one of {', '.join(libero_envs.SUITES)}")
+        if unknown := [name for name, checkpoint in pairs.items() if name not in libero_files.SUITES or not checkpoint]:
+            raise ValueError(f"--checkpoint {unknown[0]}: write SUITE=CHECKPOINT, with SUITE one of {', '.join(libero_files.SUITES)}")
     else:
-        names = [n for name in args.suite for n in ([f"libero_plus:{d}" for d in libero_envs.DIMENSIONS] if name == "libero_plus" else [name])]
+        names = [n for name in args.suite for n in ([f"libero_plus:{d}" for d in libero_files.DIMENSIONS] if name == "libero_plus" else [name])]
         if any("plus" in name for name in names) and not all("plus" in name for name in names):
             raise ValueError("--suite: LIBERO-Plus and LIBERO are two packages of one name; measure them in two runs")
         pairs = dict.fromkeys(names, args.checkpoint)

@@ -83,6 +83,11 @@ def gather(items: list) -> list:
     return [item for each in lists for item in each]
 
 
+def metrics_log(path: Path, resume_step: int) -> job.MetricsLog:
+    """Written by the first rank alone."""
+    return job.MetricsLog(os.devnull if rank() else path, resume_step)
+
+
 def share(items) -> list:
     """This rank's contiguous part of a sequence that all ranks hold: `gather` of the parts is the sequence.
 
@@ -142,6 +147,11 @@ def gathered(*models: nn.Module) -> Iterator[None]:
         for unit in units:
             unit.reshard()
             unit.set_reshard_after_forward(True, recurse=False)
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are trained, by name: what a checkpoint holds of a model."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

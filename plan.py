@@ -25,6 +25,7 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+import checkpoints
 import job
 import vla
 
@@ -77,10 +78,10 @@ class Needs:
 
 
 def read_checkpoint(path: str | Path) -> tuple[Path, dict, dict[str, tuple[int, ...]]]:
-    """(folder, config.json, shape of every tensor), from the headers; of a hub id no weights are downloaded. Errors as vla.read_headers'."""
-    folder = vla.local_folder(path, weights=False)
+    """(folder, config.json, shape of every tensor), from the headers; of a hub id no weights are downloaded. Errors as checkpoints.read_headers'."""
+    folder = checkpoints.local_folder(path, weights=False)
     try:
-        shapes = {name: shape for name, (_, shape) in vla.read_headers(folder).items()}
+        shapes = {name: shape for name, (_, shape) in checkpoints.read_headers(folder).items()}
     except FileNotFoundError:
         if Path(path).is_dir():
             raise
@@ -90,7 +91,7 @@ def read_checkpoint(path: str | Path) -> tuple[Path, dict, dict[str, tuple[int, 
         except Exception as error:                                                      # no network, no such file: the hub's errors have no common class
             raise FileNotFoundError(f"the hub did not give the tensors' shapes of {path}: {' '.join(str(error).split())[:200]}") from None
         shapes = {name: tuple(tensor.shape) for file in files for name, tensor in file.tensors.items()}
-    return folder, vla.read_json(folder / "config.json"), shapes
+    return folder, checkpoints.read_json(folder / "config.json"), shapes
 
 
 # Counting
@@ -401,7 +402,7 @@ def checks(s, folder: Path, config: dict, shapes: dict) -> list[str]:
         with suppress(Exception):                                                       # no network: what is in the cache must do
             files |= set(list_repo_files(s.model))
     problems += [f"{folder} holds {name}, a regression head: RL needs the checkpoint with discrete action tokens" for name in files if "action_head" in name]
-    statistics = vla.read_json(folder / "dataset_statistics.json") if "dataset_statistics.json" in files else config.get("norm_stats", {})
+    statistics = checkpoints.read_json(folder / "dataset_statistics.json") if "dataset_statistics.json" in files else config.get("norm_stats", {})
     if not {f"{s.suite}_no_noops", s.suite} & set(statistics):
         problems.append(f"{folder} has action statistics for {', '.join(sorted(statistics)) or 'nothing'}, not for {s.suite}; give the checkpoint of that suite")
     return problems
@@ -409,14 +410,14 @@ def checks(s, folder: Path, config: dict, shapes: dict) -> list[str]:
 
 def _qwen_checks(folder: Path, config: dict, shapes: dict) -> list[str]:
     problems, text = [], config.get("text_config") or config
-    tokenizer = vla.read_json(folder / "tokenizer.json")
+    tokenizer = checkpoints.read_json(folder / "tokenizer.json")
     words = (tokenizer.get("model") or {}).get("vocab") or {}
     numbers = {*(words.values() if isinstance(words, dict) else range(len(words))), *(token["id"] for token in tokenizer.get("added_tokens", ()))}
     if len(words) > text["vocab_size"]:
         problems.append(f"{folder}: the tokenizer has {len(words)} words and the model {text['vocab_size']} rows; they belong to different checkpoints")
     elif config["image_token_id"] not in numbers:
         problems.append(f"{folder}: the tokenizer has no word {config['image_token_id']}, the model's place holder of pictures; they belong to different checkpoints")
-    if not any(folder.glob("chat_template.*")) and "chat_template" not in vla.read_json(folder / "tokenizer_config.json"):
+    if not any(folder.glob("chat_template.*")) and "chat_template" not in checkpoints.read_json(folder / "tokenizer_config.json"):
         problems.append(f"{folder} has no chat template; give an instruction-tuned checkpoint")
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))

@@ -18,16 +18,14 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from fractions import Fraction
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from string import ascii_uppercase as LETTERS
 
 from PIL import Image
 from tqdm import tqdm
 
-import rewards
+from answers import LETTERS, extract, option_letter, quantity, same, tidy
 from reflection_data import MAX_PIXELS, fit_image, open_image, reflection_prompt
 
 FORMS = {"reflection": reflection_prompt,       # the prompt that training uses
@@ -212,79 +210,6 @@ def build_prompt(question: Question, form: str) -> str:
 
 
 # Scoring
-def extract(response: str, choice: bool, truncated: bool = False) -> str | None:
-    r"""The final answer as written: of the last <answer>, else of the whole response, the last \boxed{} or "answer is ...". Without
-    these, the last option letter (choice) or number of the last line. Outside tags a truncated response needs a box.
-
-    >>> [extract(r, False) for r in ("<answer>1</answer><answer>so $\\boxed{2}$</answer>", "The answer is 3.5. Done.", "9 - 2 = 7", "?")]
-    ['2', '3.5', '7', None]
-    """
-    tagged = re.findall(r"<answer>(.*?)</answer>", response, re.DOTALL)
-    text = (tagged[-1] if tagged else response).replace("**", "").strip()
-    if (start := text.rfind(r"\boxed{")) >= 0:
-        return rewards._boxed(text[start:]) or None     # None: the box never closes
-    if not text or (truncated and not tagged):
-        return None
-    if phrases := re.split(r"\b(?:answer|option|choice)\s*(?:is|should be|:|=)\s*:?\s*", text, flags=re.I)[1:]:
-        return re.split(r"\n|\.(?=\s|$)|,? (?:because|since|as|which)\b", phrases[-1])[0].strip() or None
-    if tagged:
-        return text
-    last = text.splitlines()[-1]
-    # A bare letter inside a sentence is more often a point or a variable than an option.
-    letters = re.findall(r"\(([A-Z])\)|^\W*([A-Z])\W*$|^([A-Z])[.:)]\s", last) if choice else []
-    numbers = re.findall(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?(?!\w)", last) if "{" not in last else []
-    return "".join(letters[-1]) if letters else numbers[-1] if numbers else None
-
-
-def tidy(text: str) -> str:
-    """Without dollars, LaTeX spacing and text commands; degrees, roots, powers and mixed numbers in one spelling."""
-    text = re.sub(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit)\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\\[!,;:()\[\] ]|\\(?:left|right)(?![a-z])|\*\*|\$", "", text)
-    text = re.sub(r"\^\{?\\circ\}?|\\degrees?|\bdegrees?\b", "°", text).replace("²", "^2").replace("³", "^3").replace("\\%", "%")
-    text = re.sub(r"√(?:\{([^{}]*)\}|(\d+|\w))", r"\\sqrt{\1\2}", re.sub(r"\^\{(\d)\}", r"^\1", text)).replace("π", r"\pi ")
-    # Blanks go when texts are compared, and 1 1/2 must not become 11/2, nor 6 1 become 61 (10 000 may).
-    text = re.sub(r"(?<![\w^.}])(\d{1,40})(?: +(?=\d+/)|\s*\\[dt]?frac\{(?=\d+\}\{\d))(\d{1,40})(?:/|\}\{)(\d{1,40})\}?",
-                  lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}", text)
-    return re.sub(r"(?<=\d)\s+(?=\d)(?!\d{3}(?!\d))", ";", text).strip().rstrip(".").strip()
-
-
-# Symbols, then words such as years; 3pi and 2sqrt(3) are no numbers with a unit.
-UNIT = r"(?:[cdkm]?m|in|ft|yd|mi|k?g|m?l|s|h|%|°|(?!(?:sqrt|sin|cos|tan|log|alpha|beta|theta)(?![a-z]))[a-z]{3,20})(?:\^[23])?"
-
-
-def quantity(text: str) -> tuple[Fraction, str] | None:
-    """A number and its unit ("" if none), of "16 cm^2" or "x = 3/4"; None for anything else."""
-    match = re.fullmatch(rf"(?:[a-z∠\\]{{1,12}}=)?([^a-z=]*?)({UNIT})?", rewards._normalise(tidy(text)))
-    number = match and rewards._number(rewards._normalise(match[1]))
-    return None if number is None else (number, match[2] or "")
-
-
-def same(answer: str, gold: str) -> bool:
-    """Equal quantities (a missing unit is no fault, another unit is), the same text, or equal for math-verify."""
-    a, b = quantity(answer), quantity(gold)
-    if a and b:
-        return a[0] == b[0] and (a[1] == b[1] or not (a[1] and b[1]))
-    answer, gold = tidy(answer), tidy(gold)
-    if rewards._normalise(answer) == rewards._normalise(gold):
-        return rewards._normalise(gold) != ""
-    # Out of a sentence, or alternatives, math-verify would pick some number; on a page of brackets it takes its whole time limit.
-    prose = re.search(r"\b(?:or|not|but|either|nor)\b", answer) or len(re.findall(r"(?<!\\)\b[A-Za-z]{2,}", answer)) > 2
-    return not prose and len(answer) < 200 and bool(rewards.default_verify(rf"\boxed{{{answer}}}", gold))
-
-
-def option_letter(answer: str, options: list[str]) -> str | None:
-    """The one option an answer names, by letter or, failing that, by text or value; None if that is none or several."""
-    text, allowed = re.sub(r"^(?:option|choice)\s+", "", tidy(answer), flags=re.I), list(LETTERS[:len(options) or 10])
-    match = re.fullmatch(r"(?:\(([A-Z])\)|([A-Z])(?=[.:)]|$)[.:)]?)(.*)", text, re.DOTALL)
-    if match and not re.search(r"\([A-Z]\)|^\W*(?:and|or|not)\b", match[3]):
-        return (match[1] or match[2]) if (match[1] or match[2]) in allowed else None
-    hits = [i for i, option in enumerate(options) if rewards._normalise(tidy(option)) == rewards._normalise(text)]
-    hits = hits or [i for i, option in enumerate(options) if same(text, option)]
-    if not hits and re.fullmatch(r"\(?[a-z]\)?", text):
-        hits = [i for i, letter in enumerate(allowed) if letter == text.strip("()").upper()]
-    return LETTERS[hits[0]] if len(hits) == 1 else None
-
-
 def is_right(question: Question, answer: str | None) -> bool:
     """Whether the extracted answer is right; False for whatever cannot be read."""
     if not answer or not answer.strip():

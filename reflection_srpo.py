@@ -23,7 +23,6 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: idle threads sleep instead of keeping cores busy
@@ -45,6 +44,8 @@ import rewards
 import vlm
 from job import flag
 from reflection_data import Row
+from reflection_eval import Rejections, behaviour, encode, evaluate, generate, score, table
+from reflection_sft import supervised, total_steps
 
 REWARDS = ("paper", "openrlhf", "verl", "outcome", "no_length")
 
@@ -117,126 +118,6 @@ def check(s: Settings) -> None:
                 ("temperature", "lr", "sft_lr", "sft_epochs", "max_norm", "clip_low", "clip_high"), {"group_size": "a group of one has no baseline"})
     if not s.clip_low < 1:
         raise ValueError(f"--clip_low must be below 1, got {s.clip_low}")
-
-
-# Rewards and what is measured
-
-def score(response: str, answer: str, kind: str, processor: vlm.Processor) -> rewards.ReflectionRecord:
-    """`rewards.reflection_reward`, or one of the two ablations. Lengths are in tokens. Paper/ours differ: the tags are not counted (the
-    published variants count them), so that writing twice what the first attempt wrote meets the target, however few words there are."""
-    if kind in ("openrlhf", "verl"):
-        return rewards.reflection_reward(response, answer, variant=kind, count_tokens=processor.count)
-    record = rewards.reflection_reward(response, answer, count_tokens=lambda text: processor.count(rewards.TAG.sub(" ", text)))
-    if kind == "no_length":
-        record.total, record.length = record.total - record.length, 0.0
-    if kind == "outcome":
-        record.total = record.accuracy = float(record.final_correct)
-        record.format = record.effectiveness = record.reflection = record.length = 0.0
-    return record
-
-
-def behaviour(records: list[rewards.ReflectionRecord], completions: list[vlm.Completion]) -> dict[str, float]:
-    """Means over responses: what the policy does (rates), and what it is paid for (reward and its parts)."""
-    if not records:
-        raise ValueError("none of the held-out rows can be used; the rejected.jsonl of the run says why")
-    first, final = (np.array([getattr(r, name) for r in records]) for name in ("first_correct", "final_correct"))
-    parts = {name: float(np.mean([getattr(r, name) for r in records])) for name in ("format", "accuracy", "effectiveness", "reflection", "length")}
-    return {"first_accuracy": float(first.mean()), "final_accuracy": float(final.mean()),
-            "fix_rate": float(final[~first].mean()) if not first.all() else None,           # wrong -> right, among the wrong
-            "break_rate": float((~final[first]).mean()) if first.any() else None,           # right -> wrong, among the right
-            "format_rate": float(np.mean([rewards.format_holds(c.text) for c in completions])), "tokens": float(np.mean([c.tokens for c in completions])),
-            "truncated": float(np.mean([c.truncated for c in completions])), "reward": float(np.mean([r.total for r in records])),
-            **{f"part_{name}": x for name, x in parts.items()}}
-
-
-def evaluate(model, processor: vlm.Processor, rows: list[Row], s: Settings, rejected: "Rejections") -> dict:
-    """Greedy decoding of every row -> `behaviour`, with Wilson intervals of both accuracies."""
-    rows, prompts = encode(parallel.share(rows), s, processor, rejected)
-    completions = generate(model, processor, prompts, s, 0.0)
-    records = parallel.gather([score(c.text, row.answer, s.reward, processor) for row, c in zip(rows, completions)])
-    result, n = behaviour(records, parallel.gather(completions)), len(records)
-    return result | {"rows": n, **{f"{name}_interval": evaluation.wilson(round(result[f"{name}_accuracy"] * n), n) for name in ("first", "final")}}
-
-
-def generate(model, processor: vlm.Processor, prompts: list[vlm.Prompt], s: Settings, temperature: float) -> list[vlm.Completion]:
-    """`vlm.generate` by --rollout_batch, with whole weights on every rank."""
-    with parallel.gathered(model):
-        return [c for i in range(0, len(prompts), s.rollout_batch)
-                for c in vlm.generate(model, processor, prompts[i:i + s.rollout_batch], s.max_new_tokens, temperature)]
-
-
-class Rejections:
-    """Rows that cannot be used, written to a file as they are met, each once."""
-
-    def __init__(self, path: Path):
-        self.path, self.seen = path, {line["id"] for line in reflection_data.read_lines(path, "id")}
-
-    def add(self, row: Row | reflection_data.Rejected, reason: str) -> None:
-        if row.id not in self.seen:
-            self.seen.add(row.id)
-            with self.path.open("a") as file:
-                file.write(json.dumps({"id": row.id, "source": row.source, "reason": reason}) + "\n")
-            tqdm.write(f"{row.source}: {reason}; set aside in {self.path}")
-
-
-def encode(rows: list[Row], s: Settings, processor: vlm.Processor, rejected: Rejections, spare: list[Row] = ()) -> tuple[list[Row], list[vlm.Prompt]]:
-    """The rows that can be used, and their prompts; if it is none, the first of `spare` that can."""
-    kept, prompts = [], []
-    for i, row in enumerate(chain(rows, spare)):
-        if i >= len(rows) and kept:
-            break
-        try:
-            images = [reflection_data.fit_image(reflection_data.load_image(row, i), max_pixels=s.max_pixels) for i in range(len(row.images))]
-            prompt = processor.prompt(images, reflection_data.reflection_prompt(row.query) if s.prompt == "reflection" else row.query)
-            room = min(s.max_prompt, processor.context - s.max_new_tokens)
-            if len(prompt.ids) > room:
-                raise ValueError(f"a prompt of {len(prompt.ids)} tokens, and there is room for {room}; see --max_prompt and --max_pixels")
-            if row.target and (n := len(prompt.ids) + len(processor.target(row.target))) > min(s.max_length, processor.context):
-                raise ValueError(f"prompt and target of {n} tokens, and there is room for {min(s.max_length, processor.context)}; see --max_length")
-            kept.append(row), prompts.append(prompt)
-        except ValueError as error:
-            rejected.add(row, str(error))
-    if spare and not kept:
-        raise ValueError(f"none of {len(spare)} rows can be used; {rejected.path} says why")
-    return kept, prompts
-
-
-# Stage 1
-
-def supervised(s: Settings, out: Path, model, processor, rows: list[Row], step: int, optimizer) -> int:
-    """Cross-entropy on the targets' tokens, mean over the tokens of a batch. Returns the last step done."""
-    steps = math.ceil(len(rows) * s.sft_epochs / s.sft_batch)
-    order = np.concatenate([np.random.default_rng([s.seed, epoch]).permutation(len(rows)) for epoch in range(math.ceil(s.sft_epochs))])
-    log, rejected = metrics_log(out / "sft.jsonl", step), Rejections(rejections_file(out))
-    model.train()
-    stop = False
-    with job.ctrl_c() as interrupted, tqdm(total=steps, initial=step, desc="SFT", unit="step", mininterval=1, disable=parallel.rank() > 0) as bar:
-        while step < steps and not stop:
-            warmup = max(1, round(0.1 * steps))
-            optimizer.param_groups[0]["lr"] = s.sft_lr * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            own = [rows[i] for i in parallel.share(order[step * s.sft_batch:(step + 1) * s.sft_batch])]
-            some, prompts = encode(own, s, processor, rejected, rows)
-            idle = any(busy := parallel.gather([some[0] in own])) and not busy[parallel.rank()]     # some is a spare row, which only fills up passes
-            targets = [processor.target(row.target) for row in some]
-            tokens, total = sum(parallel.gather([0 if idle else sum(map(len, targets))])), 0.0
-            for part in parallel.even(list(micro_batches([(len(p.ids), len(t)) for p, t in zip(prompts, targets)], s))):
-                counts, part = part is not None and not idle, part or [0]
-                inputs, ids, mask = processor.batch([prompts[i] for i in part], [targets[i] for i in part], model.device)
-                logp, _ = grpo.token_logprobs(vlm.completion_logits(model, inputs, ids.shape[1]), ids)      # (B, n)
-                loss = -(logp * mask * counts).sum() / tokens
-                (loss * parallel.world()).backward()                                # ranks' gradients are averaged
-                total += loss.item()
-            total = sum(parallel.gather([total]))
-            norm, stepped = grpo.clip_and_step(optimizer, model, s.max_norm)
-            step += 1
-            log.append({"step": step, "loss": total, "grad_norm": norm, "skipped": not stepped, "lr": optimizer.param_groups[0]["lr"]})
-            bar.set_postfix(loss=f"{total:.3f}")
-            bar.update()
-            stop = bool(parallel.gather(interrupted))               # on any rank
-            if step % s.save_every == 0 or step == steps or stop:
-                save(out, s, "sft", step, model, optimizer)
-    log.close()
-    return step
 
 
 # Stage 2
@@ -328,7 +209,7 @@ def update(model, reference, processor, optimizer, batch: Batch, s: Settings) ->
 
 def reinforce(s: Settings, out: Path, model, reference, processor, rows: list[Row], heldout: list[Row], step: int, optimizer, before: dict) -> int:
     """Steps `step` + 1 .. s.steps; stops early on Ctrl-C. Returns the last step done."""
-    log, rejected = metrics_log(out / "metrics.jsonl", step or -1), Rejections(rejections_file(out))
+    log, rejected = parallel.metrics_log(out / "metrics.jsonl", step or -1), Rejections(out)
     if step == 0:
         log.append({"step": 0, **{f"heldout_{k}": x for k, x in before.items()}})
     stop = False
@@ -411,15 +292,6 @@ def describe(row: Row, completion: vlm.Completion, record: rewards.ReflectionRec
 
 # Models, checkpoints, the whole job
 
-def metrics_log(path: Path, resume_step: int) -> job.MetricsLog:
-    """The first rank writes it."""
-    return job.MetricsLog(os.devnull if parallel.rank() else path, resume_step)
-
-
-def rejections_file(out: Path) -> Path:
-    return out / (f"rejected-{parallel.rank()}.jsonl" if parallel.rank() else "rejected.jsonl")
-
-
 def load(s: Settings, path: str | Path):
     """(model ready for training, processor)."""
     model, processor = vlm.load_vlm(path, getattr(torch, s.dtype), s.device or parallel.device())
@@ -445,20 +317,16 @@ def optimizer_of(model, s: Settings) -> grpo.MasterAdamW:
     return grpo.make_optimizer(parallel.shard(model), s.lr, betas=(0.9, 0.99), offload=s.offload_optimizer)
 
 
-def trainable(model) -> dict[str, torch.Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
 def save(out: Path, s: Settings, stage: str, step: int, model, optimizer) -> None:
     """stage: where the run is, sft or rl. What does not train is not saved: the vision tower, or all but the adapters."""
-    parallel.save_checkpoint(out / "checkpoint", trainable(model), optimizer, {"stage": stage, "step": step, "settings": asdict(s)})
+    parallel.save_checkpoint(out / "checkpoint", parallel.trainable(model), optimizer, {"stage": stage, "step": step, "settings": asdict(s)})
 
 
 def save_policy(model, processor, path: Path) -> None:
     """A checkpoint folder that `--model` and eval.py load; LoRA adapters are merged into it, and saved alone beside it."""
     weights = parallel.whole_weights(model)
     if hasattr(model, "peft_config"):
-        adapters = parallel.whole(trainable(model))
+        adapters = parallel.whole(parallel.trainable(model))
         if parallel.rank() == 0:
             model.save_pretrained(path.with_name(path.name + "_adapter"), state_dict=adapters)
         model = model.get_base_model()
@@ -493,7 +361,7 @@ def run(s: Settings, given: set[str] = frozenset()) -> int:
     torch.set_num_threads(s.threads or os.cpu_count())
     logging.disable_progress_bar()
     job.make_folder(out)
-    rejected = Rejections(rejections_file(out))
+    rejected = Rejections(out)
     began, base = time.time(), s.model or str(out / "base")
     if not s.model and parallel.rank() == 0 and not (out / "base" / "config.json").exists():
         torch.manual_seed(s.seed)
@@ -504,12 +372,12 @@ def run(s: Settings, given: set[str] = frozenset()) -> int:
     optimizer = optimizer_of(model, s)
     step = 0
     if saved:
-        parallel.load_checkpoint(out / "checkpoint", trainable(model), optimizer)
+        parallel.load_checkpoint(out / "checkpoint", parallel.trainable(model), optimizer)
         step = saved["step"]
     if parallel.rank() == 0:
         (out / "settings.json").write_text(json.dumps(asdict(replace(s, out="", resume="")), indent=1) + "\n")
     print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v not in ("", [])))
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(map(torch.Tensor.numel, trainable(model).values())):,} of them trained, "
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(map(torch.Tensor.numel, parallel.trainable(model).values())):,} of them trained, "
           f"on {parallel.world()} x {model.device.type}; results go to {out}/" + (f"; resumed after step {step} of {saved['stage']}" if saved else ""))
     if s.data == "arrows":
         heldout = arrows.dataset(400, seed=10**6)
@@ -518,10 +386,8 @@ def run(s: Settings, given: set[str] = frozenset()) -> int:
 
     if stage != "rl" and (saved is None or saved["stage"] == "sft"):
         rows = arrows.dataset(s.sft_rows, s.seed, targets=True) if s.data == "arrows" else read_rows(s.data, s, rejected)
-        if missing := [row.source for row in rows if not row.target]:
-            raise ValueError(f"{missing[0]} has no target to imitate; make targets with: python reflection_teacher.py")
-        done = supervised(s, out, model, processor, rows, step, optimizer)
-        if done < math.ceil(len(rows) * s.sft_epochs / s.sft_batch):
+        done = supervised(s, out, model, processor, rows, step, optimizer, lambda at: save(out, s, "sft", at, model, optimizer))
+        if done < total_steps(len(rows), s):
             print(f"stopped after step {done}; go on with: python reflection_srpo.py --resume {out}")
             return 130
         save_policy(model, processor, out / ("sft" if stage == "all" else "policy"))
@@ -561,17 +427,6 @@ def run(s: Settings, given: set[str] = frozenset()) -> int:
               + table({"after SFT": before, f"after {s.steps} RL steps": after}))
     print(f"{time.time() - began:.0f} s; wrote " + ", ".join(f"{out}/{name}" for name in ("metrics.jsonl", "curves.png", "policy/", "checkpoint/")))
     return 0
-
-
-def table(results: dict[str, dict]) -> str:
-    """{column title: result of `evaluate`} -> an aligned text table."""
-    lines = [f"{'':16}" + "".join(f"{title:>26}" for title in results)]
-    for name in ("first", "final"):
-        lines.append(f"{name + ' answer right':16}" + "".join(
-            f"{r[f'{name}_accuracy']:10.1%} [{r[f'{name}_interval'][0]:.1%}, {r[f'{name}_interval'][1]:.1%}]".rjust(26) for r in results.values()))
-    for name, title in (("fix_rate", "wrong -> right"), ("break_rate", "right -> wrong"), ("format_rate", "format holds")):
-        lines.append(f"{title:16}" + "".join(f"{'-' if r[name] is None else format(r[name], '.1%'):>26}" for r in results.values()))
-    return "\n".join([*lines, f"{'tokens':16}" + "".join(f"{r['tokens']:26.1f}" for r in results.values())])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -33,9 +33,10 @@ import torch
 from tqdm import tqdm
 
 import vlm
+from answers import default_verify
 from job import command
 from reflection_data import MAX_PIXELS, Rejected, Row, add_row_arguments, first_prompt, fit_image, load_image, need, read_given, read_lines
-from rewards import TAG, default_verify
+from rewards import TAG
 
 FORMS = ("paper", "release")
 TRIES = 3  # the teacher is asked at most so often for a reply that can be read
@@ -186,7 +187,7 @@ def build(rows: list[Row], first_answers: Callable[[list[Row]], list[str]], teac
     """Rows to out/reflections.jsonl, the others to out/rejected.jsonl, each line as soon as it is known.
 
     first_answers: a batch of rows -> responses to `first_prompt`. teacher: a `Teacher`, asked by in_flight threads, or a local
-    model, asked in batches from another thread. verify: rewards.default_verify if not given. right_share: cap on the share of
+    model, asked in batches from another thread. verify: answers.default_verify if not given. right_share: cap on the share of
     right first answers among the rows sent to the teacher (paper: about 0.3); right ones beyond it are rejected as surplus.
     rejected: those of `read_rows`, to be saved too. settings: more for settings.json.
     Raises ValueError for bad settings or others than out was begun with; RuntimeError if the teacher is down or left rows

@@ -16,13 +16,10 @@ the verifier of the "verl" code (pass any `verify`).
     python rewards.py                       worked examples of both schemes, paper beside published code
     pytest tests/test_rewards.py            oracle tests
 """
-import importlib.util
 import math
 import re
-import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 
 import numpy as np
 from scipy.spatial.distance import cdist
@@ -195,77 +192,6 @@ def progress_reward(latents: np.ndarray, success: Sequence[bool], task: Sequence
     return rewards, record
 
 
-# Checking an answer
-def _normalise(text: str) -> str:
-    r"""The answer as a plain string, from the last \boxed{} if there is one; "" if that box never closes.
-
-    >>> [_normalise(t) for t in (r"The answer is $\boxed{\frac{2}{3}}$.", r"(\textbf{B})", "1,250", r"1\frac{1}{2}", r"\boxed{7")]
-    ['2/3', 'b', '1250', '1 1/2', '']
-    """
-    start = text.rfind(r"\boxed{")
-    if start >= 0:
-        text = _boxed(text[start:]) or ""
-    text = re.sub(r"\\(?:text(?:bf|it|rm)?|math(?:bf|it|rm))\s*\{([^{}]*)\}", r"\1", text).replace("$", " ").lower()
-    text = re.sub(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}", r" \1/\2 ", text)     # blanks: 1\frac{1}{2} is not 11/2
-    text = re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", text).rstrip(".")                     # "( B )", but not "6 1"
-    if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?|-?\d{1,3}( \d{3})+(\.\d+)?", text):
-        text = re.sub("[ ,]", "", text)
-    return re.sub(r"^\(?([a-z])[).]?$", r"\1", text)
-
-
-def _boxed(text: str) -> str | None:
-    r"""What the \boxed{...} at the start of text holds, braces balanced; None if it never closes."""
-    depth = 0
-    for i, char in enumerate(text):
-        depth += (char == "{") - (char == "}")
-        if char == "}" and depth == 0:
-            return text[len(r"\boxed{"):i].strip()
-    return None
-
-
-def _number(text: str) -> Fraction | None:
-    digits = r"([+-]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40}))"
-    match = re.fullmatch(rf"{digits}(?:/{digits})?", text)
-    if match is None or (match[2] and Fraction(match[2]) == 0):
-        return None
-    return Fraction(match[1]) / Fraction(match[2] or 1)
-
-
-def default_verify(prediction: str, answer: str) -> bool | None:
-    r"""Whether the prediction equals the answer; None if the answer itself cannot be read.
-
-    Right if equal after normalising or equal as numbers: the prediction must be the answer alone, or box it; of an option,
-    "B", also "(B) 60". Else, where math-verify is installed, right if that finds an equal expression in it, and neither
-    alternatives nor a list of numbers. Empty or unreadable predictions are never right. (The "openrlhf" code hands math-verify its tags too, which hide an answer in neither $...$ nor a box; not so here.)
-
-    >>> [default_verify(p, "3/4") for p in (r"so $\boxed{0.75}$", r"\frac{3}{4}", "13/4", "")]
-    [True, True, False, False]
-    """
-    guess, gold = _normalise(prediction), _normalise(answer)
-    if not gold:
-        return None
-    if not guess:
-        return False
-    if guess == gold or (_number(guess) is not None and _number(guess) == _number(gold)):
-        return True
-    if len(gold) == 1 and answer.strip(" ().").isupper():
-        match = re.match(r"(?:\(([a-z])\)|([a-z])[.:)])(.*)", guess, re.DOTALL)
-        return bool(match) and (match[1] or match[2]) == gold and not re.search(r"\([a-z]\)|^\W*(?:and|or|not)\b", match[3])
-    if re.search(r"\b(?:or|not|but|either|nor)\b|\d\s+\d+(?![\d/])", guess):       # math-verify would pick one
-        return False
-    # math-verify reads a word as a product of symbols ("der" would equal "red"), so words and letters end here.
-    if gold.isalpha() or importlib.util.find_spec("math_verify") is None:
-        return False
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, StringExtractionConfig, parse, verify
-    # Its time limit is an alarm signal, which only the main thread can set; elsewhere there is none.
-    seconds = 5 if threading.current_thread() is threading.main_thread() else None
-    parsed_gold = parse(f"${answer}$", parsing_timeout=seconds)
-    if not parsed_gold:
-        return None
-    configs = [StringExtractionConfig(), LatexExtractionConfig(), ExprExtractionConfig()]
-    return bool(verify(parsed_gold, parse(prediction, configs, parsing_timeout=seconds), timeout_seconds=seconds))
-
-
 # Reflection reward: SRPO-MLLM
 @dataclass
 class ReflectionRecord:
@@ -331,7 +257,7 @@ def reflection_reward(response: str, answer: str, *, variant: str = "paper",
 
     response: the decoded completion alone. answer: the ground truth. variant: "paper", or "openrlhf" for the published
     srpo_reward_func.py, or "verl" for srpo_rm.py. count_tokens: text -> length, such as lambda t: len(tokenizer.encode(t)).
-    verify: (prediction, answer) -> right or not, None for an unreadable answer; `default_verify` if not given.
+    verify: (prediction, answer) -> right or not, None for an unreadable answer; answers.py's if not given.
     Raises ValueError for an unknown variant or a response or answer that is not a string.
 
     >>> fixed = "<think>a</think><answer>8</answer><reflection>b</reflection><think>c</think><answer>7</answer>"
@@ -344,7 +270,9 @@ def reflection_reward(response: str, answer: str, *, variant: str = "paper",
     for name, value in (("response", response), ("answer", answer)):
         if not isinstance(value, str):
             raise ValueError(f"{name} must be a string, got {type(value).__name__} {value!r}: pass str({name})")
-    response, verify = response.strip(), verify or default_verify
+    if verify is None:
+        from answers import default_verify as verify        # here, so that this file can be copied alone, with a verifier of your own
+    response = response.strip()
     record = ReflectionRecord(variant)
     if variant == "verl":
         _score_verl(record, response, answer, count_tokens, verify)
@@ -379,13 +307,14 @@ def reflection_reward(response: str, answer: str, *, variant: str = "paper",
 
 
 def _score_openrlhf(record: ReflectionRecord, response: str, answer: str, unreadable: bool) -> None:
+    from answers import normalise
     record.format = 0.5 if format_holds(response, published=True) else 0.0
     # Paper / code differ: a corrected answer earns more than being right twice, so faking a wrong first answer pays.
     table = {(True, True): 0.75, (False, True): 1.0, (True, False): 0.25, (False, False): 0.0}
     record.accuracy = table[record.first_correct, record.final_correct]
     if unreadable:
         record.accuracy, record.note = 1.0, "unreadable ground truth: accuracy 1"  # code: whatever was answered
-    elif record.accuracy == 0 and (letter := _normalise(answer)) in ("a", "b", "c", "d"):
+    elif record.accuracy == 0 and (letter := normalise(answer)) in ("a", "b", "c", "d"):
         # Code: right if the final answer holds the letter, even inside a word, and none of the other three.
         if [c for c in "abcd" if c in record.final_answer.lower()] == [letter]:
             record.accuracy, record.note = 1.0, "option letter found in the text: accuracy 1"
@@ -395,12 +324,13 @@ def _score_openrlhf(record: ReflectionRecord, response: str, answer: str, unread
 
 def _score_verl(record: ReflectionRecord, response: str, answer: str, count_tokens: Callable[[str], int],
                 verify: Callable[[str, str], bool | None]) -> None:
+    from answers import boxed
     response = re.sub(r"\s*([<>/])\s*", r"\1", response)  # code: blanks round these characters go first
     record.n_tokens = count_tokens(response)
     record.format = 0.5 if format_holds(response, published=True) else 0.0
     # Code: the first and the last box anywhere in the text, whatever the tags; the word "None" if there is none.
     starts = [match.start() for match in re.finditer(r"\\boxed\{", response)] or [len(response)]
-    record.first_answer, record.final_answer = (_boxed(response[i:]) or "None" for i in (starts[0], starts[-1]))
+    record.first_answer, record.final_answer = (boxed(response[i:]) or "None" for i in (starts[0], starts[-1]))
     a = record.first_correct = bool(verify(record.first_answer, answer))
     b = record.final_correct = bool(verify(record.final_answer, answer))
     # Code: conditions of the form `a == True & b == False`; & binds first and == chains, so they mean what stands here.

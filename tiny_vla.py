@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+import checkpoints
 import vla
 
 
@@ -85,11 +86,11 @@ class TinyVLA(nn.Module):
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32, device=None) -> "TinyVLA":
         """A folder written by `save_pretrained`; FileNotFoundError or ValueError, one line, for anything else."""
         folder = Path(path)
-        config = vla.read_json(folder / "config.json")
+        config = checkpoints.read_json(folder / "config.json")
         if not isinstance(config, dict) or config.pop("model_type", None) != "tiny_vla":
             raise ValueError(f"{folder}/config.json is not a TinyVLA's; use OpenVLA.from_pretrained")
         try:
-            model, tensors = cls(vla.read_json(folder / "dataset_statistics.json"), **config), vla.read_headers(folder)
+            model, tensors = cls(checkpoints.read_json(folder / "dataset_statistics.json"), **config), checkpoints.read_headers(folder)
         except TypeError as error:
             raise ValueError(f"{folder}/config.json does not describe a TinyVLA ({error}); give a complete checkpoint") from None
         wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
@@ -100,5 +101,5 @@ class TinyVLA(nn.Module):
 
     def save_pretrained(self, path: str | Path, state_dict: dict | None = None) -> None:
         """Write config.json, dataset_statistics.json and model.safetensors; they appear together or not at all."""
-        vla.write_folder(Path(path), {"config.json": self.config, "dataset_statistics.json": self.norm_stats}, {},
+        checkpoints.write_folder(Path(path), {"config.json": self.config, "dataset_statistics.json": self.norm_stats}, {},
                      self.state_dict() if state_dict is None else state_dict)

@@ -19,9 +19,6 @@ its cache (all action tokens come out of one pass); timm, torchvision, tensorflo
 
 import argparse
 import io
-import json
-import os
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -29,8 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -343,9 +339,10 @@ class OpenVLA(nn.Module):
 
         FileNotFoundError: no such folder, config or shard. ValueError: truncated file, or tensors that are missing,
         unknown or mis-shaped. All of it is checked from the headers, before any weight is read."""
-        folder = local_folder(path)
-        config, preprocessor = read_json(folder / "config.json"), read_json(folder / "preprocessor_config.json")
-        tensors = read_headers(folder)
+        import checkpoints                      # here and below, so that the model can be copied without that file
+        folder = checkpoints.local_folder(path)
+        config, preprocessor = checkpoints.read_json(folder / "config.json"), checkpoints.read_json(folder / "preprocessor_config.json")
+        tensors = checkpoints.read_headers(folder)
         found = {name: shape for name, (_, shape) in tensors.items()}
         sizes = [tower_size(found, f"vision_backbone.{tower}", folder) for tower in ("featurizer", "fused_featurizer")]
         files = {f.name: f.read_bytes() for f in folder.iterdir()
@@ -353,7 +350,7 @@ class OpenVLA(nn.Module):
         with torch.device("meta"):                      # no memory yet: the tensors of the file become the parameters
             model = cls(config, *sizes, preprocessor=preprocessor, files=files)
         if (folder / "dataset_statistics.json").is_file():      # of fine-tuning: overrides the config's
-            model.norm_stats = read_json(folder / "dataset_statistics.json")
+            model.norm_stats = checkpoints.read_json(folder / "dataset_statistics.json")
         if wrong := misfits(config, found, folder):
             raise ValueError(wrong[0])
         for file in sorted({file for file, _ in tensors.values()}):
@@ -366,66 +363,13 @@ class OpenVLA(nn.Module):
         """Write the checkpoint in the published layout and the model's dtype; it appears complete or not at all.
 
         ValueError if path exists and is not empty. state_dict: the gathered one of a sharded (FSDP) model."""
-        write_folder(Path(path), {"config.json": self.config, "preprocessor_config.json": self.preprocessor,
-                                  "dataset_statistics.json": self.norm_stats}, self.files,
-                     self.state_dict() if state_dict is None else state_dict)
+        import checkpoints
+        checkpoints.write_folder(Path(path), {"config.json": self.config, "preprocessor_config.json": self.preprocessor,
+                                              "dataset_statistics.json": self.norm_stats}, self.files,
+                                 self.state_dict() if state_dict is None else state_dict)
 
 
-# Either policy: this one, or the small one of tiny_vla.py, which has the same interface
-
-def load_policy(path: str | Path, dtype: torch.dtype = torch.float32, device=None):
-    """A checkpoint folder or hub id -> the policy its config.json names: an OpenVLA or a TinyVLA."""
-    folder = local_folder(path)
-    if read_json(folder / "config.json").get("model_type") == "tiny_vla":
-        from tiny_vla import TinyVLA            # here, so that this file can be copied without that one
-        return TinyVLA.from_pretrained(folder, dtype, device)
-    return OpenVLA.from_pretrained(folder, dtype, device)
-
-
-def camera_size(policy) -> int:
-    """Pixels of the camera images that a policy wants: OpenVLA's are rendered at 256, as in the published evaluation, and resized."""
-    return 256 if isinstance(policy, OpenVLA) else policy.config["size"]
-
-
-def policy_frames(policy, images: np.ndarray) -> np.ndarray:
-    """Upright camera images uint8 (B, size, size, 3) -> frames for `pixel_values`, (B, 1, ...): OpenVLA's through `preprocess`."""
-    return np.stack([preprocess(image, rotate=False) for image in images])[:, None] if isinstance(policy, OpenVLA) else images[:, None]
-
-
-def find_key(norm_stats: dict, suite: str) -> str:
-    """The statistics a checkpoint has for a suite: `SUITE_no_noops` or `SUITE`; for LIBERO-Plus the only ones there are. ValueError."""
-    for key in (f"{suite}_no_noops", suite, *(norm_stats if len(norm_stats) == 1 and "plus" in suite else ())):
-        if key in norm_stats:
-            return key
-    raise ValueError(f"the policy has action statistics for {', '.join(sorted(norm_stats)) or 'nothing'}, not for {suite}; "
-                     f"choose a checkpoint for it (eval.py: or name one of these by --key)")
-
-
-# Checkpoint files and checks
-
-def local_folder(path: str | Path, weights: bool = True) -> Path:
-    """A folder as it is; anything that looks like a hub id (owner/name) is downloaded, with the hub's own cache, its weights only if asked."""
-    if Path(path).is_dir():
-        return Path(path)
-    owner, _, name = str(path).partition("/")
-    if not owner or owner.startswith((".", "~")) or not name or "/" in name or Path(path).exists():
-        raise FileNotFoundError(f"{path} is neither a checkpoint folder nor a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.jinja", "*.py", "tokenizer.model", *["*.safetensors"] * weights]))
-    except (OSError, ValueError) as error:              # the hub's errors derive from these two
-        reason = " ".join(str(error).split())[:200]
-        raise FileNotFoundError(f"{path} is not a folder here, and the hub did not give it: {reason}") from None
-
-
-def read_json(file: Path) -> dict:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing; the folder is not a complete checkpoint")
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); copy it again") from None
-
+# Checks
 
 def read_tokenizer(text: bytes) -> Tokenizer:
     """tokenizer.json as it is (transformers 5 would rebuild Llama's by its own rules), without padding or truncation. ValueError if it is not
@@ -440,42 +384,6 @@ def read_tokenizer(text: bytes) -> Tokenizer:
                              "copy it from the original checkpoint")
     tokenizer.no_padding(), tokenizer.no_truncation()
     return tokenizer
-
-
-def read_headers(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Every tensor's file and shape, from the headers only: a bad checkpoint fails before anything is loaded."""
-    names = ["model.safetensors"]
-    if not (folder / names[0]).is_file():
-        index = folder / "model.safetensors.index.json"
-        if not index.is_file():
-            raise FileNotFoundError(f"{folder} has neither model.safetensors nor {index.name}; give a folder of weights")
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    tensors = {}
-    for file in (folder / name for name in names):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing, though the index names it; copy that shard again")
-        try:
-            with safe_open(file, "pt") as shard:
-                tensors |= {name: (file, tuple(shard.get_slice(name).get_shape())) for name in shard.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{file} is truncated or not a safetensors file ({error}); copy it again") from None
-    return tensors
-
-
-def write_folder(path: Path, jsons: dict[str, dict], files: dict[str, bytes], state: dict) -> None:
-    """Files, JSON and weights into a new folder, under another name until it is complete."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and is not an empty folder; nothing was overwritten, choose another path")
-    partial_folder = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)           # left behind by a killed run
-    partial_folder.mkdir(parents=True)
-    for name, content in files.items():
-        (partial_folder / name).write_bytes(content)
-    for name, content in jsons.items():
-        (partial_folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial_folder / "model.safetensors",
-              metadata={"format": "pt"})
-    os.replace(partial_folder, path)
 
 
 def misfits(config: dict, shapes: dict[str, tuple[int, ...]], folder: Path) -> list[str]:

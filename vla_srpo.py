@@ -27,7 +27,6 @@ import os
 import shutil
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -35,7 +34,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: idle thr
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -46,8 +44,10 @@ import eval as evaluation
 import grpo
 import job
 import libero_envs
+import libero_files
 import parallel
 import plan
+import policies
 import rewards
 import rollouts
 import vla
@@ -100,7 +100,7 @@ class Settings:
     workers: int = flag(2, "simulator processes")
     tables: int = flag(0, "simulators over all workers; 0: 128, or with LIBERO one per worker")
     threads: int = flag(2, "torch threads; 0: all cores")
-    suite: str = flag("tabletop", "tabletop, " + ", ".join(libero_envs.SUITES) + " or libero_90")
+    suite: str = flag("tabletop", "tabletop, " + ", ".join(libero_files.SUITES) + " or libero_90")
     tasks: list[int] = flag([], "task numbers (default: all)")
     split: str = flag("disjoint", "disjoint: trained on one half of the initial states, evaluated on the other; all: trained and evaluated on "
                                   "all 50 of LIBERO's, the papers' own protocol", choices=["disjoint", "all"])
@@ -144,30 +144,6 @@ def check(s: Settings) -> None:
 
 
 @dataclass
-class Call:
-    """What training needs of a policy call. frame: the image as the policy saw it, prepared once, uint8 (1, side, side, 3)."""
-    frame: np.ndarray
-    bins: torch.Tensor          # (56,) int64
-    logp: torch.Tensor          # (56,) float32
-    entropy: float              # mean over the tokens
-
-
-def sampler(policy, temperature: float, key: str):
-    """act() of `rollouts.play`: samples every token; a call's record is a `Call`."""
-    def act(images: np.ndarray, instructions: list[str]):
-        frames = vla.policy_frames(policy, images)
-        with torch.no_grad():
-            logits = policy(*policy.prompt_ids(instructions), policy.pixel_values(frames))                  # (B, 56, 256)
-            cumulative = (logits / temperature).softmax(-1).cumsum(-1)
-            # inverse of the cumulative distribution: several times faster than torch.multinomial on a CPU
-            u = torch.rand(*logits.shape[:2], 1, device=logits.device) * cumulative[..., -1:]
-            bins = torch.searchsorted(cumulative, u).squeeze(-1).clamp(max=vla.BINS - 1)                # (B, 56)
-            logp, entropy = grpo.token_logprobs(logits, bins, temperature)
-        return vla.to_env_actions(policy.decode(bins, key)), list(map(Call, frames, bins.cpu(), logp.cpu(), entropy.mean(1).tolist()))
-    return act
-
-
-@dataclass
 class Batch:
     """The executed chunks of one step's rollouts that have an advantage; a row is a policy call, N of them."""
     frames: torch.Tensor        # (N, 1, side, side, 3) uint8
@@ -206,7 +182,7 @@ def logprobs(policy, batch: Batch, part: torch.Tensor, temperature: float) -> to
 def reference_logprobs(policy, reference, batch: Batch, s: Settings) -> torch.Tensor:
     """Of all rows under the starting policy, (N, 56): the policy with its adapters off, or a copy that waits on the CPU."""
     device = next(policy.parameters()).device
-    with torch.no_grad(), parallel.gathered(policy), adapters_off(policy):
+    with torch.no_grad(), parallel.gathered(policy), policies.adapters_off(policy):
         model = policy if reference is None else reference.to(device)
         rows = [logprobs(model, batch, part, s.temperature) for part in torch.arange(len(batch.bins)).split(s.micro_batch)]
     if reference is not None:
@@ -282,7 +258,7 @@ def train(s: Settings, suite: rollouts.Suite, out: Path, step: int, policy, aver
           workers: rollouts.Workers) -> tuple[int, dict | None]:
     """Steps `step` + 1 .. s.steps; stops early on Ctrl-C. Returns the last step done and the last held-out evaluation.
     average: running average of the policy's weights, or None; reference: starting policy, or None if beta is 0; encoder: world model, or None for 0/1 rewards."""
-    key, (trained, evaluated, name) = vla.find_key(policy.norm_stats, suite.name), splits(s)
+    key, (trained, evaluated, name) = policies.find_key(policy.norm_stats, suite.name), splits(s)
     result = None
     stop = False
     with job.ctrl_c() as interrupted, tqdm(total=s.steps, initial=step, desc=s.reward, unit="step", dynamic_ncols=True, mininterval=1,
@@ -300,7 +276,7 @@ def train(s: Settings, suite: rollouts.Suite, out: Path, step: int, policy, aver
             states = [pool[i] for i in rng.choice(len(pool), s.groups, replace=s.groups > len(pool))]
             starts = [state for state in parallel.share(states) for _ in range(s.group_size)]
             with parallel.gathered(policy):
-                played = rollouts.play(sampler(policy, now.temperature, key), workers, starts, suite=suite)
+                played = rollouts.play(policies.sampler(policy, now.temperature, key), workers, starts, suite=suite)
             rolled = time.perf_counter()
 
             reward, record = score(played, encoder, s)                                  # 2. rewards
@@ -377,36 +353,6 @@ def film(policy, starts: list[rollouts.Start], key: str, path: Path) -> None:
             evaluation.film(policy, starts, key, path)
 
 
-def prepared(policy, s: Settings):
-    """A policy with the adapters and the checkpointing that the settings ask for."""
-    if s.gradient_checkpointing:
-        if not hasattr(policy, "set_gradient_checkpointing"):
-            raise ValueError(f"--gradient_checkpointing is for OpenVLA; {s.model} is a TinyVLA, whose activations are small")
-        policy.set_gradient_checkpointing()
-    if s.lora_rank:
-        from peft import LoraConfig, inject_adapter_in_model
-        # All but the head, of which the policy reads rows, and what it never runs
-        layers = [name for name, m in policy.named_modules() if isinstance(m, torch.nn.Linear) and m.weight.requires_grad and "lm_head" not in name]
-        torch.manual_seed(s.seed)                               # the same adapters on every rank
-        inject_adapter_in_model(LoraConfig(r=s.lora_rank, lora_alpha=2 * s.lora_rank, target_modules=layers), policy)
-        for p in (p for p in policy.parameters() if p.requires_grad):
-            p.data = p.data.float()
-    return policy
-
-
-@contextmanager
-def adapters_off(policy):
-    """Within it a policy with adapters is the one it started as."""
-    layers = [m for m in policy.modules() if hasattr(m, "lora_A")]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-
-
 def running_average(decay: float):
     """For AveragedModel: an exponential average, over fewer steps at first, while the policy changes fast."""
     return lambda averages, weights, n: get_ema_multi_avg_fn(min(decay, (1 + int(n)) / (10 + int(n))))(averages, weights, n)
@@ -414,10 +360,9 @@ def running_average(decay: float):
 
 def kept(policy, average) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """What a checkpoint holds beside the optimiser: the weights that are trained, and their running average."""
-    names = {name for name, p in policy.named_parameters() if p.requires_grad}
-    return ({name: p for name, p in policy.named_parameters() if name in names},
-            {} if average is None else {f"average.{name}": x for name, x in average.state_dict().items()
-                                        if name == "n_averaged" or name.removeprefix("module.") in names})
+    trained = parallel.trainable(policy)
+    return trained, {} if average is None else {f"average.{name}": x for name, x in average.state_dict().items()
+                                                if name == "n_averaged" or name.removeprefix("module.") in trained}
 
 
 def describe(suite, episodes, reward, advantages, record, i: int) -> str:
@@ -432,18 +377,6 @@ def describe(suite, episodes, reward, advantages, record, i: int) -> str:
 def save(out: Path, s: Settings, step: int, policy, average, optimizer) -> None:
     weights, averaged = kept(policy, average)
     parallel.save_checkpoint(out / "checkpoint", weights, optimizer, {"step": step, "settings": asdict(s)}, averaged)
-
-
-def save_policy(policy, out: Path) -> None:
-    """`out`/policy, adapters merged into it; these alone, as peft writes them, in policy_adapter."""
-    weights, adapters = parallel.whole_weights(policy), parallel.whole(kept(policy, None)[0]) if hasattr(policy, "peft_config") else {}
-    if parallel.rank() == 0:
-        shutil.rmtree(out / "policy", ignore_errors=True)
-        policy.save_pretrained(out / "policy", weights)
-        if adapters:
-            policy.peft_config["default"].save_pretrained(out / "policy_adapter")
-            save_file({f"base_model.model.{name.replace('.default.', '.')}": x for name, x in adapters.items()},
-                      out / "policy_adapter" / "adapter_model.safetensors")
 
 
 def splits(s: Settings) -> tuple[str, str, str]:
@@ -467,14 +400,14 @@ def run(s: Settings, given: set[str]) -> int:
     print(plan.announced(s))
     evaluation.try_suite(suite, 64)         # OpenGL and assets, before minutes of loading
     logging.disable_progress_bar()          # transformers' own bar for loading weights
-    policy = prepared(vla.load_policy(s.model, getattr(torch, s.dtype), parallel.device()), s)
-    reference = vla.load_policy(s.model, getattr(torch, s.dtype)) if s.beta > 0 and not s.lora_rank else None
+    policy = policies.prepared(policies.load_policy(s.model, getattr(torch, s.dtype), parallel.device()), s)
+    reference = policies.load_policy(s.model, getattr(torch, s.dtype)) if s.beta > 0 and not s.lora_rank else None
     encoder = None
     if s.reward == "srpo":
         pixels = s.world_model == "pixels"
         encoder = world_model.WorldModel.from_pretrained(WEIGHTS / "vjepa_tiny" if pixels else s.world_model, batch_size=s.clips)
         encoder = world_model.PixelModel(encoder) if pixels else encoder
-    key = vla.find_key(policy.norm_stats, suite.name)
+    key = policies.find_key(policy.norm_stats, suite.name)
     if parallel.rank() == 0:
         evaluation.note_pixels(policy, key, s.fast_sim)
     job.make_folder(out)                    # whatever is wrong with the models or OpenGL has shown by now
@@ -493,7 +426,7 @@ def run(s: Settings, given: set[str]) -> int:
         print(f"{suite.name}: {'; '.join(libero_envs.SPLIT_NAMES[split] for split in dict.fromkeys(splits(s)[:2]))}; {suite.protocol}")
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {len(suite.tasks)} tasks, {torch.get_num_threads()} torch threads, "
           f"{s.workers} simulator processes; results go to {out}/")
-    workers = suite.workers(s.workers, vla.camera_size(policy), s.tables)
+    workers = suite.workers(s.workers, policies.camera_size(policy), s.tables)
     try:
         builtin, film_starts = suite.name == "tabletop", suite.starts(heldout, 1)       # LIBERO's GIFs come out of its evaluations
         if step == 0:
@@ -507,7 +440,7 @@ def run(s: Settings, given: set[str]) -> int:
         else:
             before = json.loads((out / "before.json").read_text())
             print(f"resumed after step {step}")
-        log = job.MetricsLog(os.devnull if parallel.rank() else out / "metrics.jsonl", resume_step=step or -1)
+        log = parallel.metrics_log(out / "metrics.jsonl", step or -1)
         if step == 0:
             log.append({"step": 0, "heldout": before["success"]})
         done, after = step, json.loads((out / "after.json").read_text()) if saved and (out / "after.json").exists() else None
@@ -520,7 +453,7 @@ def run(s: Settings, given: set[str]) -> int:
             after = after or evaluate(final, workers, heldout, key, suite, None)        # a run that ended may be resumed too
             if builtin:
                 film(final, film_starts, key, out / "after.gif")
-            save_policy(final, out)
+            policies.save_policy(final, out)
         if parallel.rank():
             return 0 if finished else 130
         rows = evaluation.read_metrics(out / "metrics.jsonl")

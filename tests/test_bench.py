@@ -1,6 +1,8 @@
 """bench.py: real sizes without memory for them, FLOPs against arithmetic, a measured case end to end, an unmeasured one that says so."""
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,14 @@ def test_plan_of_a_large_case_is_plan_py_s():
     """bf16 weights, gradients, masters and moments of 7.54B parameters are 112 GiB; adapters need a fraction."""
     full, lora = (bench.needed(bench.Case("openvla-7b", lora_rank=rank, gradient_checkpointing=True, rows=1), "cuda") / plan.GiB for rank in (0, 32))
     assert 112 * plan.MARGIN < full < 125 and 14 < lora < 25
+
+
+def test_readme_says_what_is_planned(capsys):
+    assert bench.main(["--plan"]) == 0
+    lines = dict(reversed(line.strip().split(" GiB  ")) for line in capsys.readouterr().out.splitlines())
+    rows = [line for line in (Path(bench.__file__).parent / "README.md").read_text().splitlines() if "GiB |" in line]
+    assert lines and [re.findall(r"\d+\.\d", row.split("|", 2)[2]) for row in rows] == [
+        [need for command, need in lines.items() if command.startswith(script)] for script in ("vla_srpo.py", "reflection_srpo.py")]
 
 
 def test_flops_are_two_per_weight_and_token():

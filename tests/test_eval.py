@@ -15,6 +15,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 import envs
+import policies
 import rollouts
 import eval as evaluation
 import vla
@@ -163,9 +164,9 @@ def test_a_log_belongs_to_its_settings(tmp_path, checkpoint):
     log.write_text("oops\n")
     with pytest.raises(ValueError, match="a.jsonl does not begin with an evaluation's settings; delete it"):
         evaluation.begin_log(log, settings)
-    policy = vla.load_policy(checkpoint)                        # other weights are another policy, wherever they lie
+    policy = policies.load_policy(checkpoint)                        # other weights are another policy, wherever they lie
     first = evaluation.fingerprint(policy)
-    assert first == evaluation.fingerprint(vla.load_policy(checkpoint))
+    assert first == evaluation.fingerprint(policies.load_policy(checkpoint))
     with torch.no_grad():
         policy.fc2.bias[3] += 1
     assert evaluation.fingerprint(policy) != first
@@ -197,17 +198,6 @@ def test_videos_are_what_the_world_model_reads(known, workers, tmp_path):
         assert len(video) == -(-episode.steps // envs.CHUNK) + 1 and solved == episode.success
         env = envs.Tabletop()
         np.testing.assert_array_equal(video[0], env.reset(options={"task": episode.start.task, "index": episode.start.index})[0]["image"])
-
-
-def test_greedy_takes_the_likeliest_bin():
-    policy = TinyVLA(STATS, channels=(4, 4, 4), width=16, basis=6)
-    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
-    actions, records = evaluation.greedy(policy, KEY)(images, list(envs.TASKS[:3]))
-    assert actions.shape == (3, 8, 7) and records == [None] * 3
-    with torch.no_grad():
-        logits = policy(*policy.prompt_ids(list(envs.TASKS[:3])), policy.pixel_values(images[:, None]))
-    bins = [[max(range(256), key=lambda b: logits[i, t, b].item()) for t in range(56)] for i in range(3)]
-    np.testing.assert_array_equal(actions, vla.to_env_actions(policy.decode(np.array(bins), KEY)))
 
 
 def test_film(known, tmp_path):
@@ -242,7 +232,7 @@ def test_paper_table():
     for line in lines[1:-1]:                                # the papers' means are the means of their four suites
         numbers = [float(x) for x in line.split()[-5:]]
         assert np.mean(numbers[:4]) == pytest.approx(numbers[4], abs=0.1), line
-    four = dict(zip(evaluation.libero_envs.SUITES, map(of, (0.1, 0.2, 0.3, 0.6))))
+    four = dict(zip(evaluation.libero_files.SUITES, map(of, (0.1, 0.2, 0.3, 0.6))))
     assert evaluation.paper_table(four).split()[-5:] == ["10.0", "20.0", "30.0", "60.0", "30.0"]
 
 

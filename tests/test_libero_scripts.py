@@ -11,6 +11,8 @@ import torch
 
 import eval as evaluation
 import libero_envs
+import libero_files
+import policies
 import vla
 import vla_sft
 import vla_srpo
@@ -36,7 +38,7 @@ def test_from_demonstrations_to_a_table(small, monkeypatch, capsys):
     assert "python eval.py vla --checkpoint sft --suite libero_object --tasks 3 --fast-sim" in said and "kept" in said
     monkeypatch.setattr(vla_sft.libero_expert, "demonstrate", None)                # a second SFT plays nothing
     assert vla_sft.main([*sft, "--out", "again"]) == 0
-    policy, again = vla.load_policy("sft"), vla.load_policy("again")
+    policy, again = policies.load_policy("sft"), policies.load_policy("again")
     assert all(torch.equal(a, b) for a, b in zip(policy.state_dict().values(), again.state_dict().values()))
     (key, stats), = json.loads((small / "sft/dataset_statistics.json").read_text()).items()
     assert key == "libero_object_no_noops" and policy.config["size"] == 64
@@ -46,7 +48,7 @@ def test_from_demonstrations_to_a_table(small, monkeypatch, capsys):
     assert vla_srpo.main([*rl, "--out", "rl"]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     assert "25 training initial states (even numbers); 25 held-out initial states (odd numbers); horizon 16, 10 settling steps" in said
-    assert libero_envs.tasks("libero_object")[3].instruction in said
+    assert libero_files.tasks("libero_object")[3].instruction in said
     row = json.loads((small / "rl/metrics.jsonl").read_text().splitlines()[1])
     assert row["env_steps"] == 4 * 16 and row["length"] == 16 and row["workers_replaced"] == 0
     assert json.loads((small / "rl/after.json").read_text())["episodes"] == 2

@@ -14,6 +14,9 @@ import arrows
 import grpo
 from job import read_state
 import parallel
+import policies
+import reflection_eval
+import reflection_sft
 import reflection_srpo as rs
 import rewards
 import vla
@@ -50,7 +53,7 @@ def reflection_case(folder: Path, **changes):
     model, processor = rs.load(s, folder / "base")
     model.train()
     torch.manual_seed(1)
-    _, prompts = rs.encode(arrows.dataset(6, 0), s, processor, None)
+    _, prompts = reflection_eval.encode(arrows.dataset(6, 0), s, processor, None)
     completions = [torch.randint(7, len(arrows.WORDS), (n,)) for n in (3, 1, 7, 4, 5, 2)]
     advantages = [1.0, -1.0, 0.5, 2.0, -0.3, 0.7]
     if parallel.world() > 1:
@@ -93,7 +96,8 @@ def fine_tuning(folder: Path, out: Path, **changes) -> tuple[dict, list[dict]]:
     rows = arrows.dataset(10, 0, targets=True)
     rows[np.random.default_rng([s.seed, 0]).permutation(10)[3]].images = [b"broken"]
     model, processor = rs.load(s, folder / "base")
-    assert rs.supervised(s, out, model, processor, rows, 0, steady(rs.optimizer_of(model, s))) == 4
+    optimizer = steady(rs.optimizer_of(model, s))
+    assert reflection_sft.supervised(s, out, model, processor, rows, 0, optimizer, lambda step: rs.save(out, s, "sft", step, model, optimizer)) == 4
     return parallel.whole_weights(model), [json.loads(line) for line in (out / "sft.jsonl").read_text().splitlines()] if parallel.rank() == 0 else []
 
 
@@ -126,7 +130,7 @@ def vla_updates(kind: str) -> tuple[dict, dict]:
     size = policy.config.get("size", vla.IMAGE)
     if kind != "tiny":
         policy.prompt_ids = lambda texts: (torch.tensor([[vla.BOS, 5, 9, vla.SPACE]]).expand(len(texts), -1), torch.ones(len(texts), 4, dtype=torch.long))
-    policy = vla_srpo.prepared(policy.to(torch.bfloat16) if kind == "bf16" else policy, s)
+    policy = policies.prepared(policy.to(torch.bfloat16) if kind == "bf16" else policy, s)
     batch = vla_srpo.Batch(frames=torch.randint(256, (12, 1, size, size, 3), dtype=torch.uint8), instructions=["red cube"] * 12,
                            bins=torch.randint(256, (12, 56)), logp=torch.full((12, 56), -5.5), mask=torch.rand(12, 56) < 0.8,
                            advantage=torch.randn(12), trajectory=torch.tensor([0] * 4 + [1] * 4 + [2] * 2 + [3] * 2))
@@ -290,31 +294,13 @@ def test_a_rank_without_responses_only_keeps_step(folder):
 
 def test_merged_weights_are_peft_s(folder):
     _, model, _, _ = reflection_case(folder, lora_rank=2)
-    for name, p in rs.trainable(model).items():
+    for name, p in parallel.trainable(model).items():
         torch.nn.init.normal_(p, std=0.1)
     ours = parallel.whole_weights(model)
     theirs = model.merge_and_unload().state_dict()
     assert set(ours) == set(theirs)
     for name, x in theirs.items():
         torch.testing.assert_close(ours[name], x, atol=1e-6, rtol=1e-5)
-
-
-def test_a_vla_s_adapters_are_saved_merged_and_alone(tmp_path):
-    from peft import PeftModel
-    base = vla.load_policy(vla_srpo.WEIGHTS / "tiny_vla")
-    policy = vla_srpo.prepared(vla.load_policy(vla_srpo.WEIGHTS / "tiny_vla"), vla_srpo.Settings(lora_rank=2))
-    assert sum(p.requires_grad for p in policy.parameters()) == 2 * 4               # film, fc1, fc2, head
-    for p in (p for p in policy.parameters() if p.requires_grad):
-        torch.nn.init.normal_(p, std=0.1)
-    inputs = (*policy.prompt_ids(["put the red cube on the green plate"]), torch.randn(1, 3, 64, 64))
-    with torch.no_grad():
-        expected, start = policy(*inputs), base(*inputs)
-        with vla_srpo.adapters_off(policy):
-            torch.testing.assert_close(policy(*inputs), start)
-        assert (expected - start).abs().max() > 0.1
-        vla_srpo.save_policy(policy, tmp_path)
-        torch.testing.assert_close(vla.load_policy(tmp_path / "policy")(*inputs), expected, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path / "policy_adapter")(*inputs), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_bf16_shards_train_and_resume_on_one_process(tmp_path):

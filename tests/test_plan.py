@@ -22,6 +22,8 @@ import bench
 import envs
 import grpo
 import plan
+import policies
+import reflection_eval
 import reflection_srpo as rs
 import vla
 import vla_srpo
@@ -54,7 +56,7 @@ def case(kind: str, folder: Path, **changes):
         s = rs.Settings(model=str(folder), **changes)
         return s, rs.load(s, folder)[0]
     s = vla_srpo.Settings(model=str(folder), reward="binary", average=0.0, **changes)
-    return s, vla_srpo.prepared(vla.load_policy(folder, getattr(torch, s.dtype)), s)
+    return s, policies.prepared(policies.load_policy(folder, getattr(torch, s.dtype)), s)
 
 
 def size(tensors) -> int:
@@ -183,7 +185,7 @@ def test_openvla_s_peaks(changes, tmp_path):
     _, config, shapes = plan.read_checkpoint(tmp_path / "big")
     planned = plan.needs(s, config, shapes)
     assert planned.update / plan.MARGIN == pytest.approx(live.of(update), rel=0.15)
-    act = vla_srpo.sampler(model, 1.0, "unit")
+    act = policies.sampler(model, 1.0, "unit")
     assert planned.rollout / plan.MARGIN == pytest.approx(live.of(lambda: act(np.zeros((4, 256, 256, 3), np.uint8), ["go"] * 4)), rel=0.15)
 
 
@@ -207,7 +209,7 @@ def test_qwen_s_peaks(changes, tmp_path):
     planned = plan.needs(s, config, shapes)
     assert planned.update / plan.MARGIN == pytest.approx(live.of(update), rel=0.15)
     model.generation_config.eos_token_id = 10**6                                        # nothing ends early
-    assert planned.rollout / plan.MARGIN == pytest.approx(live.of(lambda: rs.generate(model, processor, prompts, s, 1.0)), rel=0.15)
+    assert planned.rollout / plan.MARGIN == pytest.approx(live.of(lambda: reflection_eval.generate(model, processor, prompts, s, 1.0)), rel=0.15)
 
 
 def test_a_micro_batch_of_mixed_lengths_stays_within_the_plan(tmp_path):

@@ -13,11 +13,13 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from scipy.stats import binomtest
 
 import reasoning_eval as re_eval
-from reasoning_eval import BENCHMARKS, Outcome, Question, evaluate, extract, is_right, option_letter
+from answers import extract
+from reasoning_eval import BENCHMARKS, Outcome, Question, evaluate, is_right
 
 needs_math_verify = pytest.mark.skipif(not re_eval.importlib.util.find_spec("math_verify"), reason="math-verify is not installed")
 
@@ -208,71 +210,6 @@ def test_prompts():
 
 # Scoring
 
-TWO = "<think>a</think><answer>${}$</answer><reflection>b</reflection><think>c</think><answer>${}$</answer>"
-
-
-@pytest.mark.parametrize("response, choice, expected", [
-    (TWO.format(r"\boxed{1}", r"\boxed{\frac{2}{3}}"), False, r"\frac{2}{3}"),
-    (TWO.format("(A)", "(B)"), True, "$(B)$"),
-    ("<answer>first \\boxed{1}, no: \\boxed{2}</answer>", False, "2"),
-    ("<answer>The answer is 7.</answer>", False, "7"),
-    ("<answer>12 cm</answer> or so \\boxed{9}", False, "12 cm"),                   # tags win over what stands around them
-    ("<answer></answer>", False, None),
-    ("<answer>3</answer><answer> </answer>", False, None),                        # an empty final answer is not the first one
-    ("<answer>4", False, "4"),                                                     # an open tag is none; the last line's number
-    ("so \\boxed{3} then \\boxed{4}.", False, "4"),
-    ("so \\boxed{3} then \\boxed{4", False, None),                                # the last box never closes
-    ("\\boxed{}", False, None),
-    ("The answer is (C) 120°.", True, "(C) 120°"),
-    ("Answer: D", True, "D"),
-    ("**Final answer:** 3.14", False, "3.14"),
-    ("The correct option is B because it fits.", True, "B"),
-    ("The answer is 5. Or rather, the answer is 6.", False, "6"),
-    ("The answer is 3.5.", False, "3.5"),
-    ("All angles are equal.\nB", True, "B"),
-    ("All angles are equal.\n(B)", True, "B"),
-    ("B. 60°", True, "B"),
-    ("Line AB is longer than C", True, None),                                      # a point, not an option
-    ("A triangle has three sides", True, None),
-    ("2 + 5 = 7", False, "7"),
-    ("It costs 1,250 dollars", False, "1,250"),
-    ("x = -3", False, "-3"),
-    ("It is 3/4 full", False, "3/4"),
-    ("It is \\frac{3}{4}", False, None),                                           # 4 it is not
-    ("Seven\n\n", False, None),
-    ("", False, None)])
-def test_extract(response, choice, expected):
-    assert extract(response, choice) == expected
-
-
-def test_truncated_responses_need_a_box_or_a_tag():
-    assert extract("The sides add up to 7", False) == "7" and extract("The sides add up to 7", False, truncated=True) is None
-    assert extract("The answer is 1", False, truncated=True) is None                # of 12, perhaps
-    assert extract("so \\boxed{12} and then", False, truncated=True) == "12"
-    assert extract("<answer>12</answer><reflection>and", False, truncated=True) == "12"
-
-
-ANGLES = ["40°", "60°", "120°", "6cm"]
-
-
-@pytest.mark.parametrize("answer, options, expected", [
-    ("B", ANGLES, "B"), ("(B)", ANGLES, "B"), ("B.", ANGLES, "B"), ("$\\text{B}$", ANGLES, "B"), ("\\textbf{(B)}", ANGLES, "B"),
-    ("B) 60°", ANGLES, "B"), ("(B) 60^\\circ", ANGLES, "B"), ("Option C", ANGLES, "C"), ("b", ANGLES, "B"), ("(b)", ANGLES, "B"),
-    ("60", ANGLES, "B"), ("60°", ANGLES, "B"), ("60 degrees", ANGLES, "B"), ("60^{\\circ}", ANGLES, "B"), ("60.0", ANGLES, "B"),
-    ("6 cm", ANGLES, "D"), ("6", ANGLES, "D"), ("6 m", ANGLES, None),
-    ("E", ANGLES, None), ("70", ANGLES, None), ("A or B", ANGLES, None), ("(A) or (B)", ANGLES, None), ("A, B", ANGLES, None),
-    ("(A) and B", ANGLES, None), ("not A", ANGLES, None), ("ABCD", ANGLES, None), ("?", ANGLES, None), ("", ANGLES, None),
-    ("J", [], "J"), ("K", [], None), ("a", [], "A"), ("60", [], None),
-    ("yes", ["Yes", "No"], "A"), ("No", ["Yes", "No"], "B"), ("maybe", ["Yes", "No"], None),
-    ("Great diving beetle", ["Tilapia", "Great diving beetle"], "B"), ("beetle", ["Tilapia", "Great diving beetle"], None),
-    ("C or D", ["A", "B", "C", "D", "C or D"], "E"), ("(E) C or D", ["A", "B", "C", "D", "C or D"], "E"),
-    ("A triangle", ["A square", "A triangle"], "B"), ("0.5", ["1/2", "0.50", "3"], None),
-    ("a", ["b", "a"], "B"), ("E", ["A", "B", "C", "D", "E"], "E"),
-    pytest.param("\\frac{\\sqrt{3}}{2}", ["$\\frac{1}{2}$", "$\\frac{\\sqrt3}{2}$"], "B", marks=needs_math_verify)])
-def test_option_letter(answer, options, expected):
-    assert option_letter(answer, options) == expected
-
-
 @pytest.mark.parametrize("kind, gold, right, wrong", [
     ("integer", "1000", ["1000", "1,000", "1000.0", "$1000$", "1000 g", "x = 1000"],
      ["1000.7", "100", "1000 or 2000", "10000", "none", "-1000"]),
@@ -356,6 +293,7 @@ def folder(tmp_path) -> Path:
     return tmp_path / "hub"
 
 
+TWO = "<think>a</think><answer>${}$</answer><reflection>b</reflection><think>c</think><answer>${}$</answer>"
 SCRIPT = {"1": TWO.format("\\boxed{4}", "\\boxed{4}"), "2": TWO.format("\\boxed{A}", "\\boxed{B}"), "3": TWO.format("\\boxed{4}", "\\boxed{5}"),
           "4": Completion("half a thought, 1.2", truncated=True, tokens=64), "5": "<answer>seven</answer>"}
 
@@ -592,6 +530,7 @@ def test_run_bad_input(command, folder, capsys):
 def test_a_real_model_through_the_command_line(folder, tmp_path):
     """eval.py reasoning on a tiny Qwen2.5-VL with random weights: nothing is right, everything is saved, and a second call asks nothing."""
     import arrows
+    torch.manual_seed(1)                                                # of which depends whether a response ends within 5 tokens
     arrows.tiny_vlm(tmp_path / "model")
     command = [sys.executable, "eval.py", "reasoning", "--model", str(tmp_path / "model"), "--benchmark", "mathvista", "--data", str(folder), "--limit", "3",
                "--max-new-tokens", "5", "--dtype", "float32", "--out", str(tmp_path / "out")]

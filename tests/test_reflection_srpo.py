@@ -13,6 +13,9 @@ import torch
 
 import arrows
 import grpo
+import parallel
+import reflection_eval
+import reflection_sft
 import reflection_srpo as rs
 import rewards
 import vlm
@@ -22,21 +25,13 @@ SMALL = ["--sft_rows", "96", "--sft_epochs", "1", "--sft_batch", "32", "--steps"
          "--eval_every", "2", "--save_every", "1", "--threads", "1", "--max_new_tokens", "24"]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    arrows.tiny_vlm(folder, width=32)
-    return folder
-
-
 @pytest.fixture
 def batch(base):
     """(settings, model, processor, a batch of random completions of different lengths with advantages)."""
     s = rs.Settings(model=str(base), minibatch=0)
     model, processor = rs.load(s, base)
     torch.manual_seed(1)
-    rows, prompts = rs.encode(arrows.dataset(6, 0), s, processor, None)
+    rows, prompts = reflection_eval.encode(arrows.dataset(6, 0), s, processor, None)
     completions = [torch.randint(7, len(arrows.WORDS), (n,)) for n in (3, 1, 7, 4, 5, 2)]
     return s, model, processor, rs.Batch(prompts, completions, torch.tensor([1.0, -1.0, 0.5, 2.0, -0.3, 0.7]))
 
@@ -116,10 +111,10 @@ def test_the_kl_pulls_towards_the_reference(batch, base):
 def test_lora_trains_adapters_of_the_language_model_alone(base, tmp_path):
     pytest.importorskip("peft")
     model, processor = rs.load(rs.Settings(lora_rank=4), base)
-    names = set(rs.trainable(model))
+    names = set(parallel.trainable(model))
     assert names and all("lora_" in name and "language_model" in name for name in names)
     with torch.no_grad():
-        for p in rs.trainable(model).values():
+        for p in parallel.trainable(model).values():
             p.add_(torch.randn_like(p) * 0.05)
     prompt = processor.prompt([], "from a2 go 6 ?")
     inputs, _, _ = processor.batch([prompt])
@@ -134,7 +129,7 @@ def test_lora_trains_adapters_of_the_language_model_alone(base, tmp_path):
 
 def test_a_frozen_tower_stays_as_it_is(base):
     model, _ = rs.load(rs.Settings(freeze_vision=True), base)
-    assert not any("visual" in name for name in rs.trainable(model)) and any("language_model" in name for name in rs.trainable(model))
+    assert not any("visual" in name for name in parallel.trainable(model)) and any("language_model" in name for name in parallel.trainable(model))
 
 
 def test_supervised_gradient_is_cross_entropy_on_the_response(base, tmp_path, monkeypatch):
@@ -144,8 +139,9 @@ def test_supervised_gradient_is_cross_entropy_on_the_response(base, tmp_path, mo
     model, processor = rs.load(s, base)
     seen = []
     monkeypatch.setattr(grpo, "clip_and_step", lambda optimizer, model, norm: (seen.append(gradient(model)), optimizer.zero_grad(), (1.0, True))[-1])
-    rs.supervised(s, tmp_path, model, processor, rows, 0, grpo.make_optimizer(model, 1e-3))
-    _, prompts = rs.encode(rows, s, processor, None)
+    saved = []
+    assert reflection_sft.supervised(s, tmp_path, model, processor, rows, 0, grpo.make_optimizer(model, 1e-3), saved.append) == 1 and saved == [1]
+    _, prompts = reflection_eval.encode(rows, s, processor, None)
     inputs, ids, mask = processor.batch(prompts, [processor.target(row.target) for row in rows])
     labels = inputs["input_ids"].clone()
     labels[:, :-ids.shape[1]] = -100
@@ -160,16 +156,16 @@ def test_ablated_rewards(base):
     _, processor = rs.load(rs.Settings(), base)
     response = "<think> a 1 </think> <answer> 1 </answer> <reflection> check a </reflection> <think> a 2 </think> <answer> 2 </answer>"
     paper = rewards.reflection_reward(response, "2", count_tokens=lambda t: processor.count(rewards.TAG.sub(" ", t)))
-    assert rs.score(response, "2", "paper", processor).total == paper.total and paper.length > 0
-    assert rs.score(response, "2", "no_length", processor).total == pytest.approx(paper.total - paper.length)
-    assert [rs.score(response, answer, "outcome", processor).total for answer in ("2", "1")] == [1, 0]
+    assert reflection_eval.score(response, "2", "paper", processor).total == paper.total and paper.length > 0
+    assert reflection_eval.score(response, "2", "no_length", processor).total == pytest.approx(paper.total - paper.length)
+    assert [reflection_eval.score(response, answer, "outcome", processor).total for answer in ("2", "1")] == [1, 0]
     for kind in ("paper", "no_length", "outcome", "openrlhf"):                  # parts add up to what is paid
-        record = rs.score(response, "2", kind, processor)
+        record = reflection_eval.score(response, "2", kind, processor)
         assert record.total == pytest.approx(record.format + record.accuracy + record.effectiveness + record.reflection + record.length)
-    assert rs.score(response, "2", "openrlhf", processor).n_tokens == processor.count(response) > paper.n_tokens      # code: with its tags
+    assert reflection_eval.score(response, "2", "openrlhf", processor).n_tokens == processor.count(response) > paper.n_tokens      # code: with its tags
     for garbage in ("", "<answer>", "2", "</answer> 2 <answer>", "<think> 2 </think>"):
         for kind in rs.REWARDS:
-            record = rs.score(garbage, "2", kind, processor)
+            record = reflection_eval.score(garbage, "2", kind, processor)
             assert record.accuracy <= 0 and not record.final_correct and record.total <= 0
 
 

@@ -1,7 +1,6 @@
 """reflection_teacher.py against rewards.py's own reading of a response, a scripted server with faults, and a real one."""
 import argparse
 import base64
-import importlib.util
 import io
 import json
 import os
@@ -23,33 +22,16 @@ import pytest
 import torch
 from PIL import Image
 
-import arrows
+import answers
 import reflection_teacher
 import rewards
 import vlm
 from reflection_data import MAX_PIXELS, Rejected, Row, first_prompt, load_image, read_rows, reflection_prompt
 from reflection_teacher import Teacher, build
+from test_reflection_data import lines, needs, write_rows
 
 ROOT = Path(reflection_teacher.__file__).parent
 REPLY = json.dumps({"reflection": "I counted a plate twice.", "think": "Three and four make seven."})
-
-
-def needs(*packages: str):
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def write_rows(folder: Path, n: int) -> Path:
-    """n rows on n small pictures; the right answer to row i is i."""
-    for i in range(n):
-        Image.new("RGB", (32, 24), (i, 255 - i, 128)).save(folder / f"{i}.png")
-    rows = [{"query": f"Row {i}: how many?", "image": f"{i}.png", "answer": str(i)} for i in range(n)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder / "rows.jsonl"
 
 
 def answer(rows: list[Row]) -> list[str]:
@@ -151,7 +133,7 @@ def test_build_with_a_local_teacher(tmp_path):
     out = tmp_path / "out"
     bad = Rejected("x:1", "x:1", "broken JSON line: 1")
     build(rows, first_answers, teacher, out, batch=4, rejected=[bad],
-          verify=lambda prediction, gold: None if gold == "4" else rewards.default_verify(prediction, gold))
+          verify=lambda prediction, gold: None if gold == "4" else answers.default_verify(prediction, gold))
     assert firsts == [4, 3]
     assert asked == [["0", "1", "2", "3"], ["1", "3"], ["3"], ["6"]]      # only what could not be read is asked again, TRIES times
     kept, rejected = lines(out / "reflections.jsonl"), lines(out / "rejected.jsonl")
@@ -439,6 +421,7 @@ def test_an_error_of_ours_stops_the_queue_and_keeps_what_is_in_flight(tmp_path, 
 
 SCRIPT = """
 import argparse, sys
+import answers
 import reflection_teacher
 
 def load_model():
@@ -550,14 +533,6 @@ def test_flags_that_go_together(tmp_path):
     reflection_teacher.add_arguments(parser)
     with pytest.raises(ValueError, match="^--teacher-url and --teacher-model go together"):
         reflection_teacher.run(parser.parse_args(["--rows", "x", "--out", "y", "--teacher-url", "http://localhost:1/v1"]), pytest.fail)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    arrows.tiny_vlm(folder, width=32)
-    return folder
 
 
 @needs("openai")

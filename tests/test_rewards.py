@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import answers
 import rewards
-from rewards import default_verify, progress_reward, reflection_reward
+from rewards import progress_reward, reflection_reward
 
 FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "official_rewards.json").read_text())
 
@@ -214,7 +215,7 @@ def respond(first, second, think="one two three four five six", reflection="chec
 @pytest.mark.parametrize("library", [True, False], ids=["installed", "plain"])
 def test_openrlhf_equals_published_code(library, monkeypatch):
     if not library:
-        monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(answers.importlib.util, "find_spec", lambda name: None)
     for row in FIXTURE["reflection"]:
         got, want = reflection_reward(row["response"], row["answer"], variant="openrlhf"), row["openrlhf"]
         assert math.isclose(got.total, want["rewards"], abs_tol=1e-6), row["response"]
@@ -301,28 +302,6 @@ def test_verifier_and_token_count_are_called():
                                verify=lambda guess, gold: np.bool_("q" in guess and gold == "gold"))
     assert record.final_correct is True and record.first_correct is False and record.effectiveness == 0.5
     assert record.n_tokens == len(respond("p", "q"))
-
-
-@pytest.mark.parametrize("guess, gold, right", [
-    ("7", "7", True), (" $7.0$ ", "7", True), ("17", "7", False), ("0.75", "3/4", True), ("\\dfrac{3}{4}", "0.75", True),
-    ("1,250", "1250", True), ("(b)", "B", True), ("B.", "B", True), ("A or B", "B", False), ("Red", "red", True),
-    ("der", "red", False), ("\\boxed{\\frac{2}{3}}", "\\frac23", False), ("7/0", "7", False), ("-4", "4", False),
-    ("6 1", "61", False), ("1 1/2", "5.5", False), ("1\\frac{1}{2}", "5.5", False), ("1\\frac{1}{2}", "1 1/2", True), ("- \\frac {1}{2}", "-0.5", True),
-    ("\\boxed{\\text{B}}", "B", True), ("(\\textbf{B})", "B", True), ("(B) 60", "B", True), ("\\boxed{B. 60}", "B", True), ("(B) or (C)", "B", False),
-    ("(C) 60", "B", False), ("Bob", "B", False), ("\\boxed{\\text{yes}}", "yes", True),
-    ("9" * 500, "7", False), ("see $\\boxed{1}$, then $\\boxed{7}$", "7", True)])
-def test_plain_verifier(guess, gold, right, monkeypatch):
-    monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda name: None)
-    assert default_verify(guess, gold) is right
-
-
-@pytest.mark.parametrize("guess, gold, right", [
-    ("$x^2+2x+1$", "(x+1)^2", True), ("$\\boxed{\\frac{2}{3}}$", "\\frac23", True), ("$\\sqrt{4}$", "2", True),
-    ("der", "red", False), ("A", "B", False), ("$x^2$", "(x+1)^2", False), ("The answer is 7.", "7", True), ("9 or 7", "7", False),
-    ("not 7", "7", False), ("1 2 3 4 5 6 7", "7", False)])
-def test_math_verify_where_installed(guess, gold, right):
-    pytest.importorskip("math_verify")
-    assert default_verify(guess, gold) is right
 
 
 @pytest.mark.parametrize("arguments, word", [(("a", "7", "verL"), "variant"), ((None, "7", "paper"), "response"),

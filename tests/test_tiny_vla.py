@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import policies
 import vla
 from tiny_vla import TinyVLA
 
@@ -93,10 +94,10 @@ def test_forward_in_loops(tiny, frames):
 def test_round_trip_and_load_policy(tiny, frames, tmp_path):
     cropped = TinyVLA(STATS, crop=(8, 20, 40))
     cropped.save_pretrained(tmp_path / "cropped")
-    assert torch.equal(logits_of(vla.load_policy(tmp_path / "cropped"), frames, INSTRUCTIONS), logits_of(cropped, frames, INSTRUCTIONS))
+    assert torch.equal(logits_of(policies.load_policy(tmp_path / "cropped"), frames, INSTRUCTIONS), logits_of(cropped, frames, INSTRUCTIONS))
     tiny.save_pretrained(tmp_path / "policy")
-    loaded = vla.load_policy(tmp_path / "policy")
-    assert type(loaded) is TinyVLA and type(vla.load_policy(CHECKPOINT)) is vla.OpenVLA
+    loaded = policies.load_policy(tmp_path / "policy")
+    assert type(loaded) is TinyVLA and type(policies.load_policy(CHECKPOINT)) is vla.OpenVLA
     assert loaded.norm_stats == STATS and loaded.config == tiny.config
     assert loaded.state_dict().keys() == tiny.state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), tiny.state_dict().values()))
@@ -109,14 +110,14 @@ def test_round_trip_and_load_policy(tiny, frames, tmp_path):
     small = TinyVLA(STATS, channels=(4, 6, 8), width=12, basis=5, size=32)      # sizes come from config.json
     small.save_pretrained(tmp_path / "small")
     small_frames = frames[:1, :, :32, :32]
-    assert torch.equal(logits_of(vla.load_policy(tmp_path / "small"), small_frames, "wait"),
+    assert torch.equal(logits_of(policies.load_policy(tmp_path / "small"), small_frames, "wait"),
                        logits_of(small, small_frames, "wait"))
 
 
 def test_images_pass_as_they_are(tiny, frames):
     images = frames[:, 0].numpy()
-    np.testing.assert_array_equal(vla.policy_frames(tiny, images), frames)
-    assert vla.camera_size(tiny) == 64
+    np.testing.assert_array_equal(policies.policy_frames(tiny, images), frames)
+    assert policies.camera_size(tiny) == 64
 
 
 def test_crop(tiny, frames):
@@ -136,7 +137,7 @@ def test_crop(tiny, frames):
 def test_in_bf16(tiny, tmp_path, frames):
     """Near the fp32 logits: evaluation on a GPU runs so."""
     tiny.save_pretrained(tmp_path / "policy")
-    half = vla.load_policy(tmp_path / "policy", torch.bfloat16)
+    half = policies.load_policy(tmp_path / "policy", torch.bfloat16)
     assert half.head.weight.dtype == torch.bfloat16
     exact, near = (logits_of(policy, frames, INSTRUCTIONS) for policy in (tiny, half))
     assert near.dtype == torch.float32 and (near - exact).abs().max() < 0.05 * exact.abs().max()
@@ -170,7 +171,7 @@ def test_bad_checkpoints_are_one_clear_line(tiny, tmp_path):
         shutil.copytree(tmp_path / "good", folder)
         damage(folder)
         with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
-            vla.load_policy(folder)
+            policies.load_policy(folder)
         assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
         shutil.rmtree(folder)
     with pytest.raises(ValueError, match="is not a TinyVLA's; use OpenVLA"):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
+import checkpoints
 import vla
 from vla import OpenVLA
 
@@ -124,23 +125,6 @@ def test_images_match_tensorflow():
 
 
 # Properties
-
-def test_upright_images_become_the_policys_frames(model):
-    upright = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), np.uint8)
-    frames = vla.policy_frames(model, upright)
-    assert frames.shape == (2, 1, 224, 224, 3) and vla.camera_size(model) == 256
-    for frame, image in zip(frames, upright):
-        np.testing.assert_array_equal(frame[0], vla.preprocess(np.rot90(image, 2)))     # as LIBERO renders it: upside down
-
-
-def test_find_key():
-    stats = {"libero_goal_no_noops": {}, "libero_10": {}}
-    assert [vla.find_key(stats, suite) for suite in ("libero_goal", "libero_10")] == list(stats)
-    assert vla.find_key({"mixed": {}}, "libero_plus:camera") == "mixed"
-    for known, suite in ((stats, "libero_object"), ({"tabletop": {}}, "libero_goal"), (stats, "libero_plus:camera")):
-        with pytest.raises(ValueError, match=f"statistics for {', '.join(sorted(known))}, not for {suite}; choose a checkpoint .*--key"):
-            vla.find_key(known, suite)
-
 
 def test_batch_equals_single_rows_whatever_the_padding(model, batch, logits):
     ids, mask, pixels = batch
@@ -309,7 +293,7 @@ def test_save_never_overwrites_and_leaves_nothing_half_done(model, tmp_path, mon
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(vla, "save_file", killed)
+        patch.setattr(checkpoints, "save_file", killed)
         with pytest.raises(KeyboardInterrupt):
             model.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import envs
+import policies
 import vla
 import vla_sft
 
@@ -44,7 +45,7 @@ def test_demonstrations_and_fine_tuning():
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert vla_sft.main(["--demos", "1", "--steps", "3", "--threads", "1", "--out", "policy"]) == 0
-    assert "python eval.py vla --checkpoint policy" in capsys.readouterr().out and vla.load_policy("policy").config["size"] == 64
+    assert "python eval.py vla --checkpoint policy" in capsys.readouterr().out and policies.load_policy("policy").config["size"] == 64
 
 
 @pytest.mark.parametrize("argv, words", [

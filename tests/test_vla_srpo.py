@@ -15,13 +15,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from scipy.stats import chi2
 
 import envs
 import grpo
 import job
+import policies
 import rollouts
-import vla
 import vla_srpo
 import world_model
 import world_model_train
@@ -42,71 +41,12 @@ def tiny_policy(seed: int = 0) -> TinyVLA:
     return policy
 
 
-# Sampling
-
-class Fixed:
-    """A policy that gives the same logits (56, 256) whatever it sees."""
-    norm_stats, decode = STATS, TinyVLA.decode
-
-    def __init__(self, logits: torch.Tensor):
-        self.logits = logits
-
-    def prompt_ids(self, instructions):
-        return torch.ones(len(instructions), 1).long(), torch.ones(len(instructions), 1).long()
-
-    def pixel_values(self, frames):
-        assert frames.shape[1:] == (1, 64, 64, 3)
-        return torch.as_tensor(frames)
-
-    def __call__(self, ids, mask, pixels):
-        return self.logits.expand(len(pixels), -1, -1)
-
-
-def draw(logits: torch.Tensor, temperature: float, n: int):
-    torch.manual_seed(0)
-    return vla_srpo.sampler(Fixed(logits), temperature, "tabletop")(np.zeros((n, 64, 64, 3), np.uint8), ["go"] * n)
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.6])
-def test_sampler_logprobs_are_at_the_temperature(temperature):
-    logits = 3 * torch.randn(56, 256, generator=torch.Generator().manual_seed(1))
-    actions, records = draw(logits, temperature, 4)
-    p = torch.log_softmax(logits.double() / temperature, -1)
-    for action, call in zip(actions, records, strict=True):
-        bins, logp, entropy = call.bins, call.logp, call.entropy
-        expected = torch.tensor([p[t, b] for t, b in enumerate(bins.tolist())])
-        torch.testing.assert_close(logp.double(), expected, rtol=0, atol=1e-4)
-        assert abs(entropy - np.mean([-(row.exp() * row).sum() for row in p])) < 1e-3
-        np.testing.assert_array_equal(action, vla.to_env_actions(vla.decode_actions(bins[None], STATS["tabletop"]["action"]))[0])
-    assert len({tuple(call.bins.tolist()) for call in records}) == 4
-
-
-@pytest.mark.parametrize("temperature", [0.7, 1.6])
-def test_sampler_frequencies(temperature):
-    """Chi-square over all bins of all 56 tokens; bins without probability never come up."""
-    n, logits = 1000, 2 * torch.randn(56, 256, generator=torch.Generator().manual_seed(2))
-    impossible = torch.rand(56, 256, generator=torch.Generator().manual_seed(3)) < 0.3
-    logits[impossible] = -1e9
-    bins = torch.stack([call.bins for call in draw(logits, temperature, n)[1]])                # (n, 56)
-    expected = n * torch.softmax(logits.double() / temperature, -1).numpy()                     # (56, 256)
-    observed = np.stack([np.bincount(column, minlength=256) for column in bins.T.numpy()])
-    assert observed[impossible.numpy()].sum() == 0
-    statistic = freedom = 0
-    for o, e in zip(observed, expected):
-        rare = e < 5
-        o, e = np.append(o[~rare], o[rare].sum()), np.append(e[~rare], e[rare].sum())
-        statistic, freedom = statistic + ((o - e) ** 2 / e).sum(), freedom + len(o) - 1
-    assert freedom > 500 and 0.001 < chi2.sf(statistic, freedom) < 0.999
-    wrong = n * torch.softmax(logits.double() / (temperature * 1.1), -1).numpy()                # the test can tell
-    assert ((observed - wrong)[expected > 5] ** 2 / wrong[expected > 5]).sum() > statistic + 200
-
-
 # Collecting a batch
 
 def fake_episode(start: Start, executed: list[int], seed: int) -> Episode:
     rng, g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     images = list(rng.integers(0, 256, (len(executed) + 1, 64, 64, 3), np.uint8))
-    records = [vla_srpo.Call(image[None], torch.randint(256, (56,), generator=g), -torch.rand(56, generator=g), 1.0) for image in images[:-1]]
+    records = [policies.Call(image[None], torch.randint(256, (56,), generator=g), -torch.rand(56, generator=g), 1.0) for image in images[:-1]]
     return Episode(start, images, records, list(executed), success=executed[-1] < 8)
 
 
@@ -131,13 +71,13 @@ def test_collate_takes_the_executed_tokens():
 def test_images_are_prepared_once(monkeypatch):
     """What the sampler showed the policy is what the update shows it: JPEG and resizing of OpenVLA's path cost as much as a small update."""
     policy, shown = tiny_policy(), []
-    monkeypatch.setattr(vla, "policy_frames", lambda policy, images: 255 - images[:, None])
+    monkeypatch.setattr(policies, "policy_frames", lambda policy, images: 255 - images[:, None])
     monkeypatch.setattr(policy, "pixel_values", lambda frames: shown.append(torch.as_tensor(frames)) or TinyVLA.pixel_values(policy, frames))
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
     torch.manual_seed(0)
-    _, calls = vla_srpo.sampler(policy, 1.0, "tabletop")(images, ["go", "stop"])
+    _, calls = policies.sampler(policy, 1.0, "tabletop")(images, ["go", "stop"])
     batch = vla_srpo.collate([Episode(Start(0, 0), list(images), calls, [8, 8])], torch.ones(1))
-    monkeypatch.setattr(vla, "policy_frames", pytest.fail)
+    monkeypatch.setattr(policies, "policy_frames", pytest.fail)
     vla_srpo.update(policy, None, grpo.make_optimizer(policy, 1e-3), batch, settings())
     np.testing.assert_array_equal(shown[0], 255 - images[:, None])
     assert len(shown) == 2 and torch.equal(torch.sort(shown[0].flatten(1), 0)[0], torch.sort(shown[1].flatten(1), 0)[0])
@@ -161,7 +101,7 @@ def batch(policy):
     images = rng.integers(0, 256, (12, 64, 64, 3), np.uint8)
     instructions = [envs.TASKS[i] for i in (0, 1, 2, 3, 1) for _ in range(LENGTHS[i])]
     torch.manual_seed(1)
-    _, records = vla_srpo.sampler(policy, TEMPERATURE, "tabletop")(images, instructions)
+    _, records = policies.sampler(policy, TEMPERATURE, "tabletop")(images, instructions)
     executed = torch.tensor([8, 8, 3, 8, 8, 5, 8, 8, 8, 1, 8, 6])
     trajectory = torch.repeat_interleave(torch.arange(5), torch.tensor(LENGTHS))
     return vla_srpo.Batch(torch.from_numpy(images[:, None]), instructions, torch.stack([call.bins for call in records]),
@@ -737,7 +677,7 @@ def test_a_run_writes_what_it_promises(whole, folder):
             assert gif.n_frames > 4 * 10
     with Image.open(out / "curve.png") as curve:
         assert curve.format == "PNG" and curve.width > 500
-    start, end = vla.load_policy(Settings().model), vla.load_policy(out / "policy")
+    start, end = policies.load_policy(Settings().model), policies.load_policy(out / "policy")
     assert any(not torch.equal(a, b) for a, b in zip(start.state_dict().values(), end.state_dict().values()))
     _, trainer, state = job.load_checkpoint(out / "checkpoint")
     assert state["step"] == 5 and all(torch.equal(trainer[f"average.module.{k}"], v) for k, v in end.state_dict().items())

@@ -1,0 +1,68 @@
+"""Checkpoint folders, from here or from the hub: small files read, tensors listed before they are loaded, a new folder written whole or not at all."""
+import json
+import os
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+def local_folder(path: str | Path, weights: bool = True) -> Path:
+    """A folder as it is; anything that looks like a hub id (owner/name) is downloaded, with the hub's own cache, its weights only if asked."""
+    if Path(path).is_dir():
+        return Path(path)
+    owner, _, name = str(path).partition("/")
+    if not owner or owner.startswith((".", "~")) or not name or "/" in name or Path(path).exists():
+        raise FileNotFoundError(f"{path} is neither a checkpoint folder nor a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.jinja", "*.py", "tokenizer.model", *["*.safetensors"] * weights]))
+    except (OSError, ValueError) as error:              # the hub's errors derive from these two
+        reason = " ".join(str(error).split())[:200]
+        raise FileNotFoundError(f"{path} is not a folder here, and the hub did not give it: {reason}") from None
+
+
+def read_json(file: Path) -> dict:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; the folder is not a complete checkpoint")
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); copy it again") from None
+
+
+def read_headers(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """Every tensor's file and shape, from the headers only: a bad checkpoint fails before anything is loaded."""
+    names = ["model.safetensors"]
+    if not (folder / names[0]).is_file():
+        index = folder / "model.safetensors.index.json"
+        if not index.is_file():
+            raise FileNotFoundError(f"{folder} has neither model.safetensors nor {index.name}; give a folder of weights")
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    tensors = {}
+    for file in (folder / name for name in names):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing, though the index names it; copy that shard again")
+        try:
+            with safe_open(file, "pt") as shard:
+                tensors |= {name: (file, tuple(shard.get_slice(name).get_shape())) for name in shard.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{file} is truncated or not a safetensors file ({error}); copy it again") from None
+    return tensors
+
+
+def write_folder(path: Path, jsons: dict[str, dict], files: dict[str, bytes], state: dict) -> None:
+    """Files, JSON and weights into a new folder, under another name until it is complete."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not an empty folder; nothing was overwritten, choose another path")
+    partial_folder = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)           # left behind by a killed run
+    partial_folder.mkdir(parents=True)
+    for name, content in files.items():
+        (partial_folder / name).write_bytes(content)
+    for name, content in jsons.items():
+        (partial_folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial_folder / "model.safetensors",
+              metadata={"format": "pt"})
+    os.replace(partial_folder, path)

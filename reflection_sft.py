@@ -1,0 +1,65 @@
+"""Stage 1 of SRPO-MLLM (arXiv 2506.01713), the cold start: fine-tuning on first answers, a teacher's reflections and corrected answers.
+
+reflection_teacher.py makes the rows, `python reflection_srpo.py sft` runs this.
+"""
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import grpo
+import job
+import parallel
+import plan
+import vlm
+from reflection_data import Row
+from reflection_eval import Rejections, encode
+
+
+def total_steps(rows: int, s) -> int:
+    """Of --sft_epochs passes over so many rows."""
+    return math.ceil(rows * s.sft_epochs / s.sft_batch)
+
+
+def supervised(s, out: Path, model, processor, rows: list[Row], step: int, optimizer, save: Callable[[int], None]) -> int:
+    """Steps `step` + 1 .. the last of --sft_epochs; stops early on Ctrl-C. Returns the last step done.
+
+    s: settings of reflection_srpo.py; rows: with targets, others are a ValueError; save: called with the step every --save_every.
+    Loss: cross-entropy on the targets' tokens, mean over the tokens of a batch."""
+    if missing := [row.source for row in rows if not row.target]:
+        raise ValueError(f"{missing[0]} has no target to imitate; make targets with: python reflection_teacher.py")
+    steps = total_steps(len(rows), s)
+    order = np.concatenate([np.random.default_rng([s.seed, epoch]).permutation(len(rows)) for epoch in range(math.ceil(s.sft_epochs))])
+    log, rejected = parallel.metrics_log(out / "sft.jsonl", step), Rejections(out)
+    model.train()
+    stop = False
+    with job.ctrl_c() as interrupted, tqdm(total=steps, initial=step, desc="SFT", unit="step", mininterval=1, disable=parallel.rank() > 0) as bar:
+        while step < steps and not stop:
+            warmup = max(1, round(0.1 * steps))
+            optimizer.param_groups[0]["lr"] = s.sft_lr * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            own = [rows[i] for i in parallel.share(order[step * s.sft_batch:(step + 1) * s.sft_batch])]
+            some, prompts = encode(own, s, processor, rejected, rows)
+            idle = any(busy := parallel.gather([some[0] in own])) and not busy[parallel.rank()]     # some is a spare row, which only fills up passes
+            targets = [processor.target(row.target) for row in some]
+            tokens, total = sum(parallel.gather([0 if idle else sum(map(len, targets))])), 0.0
+            lengths = [(len(p.ids), len(t)) for p, t in zip(prompts, targets)]
+            for part in parallel.even(list(vlm.micro_batches(lengths, s.micro_tokens, plan.completion_tokens(s)))):
+                counts, part = part is not None and not idle, part or [0]
+                inputs, ids, mask = processor.batch([prompts[i] for i in part], [targets[i] for i in part], model.device)
+                logp, _ = grpo.token_logprobs(vlm.completion_logits(model, inputs, ids.shape[1]), ids)      # (B, n)
+                loss = -(logp * mask * counts).sum() / tokens
+                (loss * parallel.world()).backward()                                # ranks' gradients are averaged
+                total += loss.item()
+            total = sum(parallel.gather([total]))
+            norm, stepped = grpo.clip_and_step(optimizer, model, s.max_norm)
+            step += 1
+            log.append({"step": step, "loss": total, "grad_norm": norm, "skipped": not stepped, "lr": optimizer.param_groups[0]["lr"]})
+            bar.set_postfix(loss=f"{total:.3f}")
+            bar.update()
+            stop = bool(parallel.gather(interrupted))               # on any rank
+            if step % s.save_every == 0 or step == steps or stop:
+                save(step)
+    log.close()
+    return step
