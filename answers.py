@@ -41,6 +41,7 @@ def boxed(text: str) -> str | None:
 
 
 def number(text: str) -> Fraction | None:
+    """The exact value of a plain number or fraction; None for anything else, and for numbers of more than 40 digits."""
     digits = r"([+-]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40}))"
     match = re.fullmatch(rf"{digits}(?:/{digits})?", text)
     if match is None or (match[2] and Fraction(match[2]) == 0):
@@ -53,7 +54,8 @@ def default_verify(prediction: str, answer: str) -> bool | None:
 
     Right if equal after normalising or equal as numbers: the prediction must be the answer alone, or box it; of an option,
     "B", also "(B) 60". Else, where math-verify is installed, right if that finds an equal expression in it, and neither
-    alternatives nor a list of numbers. Empty or unreadable predictions are never right. (The "openrlhf" code hands math-verify its tags too, which hide an answer in neither $...$ nor a box; not so here.)
+    alternatives nor a list of numbers. Empty or unreadable predictions are never right. (The "openrlhf" code hands math-verify
+    its tags too, which hide an answer in neither $...$ nor a box; not so here.)
 
     >>> [default_verify(p, "3/4") for p in (r"so $\boxed{0.75}$", r"\frac{3}{4}", "13/4", "")]
     [True, True, False, False]
@@ -156,3 +158,15 @@ def option_letter(answer: str, options: list[str]) -> str | None:
     if not hits and re.fullmatch(r"\(?[a-z]\)?", text):
         hits = [i for i, letter in enumerate(allowed) if letter == text.strip("()").upper()]
     return LETTERS[hits[0]] if len(hits) == 1 else None
+
+
+def main() -> None:
+    """A few predictions beside the truth: whether they are right, and the answer that a whole response gives."""
+    for answer, predictions in {"3/4": (r"\frac{3}{4}", "0.75", r"so $\boxed{3/4}$", "3"), "1250": ("1,250", "12.50"), "B": ("(B) 60", "b", "A or B")}.items():
+        print(f"truth {answer}: " + ", ".join(f"{p!r} {'right' if default_verify(p, answer) else 'wrong'}" for p in predictions))
+    for response in ("<think>7 twos</think><answer>14 cm</answer>", r"first \boxed{3}, no, \boxed{4}", "The answer is 12.", "I cannot say"):
+        print(f"{response!r} answers {extract(response, False)!r}")
+
+
+if __name__ == "__main__":
+    main()

@@ -143,6 +143,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     out = Path(args.out)
+    if args.rows < 1:
+        sys.exit(f"error: --rows must be at least 1, got {args.rows}")
     if out.exists():
         sys.exit(f"error: --out {out} exists; choose a new folder")
     (out / "images").mkdir(parents=True)

@@ -1,6 +1,6 @@
 """Memory, speed and model FLOP utilisation of rollout and update, full and LoRA, with and without gradient checkpointing.
 
-Each case runs in a process of its own, through the functions that train: `sampler` of policies.py and `update` of vla_srpo.py, `generate` of reflection_eval.py,
+Each case runs in a process of its own, through the functions that train: `sampler` of policies.py and `update` of vla_srpo.py, `generate` of reflection_rollouts.py,
 `update` of reflection_srpo.py, `encode` of world_model.py. Weights are random, shapes are real, and nothing is downloaded.
 
   peak     GPU: the allocator's maximum; CPU: the process's resident memory, libraries included
@@ -40,7 +40,7 @@ import grpo
 import parallel
 import plan
 import policies
-import reflection_eval
+import reflection_rollouts
 import reflection_srpo
 import vla
 import vla_srpo
@@ -248,7 +248,7 @@ def qwen_work(case: Case, s, model):
     def tower():
         inputs, _, _ = processor.batch(prompts, completions, model.device)
         (model.get_base_model() if case.lora_rank else model).model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
-    return (lambda: reflection_eval.generate(model, processor, prompts, s, 1.0), lambda: reflection_srpo.update(model, None, processor, optimizer, batch, s),
+    return (lambda: reflection_rollouts.generate(model, processor, prompts, s, 1.0), lambda: reflection_srpo.update(model, None, processor, optimizer, batch, s),
             forward, tower, "response tokens", case.rows * case.length)
 
 
@@ -309,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="torch threads on the CPU")
     parser.add_argument("--out", default="", help="JSON (default: runs/bench/MODEL.json or small.json)")
     parser.add_argument("--case", help=argparse.SUPPRESS)
-    parser.add_argument("--plan", action="store_true", help="only what 7B needs of a GPU by plan.py, from the shapes alone")
+    parser.add_argument("--plan", action="store_true", help="only what both papers' runs at 7B need of a GPU by plan.py, from the shapes alone; other flags do not count")
     args = parser.parse_args(argv)
     logging.disable_progress_bar()
     if args.plan:

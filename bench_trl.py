@@ -28,7 +28,7 @@ from transformers.utils import logging
 import arrows
 import grpo
 import plan
-import reflection_eval
+import reflection_rollouts
 import reflection_srpo
 import vlm
 from bench import Case, Clock
@@ -71,7 +71,7 @@ def our_steps(case: Case, folder: Path) -> tuple[list[Clock], list[int], list[in
     prompts = [processor.prompt([], text) for text in questions(case) for _ in range(GROUP)]
     for _ in range(1 + case.repeats):
         with Clock() as clock:
-            completions = [c.ids for c in reflection_eval.generate(model, processor, prompts, s, s.temperature)]
+            completions = [c.ids for c in reflection_rollouts.generate(model, processor, prompts, s, s.temperature)]
             clock.sampled = time.perf_counter()
             train(prompts, completions)
         clocks.append(clock)

@@ -9,31 +9,37 @@ from safetensors.torch import save_file
 
 
 def local_folder(path: str | Path, weights: bool = True) -> Path:
-    """A folder as it is; anything that looks like a hub id (owner/name) is downloaded, with the hub's own cache, its weights only if asked."""
+    """A folder as it is; anything that looks like a hub id (owner/name) is downloaded, with the hub's own cache, its weights
+    only if asked. FileNotFoundError if it is neither, or the hub does not give it."""
     if Path(path).is_dir():
         return Path(path)
     owner, _, name = str(path).partition("/")
     if not owner or owner.startswith((".", "~")) or not name or "/" in name or Path(path).exists():
-        raise FileNotFoundError(f"{path} is neither a checkpoint folder nor a hub id (owner/name)")
+        raise FileNotFoundError(f"{path} is neither a checkpoint folder nor a hub id (owner/name); give one of them")
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.jinja", "*.py", "tokenizer.model", *["*.safetensors"] * weights]))
     except (OSError, ValueError) as error:              # the hub's errors derive from these two
         reason = " ".join(str(error).split())[:200]
-        raise FileNotFoundError(f"{path} is not a folder here, and the hub did not give it: {reason}") from None
+        raise FileNotFoundError(f"{path} is not a folder here, and the hub did not give it ({reason}); give the folder of a downloaded copy") from None
 
 
 def read_json(file: Path) -> dict:
+    """The object that a small file of a checkpoint holds. FileNotFoundError; ValueError if it holds anything else."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; the folder is not a complete checkpoint")
     try:
-        return json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON ({error}); copy it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON object; copy it again")
+    return content
 
 
 def read_headers(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Every tensor's file and shape, from the headers only: a bad checkpoint fails before anything is loaded."""
+    """Every tensor's file and shape, from the headers only: a bad checkpoint fails before anything is loaded.
+    FileNotFoundError: no weights, or a shard the index names is missing. ValueError: a shard or the index cannot be read."""
     names = ["model.safetensors"]
     if not (folder / names[0]).is_file():
         index = folder / "model.safetensors.index.json"
@@ -53,7 +59,7 @@ def read_headers(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
 
 
 def write_folder(path: Path, jsons: dict[str, dict], files: dict[str, bytes], state: dict) -> None:
-    """Files, JSON and weights into a new folder, under another name until it is complete."""
+    """Files, JSON and weights into a new folder, under another name until it is complete. ValueError if there is one with something in it."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is not an empty folder; nothing was overwritten, choose another path")
     partial_folder = path.with_name(f".{path.name}.partial")

@@ -320,7 +320,7 @@ def main() -> None:
     parser.add_argument("--gif", default="expert.gif", help="where to write one episode per task")
     args = parser.parse_args()
     if args.episodes < 1 or not os.path.isdir(os.path.dirname(args.gif) or "."):
-        raise ValueError(f"--episodes {args.episodes} must be at least 1" if args.episodes < 1 else f"--gif {args.gif}: there is no such folder")
+        raise ValueError(f"--episodes {args.episodes} must be at least 1" if args.episodes < 1 else f"--gif {args.gif}: there is no such folder; make it, or choose another")
     env, frames = Tabletop(size=128), []
     rng = np.random.default_rng(0)
     for every, name in ((None, "no camera"), (CHUNK, f"a 128 px frame every {CHUNK} steps"), (1, "a frame every step")):

@@ -148,7 +148,7 @@ def table(results: dict[str, dict]) -> str:
 
 def film(policy, starts: list[rollouts.Start], key: str, path: Path, size: int = 128) -> None:
     """Play greedily and write one GIF with a coloured border at the end of each episode: green success, red failure."""
-    table_, act, frames = envs.Tabletop(size=policy.config["size"]), policies.greedy(policy, key), []
+    table_, act, frames = envs.Tabletop(size=policies.camera_size(policy)), policies.greedy(policy, key), []
     for start in starts:
         image, ended = table_.reset(options=vars(start))[0]["image"], False
         while not ended:
@@ -288,8 +288,8 @@ def measure_suite(policy, name: str, checkpoint: str, out: Path, args) -> dict[s
             if libero:
                 some = f"the first {args.states} of " if args.states < suite.states[split] else ""
                 print(f"{name}: {'one trial a task' if 'plus' in name else some + libero_envs.SPLIT_NAMES[split]}; {suite.protocol}")
-            results[split] = settings | evaluate_vla(policy, workers, split, key, args.states, suite, out / split if libero and args.gifs else None, log,
-                                          played)
+            results[split] = settings | evaluate_vla(policy, workers, split, key, args.states, suite,
+                                                     out / split if libero and args.gifs else None, log, played)
     finally:
         workers.close()
     print(table(results))

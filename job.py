@@ -141,7 +141,7 @@ class MetricsLog:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError) as e:
                 if number < len(lines):  # only the last line can be half-written
-                    raise ValueError(f"{path} line {number} is not a metrics row: {line[:60]!r}") from e
+                    raise ValueError(f"{path} line {number} is not a metrics row: {line[:60]!r}; delete that line") from e
         if lines:
             tmp = path.with_name(path.name + ".tmp")
             tmp.write_text("".join(kept))

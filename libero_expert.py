@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
         if not 0 <= args.noise < math.inf:
             raise ValueError(f"--noise must be 0 or more and finite, got {args.noise}")
         if args.run is measure and not Path(args.out).absolute().parent.is_dir():
-            raise ValueError(f"--out {args.out}: there is no such folder")
+            raise ValueError(f"--out {args.out}: there is no such folder; make it, or choose another")
         if len(set(args.tasks or ())) < len(args.tasks or ()):
             raise ValueError(f"--tasks {' '.join(map(str, args.tasks))}: each once")
         env = Libero(args.suite, split=args.split, size=getattr(args, "size", 128), protocol=args.protocol, fast=getattr(args, "fast", False),

@@ -171,7 +171,9 @@ def tasks(suite: str, plus: str = "") -> tuple[Task, ...]:
 
 
 def make_task(package: Path, suite: str, name: str, dimension: str = "") -> Task:
-    """>>> make_task(Path("p"), "libero_10", "KITCHEN_SCENE3_turn_on_the_stove_light_7", "light").instruction
+    """A task of a package, from its name alone but for LIBERO-Plus's language variants; RuntimeError if their file says nothing.
+
+    >>> make_task(Path("p"), "libero_10", "KITCHEN_SCENE3_turn_on_the_stove_light_7", "light").instruction
     'turn on the stove'
     """
     bddl, states = package / "bddl_files" / suite, package / "init_files" / suite

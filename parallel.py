@@ -65,7 +65,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """Number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -76,9 +76,9 @@ def device() -> str:
 
 def gather(items: list) -> list:
     """The ranks' lists of picklable things, CPU tensors among them, joined in the order of the ranks."""
-    if world() == 1:
+    if world_size() == 1:
         return items
-    lists = [None] * world()
+    lists = [None] * world_size()
     dist.all_gather_object(lists, items)
     return [item for each in lists for item in each]
 
@@ -95,7 +95,7 @@ def share(items) -> list:
     [3, 1, 2]
     """
     n, r = len(items), rank()
-    return list(items[r * n // world():(r + 1) * n // world()])
+    return list(items[r * n // world_size():(r + 1) * n // world_size()])
 
 
 def even(parts: list) -> list:
@@ -121,11 +121,11 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def shard(model: nn.Module) -> nn.Module:
     """Divide a model's parameters among the ranks, in place: each block is a unit, the root holds what is left. Gradients are reduced in
-    fp32 and averaged over ranks: multiply a loss that is to be summed by `world()`. Every rank must hold the same weights. Make the
+    fp32 and averaged over ranks: multiply a loss that is to be summed by `world_size()`. Every rank must hold the same weights. Make the
     optimiser afterwards: parameters become DTensors."""
-    if world() > 1:
+    if world_size() > 1:
         root = model.get_base_model() if hasattr(model, "get_base_model") else model      # of peft: it generates past its own forward
-        mesh = init_device_mesh(next(root.parameters()).device.type, (world(),))
+        mesh = init_device_mesh(next(root.parameters()).device.type, (world_size(),))
         for p in root.parameters():
             p.data = p.data.contiguous()        # TinyVLA's convolutions are channels-last, which cannot be divided
         for unit in (*blocks(root), root):
@@ -160,8 +160,9 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """A copy for saving, on the CPU: all of the model's tensors by its class's names, LoRA adapters merged. Empty on ranks but the first."""
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) if world() > 1 else model.state_dict()
+    """For saving: all of the model's tensors by its class's names, LoRA adapters merged. Copies on the CPU, but on one process without
+    adapters, where they are the model's own; empty on ranks but the first."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) if world_size() > 1 else model.state_dict()
     if not hasattr(model, "peft_config"):
         return state
     merged, config = {}, model.peft_config["default"]
@@ -181,7 +182,7 @@ def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], optimizer: tor
     """`job.save_checkpoint`, or on several ranks a folder of torch.distributed.checkpoint: each rank writes its shards into
     <path>.tmp, which is renamed when all are on disk. `tensors`: the trained parameters by name; `more`: what else is to be kept."""
     path, trainer = Path(path).absolute(), grpo.optimizer_tensors(optimizer) | more
-    if world() == 1:
+    if world_size() == 1:
         return job.save_checkpoint(path, model_tensors=tensors, trainer_tensors=trainer, state=state)
     tmp = path.with_name(path.name + ".tmp")
     if rank() == 0:

@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 import checkpoints
 import job
+import policies
 import vla
 
 GiB = 2**30
@@ -124,6 +125,7 @@ class Stack:
     depth: int
     mlp: int
     lora: bool = False
+    attention: int = 0      # llama: numbers of all query heads, which need not be the width
 
     def inputs(self, size: int) -> float:
         """Bytes of a block's input, `size` a number."""
@@ -137,11 +139,12 @@ class Stack:
         """What autograd keeps of one block with SDPA attention, k and v repeated to the query heads."""
         width, mlp = self.inputs(size), self.rows * self.length * self.mlp * size
         if self.kind == "llama":
-            kept = 2 * self.norm(size) + 4 * width + 4 * mlp + self.rows * self.length**2 * size        # the last is the additive mask
+            heads = self.rows * self.length * self.attention * size
+            kept = 2 * self.norm(size) + 4 * heads + 4 * mlp + self.rows * self.length**2 * size        # the last is the additive mask
             if self.lora:                   # frozen norms do not keep the normalised value
                 kept -= 2 * width
             if self.lora and size == 2:     # peft: an fp32 copy of each adapted layer's input, in place of the input
-                kept += 2 * (6 * width + mlp) - 2 * width - mlp
+                kept += 2 * (5 * width + heads + mlp) - 2 * width - mlp
         elif self.kind == "qwen-vit":
             kept = 2 * self.norm(size) + 6 * width + 4 * mlp
         else:
@@ -156,7 +159,7 @@ def stacks(config: dict, shapes: dict, s) -> list[Stack]:
     if config["model_type"] == "tiny_vla":
         return []
     text = config.get("text_config") or config
-    text = dict(width=text["hidden_size"], depth=text["num_hidden_layers"], mlp=text["intermediate_size"])
+    text = dict(width=text["hidden_size"], depth=text["num_hidden_layers"], mlp=text["intermediate_size"], attention=text["num_attention_heads"] * head_size(text))
     if config["model_type"] == "openvla":
         (w1, d1, m1), (w2, d2, m2) = (vla.tower_size(shapes, f"vision_backbone.{tower}", Path(".")) for tower in ("featurizer", "fused_featurizer"))
         rows = min(s.micro_batch, s.minibatch)
@@ -168,6 +171,11 @@ def stacks(config: dict, shapes: dict, s) -> list[Stack]:
     merged = vision.get("spatial_merge_size", 2)**2                                     # patches of an image token
     pictures = min(s.max_prompt, s.max_pixels // (vision["patch_size"]**2 * merged))    # image tokens of a prompt, at most
     return [Stack("qwen-vit", sequences(s), pictures * merged, vision["hidden_size"], vision["depth"], vision["intermediate_size"]), language]
+
+
+def head_size(text: dict) -> int:
+    """Of one attention head, from the language model's part of config.json."""
+    return text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
 
 
 def activations(config: dict, shapes: dict, s, size: int) -> float:
@@ -214,8 +222,7 @@ def needs(s, config: dict, shapes: dict, ranks: int = 1, world_model: tuple[dict
         text = config.get("text_config") or config
         heads = text.get("num_key_value_heads") or text["num_attention_heads"]
         prompts = 0 if s.stage == "sft" else min(s.rollout_batch, math.ceil(s.prompts / ranks) * s.group_size)
-        kv_cache = (prompts * (s.max_prompt + s.max_new_tokens) * text["num_hidden_layers"] * 2 * heads
-                    * (text["hidden_size"] // text["num_attention_heads"]) * size)
+        kv_cache = prompts * (s.max_prompt + s.max_new_tokens) * text["num_hidden_layers"] * 2 * heads * head_size(text) * size
         logits = 3 * completion_tokens(s) * text["vocab_size"] * size
     reference = sum(numbers.values()) * size if s.beta and not s.lora_rank else 0
     copies = (weights / ranks if getattr(s, "average", 0) else 0) + (0 if torch.cuda.is_available() else reference)
@@ -340,7 +347,7 @@ def report(s, model: str = "") -> tuple[str, list[str]]:
     if disk > room:
         problems.append(f"two checkpoints and the policy need {disk / GiB:.1f} GiB on disk, {room / GiB:.1f} are free; choose another --out")
     if torch.cuda.is_available() and ram > (there := psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
-        problems.append(f"a rank needs {ram / GiB:.1f} GiB of RAM beside the GPU, {there / GiB:.1f} are free")
+        problems.append(f"a rank needs {ram / GiB:.1f} GiB of RAM beside the GPU, {there / GiB:.1f} are free; do without --beta and --offload_optimizer, or take more GPUs")
     lines = [f"plan for {folder}: {sum(map(math.prod, shapes.values())):,} parameters, {sum(trained(shapes, s).values()):,} trained, {ranks} rank(s); GiB each"]
     lines += [f"  {field.name.replace('_', ' '):12} {getattr(plan, field.name) / GiB:8.2f}" for field in fields(plan)]
     lines += [f"  beside the GPU: RAM {ram / GiB:.2f}, disk {disk / GiB:.2f}"]
@@ -394,7 +401,7 @@ def checks(s, folder: Path, config: dict, shapes: dict) -> list[str]:
             problems.append(f"{folder}: {error}")
     rows = shapes.get("language_model.lm_head.weight", (0,))[0]
     if kind == "openvla" and rows < vla.FIRST_BIN + vla.BINS:
-        problems.append(f"{folder}: the head has {rows} rows, the discrete action tokens end at {vla.FIRST_BIN + vla.BINS}")
+        problems.append(f"{folder}: the head has {rows} rows, the discrete action tokens end at {vla.FIRST_BIN + vla.BINS}; give an OpenVLA-OFT checkpoint with them")
     elif kind == "openvla":
         problems += vla.misfits(config, shapes, folder)
     if not Path(s.model).is_dir():
@@ -403,8 +410,10 @@ def checks(s, folder: Path, config: dict, shapes: dict) -> list[str]:
             files |= set(list_repo_files(s.model))
     problems += [f"{folder} holds {name}, a regression head: RL needs the checkpoint with discrete action tokens" for name in files if "action_head" in name]
     statistics = checkpoints.read_json(folder / "dataset_statistics.json") if "dataset_statistics.json" in files else config.get("norm_stats", {})
-    if not {f"{s.suite}_no_noops", s.suite} & set(statistics):
-        problems.append(f"{folder} has action statistics for {', '.join(sorted(statistics)) or 'nothing'}, not for {s.suite}; give the checkpoint of that suite")
+    try:
+        policies.find_key(statistics, s.suite)
+    except ValueError as error:
+        problems.append(f"{folder}: {error}")
     return problems
 
 
@@ -414,9 +423,9 @@ def _qwen_checks(folder: Path, config: dict, shapes: dict) -> list[str]:
     words = (tokenizer.get("model") or {}).get("vocab") or {}
     numbers = {*(words.values() if isinstance(words, dict) else range(len(words))), *(token["id"] for token in tokenizer.get("added_tokens", ()))}
     if len(words) > text["vocab_size"]:
-        problems.append(f"{folder}: the tokenizer has {len(words)} words and the model {text['vocab_size']} rows; they belong to different checkpoints")
+        problems.append(f"{folder}: the tokenizer has {len(words)} words and the model {text['vocab_size']} rows; copy tokenizer.json from the model's own checkpoint")
     elif config["image_token_id"] not in numbers:
-        problems.append(f"{folder}: the tokenizer has no word {config['image_token_id']}, the model's place holder of pictures; they belong to different checkpoints")
+        problems.append(f"{folder}: the tokenizer has no word {config['image_token_id']}, the model's place holder of pictures; copy tokenizer.json from the model's own checkpoint")
     if not any(folder.glob("chat_template.*")) and "chat_template" not in checkpoints.read_json(folder / "tokenizer_config.json"):
         problems.append(f"{folder} has no chat template; give an instruction-tuned checkpoint")
     with torch.device("meta"):

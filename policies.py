@@ -21,7 +21,7 @@ import vla
 
 
 def load_policy(path: str | Path, dtype: torch.dtype = torch.float32, device=None):
-    """A checkpoint folder or hub id -> the policy its config.json names: an OpenVLA or a TinyVLA."""
+    """A checkpoint folder or hub id -> the policy its config.json names: an OpenVLA or a TinyVLA. Errors are their `from_pretrained`'s."""
     folder = checkpoints.local_folder(path)
     tiny = checkpoints.read_json(folder / "config.json").get("model_type") == "tiny_vla"
     return (tiny_vla.TinyVLA if tiny else vla.OpenVLA).from_pretrained(folder, dtype, device)
@@ -47,7 +47,8 @@ def find_key(norm_stats: dict, suite: str) -> str:
 
 
 def greedy(policy, key: str):
-    """act() of `rollouts.play`: the most likely bin of every token."""
+    """The most likely bin of every token: act() of `rollouts.play`, camera images uint8 (B, size, size, 3) and B instructions -> actions of the
+    environment, float64 (B, 8, 7), and B records, None here."""
     def act(images, instructions):
         with torch.no_grad():
             bins = policy(*policy.prompt_ids(instructions), policy.pixel_values(policy_frames(policy, images))).argmax(-1)
@@ -65,7 +66,7 @@ class Call:
 
 
 def sampler(policy, temperature: float, key: str):
-    """act() of `rollouts.play`: samples every token; a call's record is a `Call`."""
+    """The same, but every token is sampled from softmax(logits / temperature), and a record is a `Call`."""
     def act(images: np.ndarray, instructions: list[str]):
         frames = policy_frames(policy, images)
         with torch.no_grad():
@@ -80,7 +81,8 @@ def sampler(policy, temperature: float, key: str):
 
 
 def prepared(policy, s):
-    """A policy with the adapters and the checkpointing that a script's settings ask for: lora_rank, seed, gradient_checkpointing; model names it in errors."""
+    """A policy with the adapters and the checkpointing that a script's settings ask for: lora_rank, seed, gradient_checkpointing (ValueError for
+    a TinyVLA, which settings.model names)."""
     if s.gradient_checkpointing:
         if not hasattr(policy, "set_gradient_checkpointing"):
             raise ValueError(f"--gradient_checkpointing is for OpenVLA; {s.model} is a TinyVLA, whose activations are small")

@@ -12,10 +12,9 @@ from tqdm import tqdm
 import grpo
 import job
 import parallel
-import plan
 import vlm
 from reflection_data import Row
-from reflection_eval import Rejections, encode
+from reflection_rollouts import Rejections, encode, micro_batches
 
 
 def total_steps(rows: int, s) -> int:
@@ -23,7 +22,8 @@ def total_steps(rows: int, s) -> int:
     return math.ceil(rows * s.sft_epochs / s.sft_batch)
 
 
-def supervised(s, out: Path, model, processor, rows: list[Row], step: int, optimizer, save: Callable[[int], None]) -> int:
+def fine_tune(s, out: Path, model, processor, rows: list[Row], step: int, optimizer, rejected: Rejections,
+              save: Callable[[int], None]) -> int:
     """Steps `step` + 1 .. the last of --sft_epochs; stops early on Ctrl-C. Returns the last step done.
 
     s: settings of reflection_srpo.py; rows: with targets, others are a ValueError; save: called with the step every --save_every.
@@ -32,7 +32,7 @@ def supervised(s, out: Path, model, processor, rows: list[Row], step: int, optim
         raise ValueError(f"{missing[0]} has no target to imitate; make targets with: python reflection_teacher.py")
     steps = total_steps(len(rows), s)
     order = np.concatenate([np.random.default_rng([s.seed, epoch]).permutation(len(rows)) for epoch in range(math.ceil(s.sft_epochs))])
-    log, rejected = parallel.metrics_log(out / "sft.jsonl", step), Rejections(out)
+    log = parallel.metrics_log(out / "sft.jsonl", step)
     model.train()
     stop = False
     with job.ctrl_c() as interrupted, tqdm(total=steps, initial=step, desc="SFT", unit="step", mininterval=1, disable=parallel.rank() > 0) as bar:
@@ -44,13 +44,12 @@ def supervised(s, out: Path, model, processor, rows: list[Row], step: int, optim
             idle = any(busy := parallel.gather([some[0] in own])) and not busy[parallel.rank()]     # some is a spare row, which only fills up passes
             targets = [processor.target(row.target) for row in some]
             tokens, total = sum(parallel.gather([0 if idle else sum(map(len, targets))])), 0.0
-            lengths = [(len(p.ids), len(t)) for p, t in zip(prompts, targets)]
-            for part in parallel.even(list(vlm.micro_batches(lengths, s.micro_tokens, plan.completion_tokens(s)))):
+            for part in parallel.even(list(micro_batches([(len(p.ids), len(t)) for p, t in zip(prompts, targets)], s))):
                 counts, part = part is not None and not idle, part or [0]
                 inputs, ids, mask = processor.batch([prompts[i] for i in part], [targets[i] for i in part], model.device)
                 logp, _ = grpo.token_logprobs(vlm.completion_logits(model, inputs, ids.shape[1]), ids)      # (B, n)
                 loss = -(logp * mask * counts).sum() / tokens
-                (loss * parallel.world()).backward()                                # ranks' gradients are averaged
+                (loss * parallel.world_size()).backward()                                # ranks' gradients are averaged
                 total += loss.item()
             total = sum(parallel.gather([total]))
             norm, stepped = grpo.clip_and_step(optimizer, model, s.max_norm)

@@ -1,7 +1,7 @@
 """Reflection-aware SRPO for multimodal reasoning (arXiv 2506.01713): a model learns to answer, reflect, and answer again.
 
-Stage 1, cold start: fine-tuning on first answers, a teacher's reflections and corrected answers (reflection_teacher.py makes them).
-Stage 2, one step, numbered as in `reinforce`:
+Stage 1, cold start (reflection_sft.py): fine-tuning on first answers, a teacher's reflections and corrected answers (reflection_teacher.py makes them).
+Stage 2, one step, numbered as in `train`:
   1. Sample G responses <think> <answer> <reflection> <think> <answer> to each of P prompts.
   2. Reward: format, first answer, what the reflection made of it, a well-formed reflection, length (rewards.py).
   3. Advantages are normalised within the G responses to a prompt; groups whose rewards are all equal are dropped.
@@ -44,8 +44,8 @@ import rewards
 import vlm
 from job import flag
 from reflection_data import Row
-from reflection_eval import Rejections, behaviour, encode, evaluate, generate, score, table
-from reflection_sft import supervised, total_steps
+from reflection_rollouts import Rejections, behaviour, encode, evaluate, generate, micro_batches, score, table
+from reflection_sft import fine_tune, total_steps
 
 REWARDS = ("paper", "openrlhf", "verl", "outcome", "no_length")
 
@@ -131,11 +131,6 @@ class Batch:
     idle: bool = False                  # this rank has none: the one row only fills up passes
 
 
-def micro_batches(lengths: list[tuple[int, int]], s: Settings):
-    """`vlm.micro_batches` within what plan.py counts on."""
-    return vlm.micro_batches(lengths, s.micro_tokens, plan.completion_tokens(s))
-
-
 def logprobs(model, processor, prompts, completions, temperature: float):
     """(log-probabilities, entropy, mask) of the completions' tokens, each (B, n)."""
     inputs, ids, mask = processor.batch(prompts, completions, model.device)
@@ -190,7 +185,7 @@ def update(model, reference, processor, optimizer, batch: Batch, s: Settings) ->
                 mask = mask & counts
                 loss, stat = grpo.policy_loss(logp, padded(old, part), batch.advantages[part].to(logp.device), mask, ref_logp=padded(ref, part), beta=s.beta,
                                               clip=(s.clip_low, s.clip_high), aggregate=s.aggregate, normalizer=normalizer)
-                (loss * parallel.world()).backward()                            # ranks' gradients are averaged
+                (loss * parallel.world_size()).backward()                            # ranks' gradients are averaged
                 seen += [stat | {"entropy": (entropy.detach() * mask).sum() / mask.sum()}] * counts
             seen = parallel.gather([{name: float(x) for name, x in stat.items()} for stat in seen])
             entropies += [stat["entropy"] for stat in seen]
@@ -207,9 +202,10 @@ def update(model, reference, processor, optimizer, batch: Batch, s: Settings) ->
                    "skipped": skipped, "grad_norm": float(np.mean(norms)) if norms else 0.0}
 
 
-def reinforce(s: Settings, out: Path, model, reference, processor, rows: list[Row], heldout: list[Row], step: int, optimizer, before: dict) -> int:
+def train(s: Settings, out: Path, model, reference, processor, rows: list[Row], heldout: list[Row], step: int, optimizer, before: dict,
+          rejected: Rejections) -> int:
     """Steps `step` + 1 .. s.steps; stops early on Ctrl-C. Returns the last step done."""
-    log, rejected = parallel.metrics_log(out / "metrics.jsonl", step or -1), Rejections(out)
+    log = parallel.metrics_log(out / "metrics.jsonl", step or -1)
     if step == 0:
         log.append({"step": 0, **{f"heldout_{k}": x for k, x in before.items()}})
     stop = False
@@ -354,9 +350,9 @@ def run(s: Settings, given: set[str] = frozenset()) -> int:
         raise ValueError(f"{stage} needs --model: a folder or hub id")
     if s.reward == "verl" and s.data == "arrows":
         raise ValueError("--reward verl reads boxed answers, which the arrows do not have; give --data")
-    if s.prompts < parallel.world():
-        raise ValueError(f"--prompts {s.prompts} for {parallel.world()} ranks: each needs one")
-    if s.offload_optimizer and parallel.world() > 1:
+    if s.prompts < parallel.world_size():
+        raise ValueError(f"--prompts {s.prompts} for {parallel.world_size()} ranks: each needs one")
+    if s.offload_optimizer and parallel.world_size() > 1:
         raise ValueError("--offload_optimizer is for one process; ranks divide the optimiser's state among them already")
     torch.set_num_threads(s.threads or os.cpu_count())
     logging.disable_progress_bar()
@@ -378,7 +374,7 @@ def run(s: Settings, given: set[str] = frozenset()) -> int:
         (out / "settings.json").write_text(json.dumps(asdict(replace(s, out="", resume="")), indent=1) + "\n")
     print("settings: " + "  ".join(f"{k}={v}" for k, v in asdict(s).items() if v not in ("", [])))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(map(torch.Tensor.numel, parallel.trainable(model).values())):,} of them trained, "
-          f"on {parallel.world()} x {model.device.type}; results go to {out}/" + (f"; resumed after step {step} of {saved['stage']}" if saved else ""))
+          f"on {parallel.world_size()} x {model.device.type}; results go to {out}/" + (f"; resumed after step {step} of {saved['stage']}" if saved else ""))
     if s.data == "arrows":
         heldout = arrows.dataset(400, seed=10**6)
     else:
@@ -386,7 +382,7 @@ def run(s: Settings, given: set[str] = frozenset()) -> int:
 
     if stage != "rl" and (saved is None or saved["stage"] == "sft"):
         rows = arrows.dataset(s.sft_rows, s.seed, targets=True) if s.data == "arrows" else read_rows(s.data, s, rejected)
-        done = supervised(s, out, model, processor, rows, step, optimizer, lambda at: save(out, s, "sft", at, model, optimizer))
+        done = fine_tune(s, out, model, processor, rows, step, optimizer, rejected, lambda at: save(out, s, "sft", at, model, optimizer))
         if done < total_steps(len(rows), s):
             print(f"stopped after step {done}; go on with: python reflection_srpo.py --resume {out}")
             return 130
@@ -410,7 +406,7 @@ def run(s: Settings, given: set[str] = frozenset()) -> int:
         reference, _ = load(s, (out / "sft") if stage == "all" else base)
         reference.to("cpu").requires_grad_(False).eval()
     rows = arrows.dataset(s.steps * s.prompts, s.seed + 1000) if s.data == "arrows" else read_rows(s.data, s, rejected)
-    done = reinforce(s, out, model, reference, processor, rows, heldout, step, optimizer, before)
+    done = train(s, out, model, reference, processor, rows, heldout, step, optimizer, before, rejected)
     if done == s.steps:
         save_policy(model, processor, out / "policy")
     if parallel.rank():

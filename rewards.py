@@ -271,7 +271,7 @@ def reflection_reward(response: str, answer: str, *, variant: str = "paper",
         if not isinstance(value, str):
             raise ValueError(f"{name} must be a string, got {type(value).__name__} {value!r}: pass str({name})")
     if verify is None:
-        from answers import default_verify as verify        # here, so that this file can be copied alone, with a verifier of your own
+        from answers import default_verify as verify        # here, so that the paper's variant can be copied alone, with a verifier of your own
     response = response.strip()
     record = ReflectionRecord(variant)
     if variant == "verl":

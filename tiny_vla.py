@@ -87,7 +87,7 @@ class TinyVLA(nn.Module):
         """A folder written by `save_pretrained`; FileNotFoundError or ValueError, one line, for anything else."""
         folder = Path(path)
         config = checkpoints.read_json(folder / "config.json")
-        if not isinstance(config, dict) or config.pop("model_type", None) != "tiny_vla":
+        if config.pop("model_type", None) != "tiny_vla":
             raise ValueError(f"{folder}/config.json is not a TinyVLA's; use OpenVLA.from_pretrained")
         try:
             model, tensors = cls(checkpoints.read_json(folder / "dataset_statistics.json"), **config), checkpoints.read_headers(folder)
@@ -102,4 +102,4 @@ class TinyVLA(nn.Module):
     def save_pretrained(self, path: str | Path, state_dict: dict | None = None) -> None:
         """Write config.json, dataset_statistics.json and model.safetensors; they appear together or not at all."""
         checkpoints.write_folder(Path(path), {"config.json": self.config, "dataset_statistics.json": self.norm_stats}, {},
-                     self.state_dict() if state_dict is None else state_dict)
+                                 self.state_dict() if state_dict is None else state_dict)

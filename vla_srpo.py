@@ -98,7 +98,7 @@ class Settings:
     eval_every: int = flag(20, "steps between held-out evaluations, greedy, all initial states; 0: only before and after")
     save_every: int = flag(5, "steps between checkpoints")
     workers: int = flag(2, "simulator processes")
-    tables: int = flag(0, "simulators over all workers; 0: 128, or with LIBERO one per worker")
+    tables: int = flag(0, "parallel environments over all workers; 0: 128, or with LIBERO one per worker")
     threads: int = flag(2, "torch threads; 0: all cores")
     suite: str = flag("tabletop", "tabletop, " + ", ".join(libero_files.SUITES) + " or libero_90")
     tasks: list[int] = flag([], "task numbers (default: all)")
@@ -137,9 +137,9 @@ def check(s: Settings) -> None:
         raise ValueError(f"--clip_low must be below 1, got {s.clip_low}")
     if s.suite == "tabletop" and s.workers > (s.tables or 128):
         raise ValueError(f"--workers {s.workers} for 128 tables: each worker needs one; set --tables")
-    if s.groups < parallel.world():
-        raise ValueError(f"--groups {s.groups} for {parallel.world()} ranks: each needs one")
-    if s.offload_optimizer and parallel.world() > 1:
+    if s.groups < parallel.world_size():
+        raise ValueError(f"--groups {s.groups} for {parallel.world_size()} ranks: each needs one")
+    if s.offload_optimizer and parallel.world_size() > 1:
         raise ValueError("--offload_optimizer is for one process; ranks divide the optimiser's state among them already")
 
 
@@ -211,7 +211,7 @@ def update(policy, reference, optimizer, batch: Batch, s: Settings) -> dict:
                 logp = logprobs(policy, batch, part, s.temperature)
                 loss, stat = grpo.policy_loss(logp, old, adv, mask, ref_logp=None if ref is None else ref[part], clip=(s.clip_low, s.clip_high), beta=s.beta,
                                               aggregate="sequence", row_weight=weight[part].to(device), normalizer=normalizer)
-                (loss * parallel.world()).backward()                                # ranks' gradients are averaged
+                (loss * parallel.world_size()).backward()                                # ranks' gradients are averaged
                 seen.append({name: float(x) for name, x in stat.items()})
             stats.append(grpo.merge_stats(parallel.gather(seen)))
             if s.target_kl and stats[-1]["old_kl"] > s.target_kl:
@@ -366,10 +366,12 @@ def kept(policy, average) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tens
 
 
 def describe(suite, episodes, reward, advantages, record, i: int) -> str:
-    """One rollout in a line; a failure with a distance if there is one."""
-    i = next((j for j in [*range(i, len(episodes)), *range(i)] if not episodes[j].success), i)
+    """One rollout in a line: the next failure after the i-th, if there is one that was compared with successes."""
+    distances = record.distances if record is not None else np.full(len(episodes), np.nan)
+    order = [*range(i, len(episodes)), *range(i)]
+    i = min(order, key=lambda j: (episodes[j].success, np.isnan(distances[j])))             # the first of the best
     e = episodes[i]
-    distance = f", latent distance {record.distances[i]:.3f}" if record is not None else ""
+    distance = "" if np.isnan(distances[i]) else f", latent distance {distances[i]:.3f}"
     return (f"\"{suite.instructions[e.start.task]}\", initial state {e.start.index}: {'success' if e.success else 'failure'} after {e.steps} "
             f"steps{distance} -> reward {reward[i]:.3f}, advantage {advantages[i]:+.2f}")
 

@@ -124,7 +124,8 @@ def generate(model, processor: Processor, prompts: list[Prompt], max_new_tokens:
     """
     longest = max(len(p.ids) for p in prompts)
     if longest + max_new_tokens > processor.context:
-        raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of {processor.context}")
+        raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of {processor.context}; "
+                         "ask for fewer, or show smaller pictures")
     inputs, _, _ = processor.batch(prompts, device=model.device)
     training = model.training
     model.eval()                                # in training mode gradient checkpointing turns the cache off

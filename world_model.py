@@ -303,17 +303,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Latent progress of rollouts under a V-JEPA 2 world model.")
     parser.add_argument("command", nargs="?", choices=("draw", "compare"), default="draw")
     parser.add_argument("--videos", help="rollouts.npz; without it the built-in simulator is played")
-    parser.add_argument("--model", default=str(SHIPPED), help="draw: folder or hub id")
+    parser.add_argument("--model", default=str(SHIPPED), help="folder or hub id")
     parser.add_argument("--out", default="progress.png", help="draw: PNG")
     parser.add_argument("--seed", type=int, default=0, help="compare: of the random weights")
     args = parser.parse_args(argv)
     logging.disable_progress_bar()
     try:
         if not Path(args.out).absolute().parent.is_dir():
-            raise ValueError(f"--out {args.out}: there is no such folder")
+            raise ValueError(f"--out {args.out}: there is no such folder; make it, or choose another")
         videos, success, task = read_rollouts(args.videos) if args.videos else simulator_rollouts(seed=1)
         if success is None:
-            raise ValueError(f"{args.videos}: there is no `success` in it, to compare by")
+            raise ValueError(f"{args.videos}: there is no `success` in it, to compare by; add it, bool, one a video")
         if args.command == "draw":
             model = WorldModel.from_pretrained(args.model, batch_size=32)
             scores = draw(videos, success, task, model, args.out)
@@ -322,18 +322,16 @@ def main(argv: list[str] | None = None) -> None:
             print(f"success nearer than failure in {share:.3f} of pairs (0.5 is blind)")
             print(f"wrote {args.out}")
             return
-        if args.command == "compare":
-            trained = WorldModel.from_pretrained(args.model, batch_size=32)
-            torch.manual_seed(args.seed)
-            models = {"trained": trained, "random weights": WorldModel(VJEPA2Model(trained.config), trained.resize, batch_size=32),
-                      "pixels": PixelModel(trained)}
-            print(f"{len(videos)} rollouts, {success.sum()} successes; means over tasks\n{'':15} nearer " + " ".join(f"{k:>12}" for k in
-                  ("spearman", "monotonicity", "mmd", "js", "smd")))
-            for name, model in models.items():
-                scores = draw(videos, success, task, model, None)
-                print(f"{name:15} {separation(model.encode(videos).numpy(), success, task):6.3f} " + " ".join(f"{x:12.3f}" for x in scores.values()))
-            return
-    except (ValueError, OSError) as error:
+        trained = WorldModel.from_pretrained(args.model, batch_size=32)
+        torch.manual_seed(args.seed)
+        models = {"trained": trained, "random weights": WorldModel(VJEPA2Model(trained.config), trained.resize, batch_size=32),
+                  "pixels": PixelModel(trained)}
+        print(f"{len(videos)} rollouts, {success.sum()} successes; means over tasks\n{'':15} nearer " + " ".join(f"{k:>12}" for k in
+              ("spearman", "monotonicity", "mmd", "js", "smd")))
+        for name, model in models.items():
+            scores = draw(videos, success, task, model, None)
+            print(f"{name:15} {separation(model.encode(videos).numpy(), success, task):6.3f} " + " ".join(f"{x:12.3f}" for x in scores.values()))
+    except (ValueError, OSError, RuntimeError) as error:      # the last: no OpenGL
         sys.exit(f"error: {error}")
 
 

@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         if not args.out or Path(args.out).exists():
             raise ValueError("--out is needed, a new folder" + (f"; {args.out} exists" if args.out else ""))
         if not Path(args.out).absolute().parent.is_dir():
-            raise ValueError(f"--out {args.out}: there is no such folder")
+            raise ValueError(f"--out {args.out}: there is no such folder; make it, or choose another")
         videos, success, task = read_rollouts(args.videos) if args.videos else simulator_rollouts(800)
 
         def report(step, numbers, model):
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
                                     report=report, report_every=max(args.steps // 10, 1))
         trained.save_pretrained(args.out)
         print(f"wrote {args.out}")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:      # the last: no OpenGL
         sys.exit(f"error: {error}")
 
 

@@ -3,11 +3,13 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 torch.set_num_threads(1)            # for what modules and their fixtures compute
 
@@ -21,6 +23,32 @@ def as_torch_starts():
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+# Policies, rows, what is installed
+
+STATS = {"tabletop": {"action": {"q01": [-0.5] * 3 + [0.0] * 4, "q99": [0.5] * 3 + [0.0] * 3 + [1.0], "mask": [True] * 6 + [False]}}}
+
+
+def needs(*packages: str):
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+
+needs_math_verify = needs("math_verify")
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_rows(folder: Path, n: int) -> Path:
+    """n rows on n small pictures; the right answer to row i is i."""
+    for i in range(n):
+        Image.new("RGB", (32, 24), (i, 255 - i, 128)).save(folder / f"{i}.png")
+    rows = [{"query": f"Row {i}: how many?", "image": f"{i}.png", "answer": str(i)} for i in range(n)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "rows.jsonl"
+
+
 # A tiny vision-language model
 
 @pytest.fixture(scope="session")
@@ -31,6 +59,20 @@ def base(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     arrows.tiny_vlm(folder, width=32)
     return folder
+
+
+def tiny_qwen3(folder: Path, head_dim: int = 16) -> None:
+    """Writes a Qwen3-VL of random weights in place of the Qwen2.5-VL in `folder`; its tokenizer and image processor stay."""
+    from transformers import AutoConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    old = AutoConfig.from_pretrained(folder)
+    part = head_dim // 8
+    text = dict(vocab_size=old.text_config.vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                head_dim=head_dim, eos_token_id=old.text_config.eos_token_id, pad_token_id=old.text_config.pad_token_id,
+                rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [2 * part, part, part], "mrope_interleaved": True})
+    vision = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=4, patch_size=8, out_hidden_size=64, deepstack_visual_indexes=[0],
+                  num_position_embeddings=64)
+    words = {name: getattr(old, name) for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
+    Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **words)).save_pretrained(folder)
 
 
 # LIBERO, real or in stand-in files
@@ -73,3 +115,10 @@ def installed(tmp_path, monkeypatch):
     libero_files.tasks.cache_clear()
     yield package(tmp_path)
     libero_files.tasks.cache_clear()
+
+
+def run_bare(file: str, *command, **environment) -> subprocess.CompletedProcess:
+    """A script of ours that is not told where LIBERO's files are, but by its arguments and the environment given here."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("LIBERO_ASSETS", "LIBERO_CONFIG_PATH", "LIBERO_PLUS_PATH")}
+    return subprocess.run([sys.executable, Path(__file__).parent.parent / file, *command], env=kept | environment, stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True, timeout=120)

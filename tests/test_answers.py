@@ -1,13 +1,9 @@
 """answers.py: what equals the ground truth and what does not, what is found in a response, which option is meant."""
-import doctest
-import importlib.util
-
 import pytest
 
 import answers
 from answers import default_verify, extract, option_letter
-
-needs_math_verify = pytest.mark.skipif(not importlib.util.find_spec("math_verify"), reason="math-verify is not installed")
+from conftest import needs_math_verify
 
 
 @pytest.mark.parametrize("guess, gold, right", [
@@ -97,5 +93,7 @@ def test_option_letter(answer, options, expected):
     assert option_letter(answer, options) == expected
 
 
-def test_examples_in_docstrings():
-    assert doctest.testmod(answers).failed == 0 and doctest.testmod(answers).attempted >= 3
+def test_main_prints_examples(capsys):
+    answers.main()
+    said = capsys.readouterr().out
+    assert "truth B: '(B) 60' right, 'b' right, 'A or B' wrong" in said and "'I cannot say' answers None" in said

@@ -236,6 +236,14 @@ def test_missing_gl_is_one_line(case, tmp_path, monkeypatch):
     assert envs.gl_help().split() == ["apt-get", "install", "-y", "--no-install-recommends", "libosmesa6"]
 
 
+@pytest.mark.parametrize("script", [["world_model.py", "--out", "x.png"], ["world_model_train.py", "--out", "x"]])
+def test_missing_gl_is_one_line_where_the_simulator_is_played(script, tmp_path):
+    done = subprocess.run([sys.executable, ROOT / script[0], *script[1:]], env=os.environ | {"MUJOCO_GL": "bogus"}, cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "MUJOCO_GL=bogus" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_gif(tmp_path):
     from PIL import Image
     frames = [np.full((16, 16, 3), value, np.uint8) for value in (0, 90, 200)]

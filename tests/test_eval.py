@@ -15,17 +15,17 @@ from PIL import Image
 from scipy.stats import binomtest
 
 import envs
+import eval as evaluation
 import policies
 import rollouts
-import eval as evaluation
 import vla
 import world_model
+from conftest import STATS
 from rollouts import Start
 from tiny_vla import TinyVLA
 
 ROOT = Path(evaluation.__file__).parent
 KEY = "tabletop"
-STATS = {KEY: {"action": {"q01": [-0.5] * 3 + [0.0] * 4, "q99": [0.5] * 3 + [0.0] * 3 + [1.0], "mask": [True] * 6 + [False]}}}
 
 
 # Intervals and tables
@@ -198,6 +198,16 @@ def test_videos_are_what_the_world_model_reads(known, workers, tmp_path):
         assert len(video) == -(-episode.steps // envs.CHUNK) + 1 and solved == episode.success
         env = envs.Tabletop()
         np.testing.assert_array_equal(video[0], env.reset(options={"task": episode.start.task, "index": episode.start.index})[0]["image"])
+
+
+def test_film_of_an_openvla(tmp_path, monkeypatch):
+    """Its frames are rendered at 256 pixels."""
+    policy = policies.load_policy(ROOT / "tests" / "fixtures" / "openvla_tiny" / "checkpoint")
+    policy.norm_stats, prompt = STATS, torch.tensor([[vla.BOS, 5, vla.SPACE]])
+    monkeypatch.setattr(policy, "prompt_ids", lambda texts: (prompt, torch.ones_like(prompt)))
+    evaluation.film(policy, [Start(0, 0)], KEY, tmp_path / "x.gif")
+    with Image.open(tmp_path / "x.gif") as gif:
+        assert gif.size == (128, 128)
 
 
 def test_film(known, tmp_path):

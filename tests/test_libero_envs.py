@@ -11,12 +11,11 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import libero_envs
-from conftest import needs_assets, package
+from conftest import needs_assets, package, run_bare
 from libero_envs import NO_OP, SETTLE, SPLITS, Libero, main, make_suite, thin_meshes
 from libero_expert import Expert
 from libero_files import initial_states, prepare, tasks
 from rollouts import Start
-from test_libero_files import run
 
 
 # Without LIBERO
@@ -64,6 +63,8 @@ def test_suites_for_the_scripts(tmp_path, installed):
     plus = make_suite("libero_plus:background", plus=str(tmp_path / "plus"))
     assert plus.states["all"] == 1 and plus.labels == ("libero_spatial", "libero_10")
     assert plus.instructions == ("pick up the bowl", "turn on the stove") and plus.protocol.startswith("horizon 520")
+    light = Libero("libero_plus:light", split="heldout", plus=str(tmp_path / "plus"))
+    assert list(light.states_of("heldout")) == [0]                                  # one trial per task
     with pytest.raises(ValueError, match="unknown task 7"):
         make_suite("libero_spatial", (0, 7))
     with pytest.raises(ValueError, match="libero_plus:camera:libero_10 has no tasks in this copy"):
@@ -303,12 +304,12 @@ def test_incomplete_assets_name_the_file(tmp_path):
     (tmp_path / "stable_hope_objects").unlink()
     (tmp_path / "stable_hope_objects").mkdir()
     command = ["measure", "--tasks", "0", "--states", "1", "--out", str(tmp_path / "e.json")]
-    done = run("libero_expert.py", *command, LIBERO_ASSETS=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
+    done = run_bare("libero_expert.py", *command, LIBERO_ASSETS=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: LIBERO cannot build"), done.stderr
     assert "stable_hope_objects" in done.stderr and "--assets" in done.stderr and not (tmp_path / "e.json").exists()
     for file in (whole / "stable_hope_objects").rglob("*"):
         if file.suffix == ".xml":                                                   # as git-lfs leaves it where it is not installed
             (tmp_path / "stable_hope_objects" / file.parent.name).mkdir(exist_ok=True)
             (tmp_path / "stable_hope_objects" / file.parent.name / file.name).write_text("version https://git-lfs.github.com/spec/v1\n")
-    done = run("libero_expert.py", *command, LIBERO_ASSETS=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
+    done = run_bare("libero_expert.py", *command, LIBERO_ASSETS=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: LIBERO cannot build"), done.stderr

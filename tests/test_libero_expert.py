@@ -1,18 +1,14 @@
 """libero_expert.py: its data replayed through the simulator, its commands interrupted and repeated."""
-import importlib.util
 import json
-import os
 
 import numpy as np
 import pytest
 
 import libero_expert
 import vla
+from conftest import needs_assets
 from libero_envs import Libero
 from libero_expert import main
-
-needs_assets = pytest.mark.skipif(not os.environ.get("LIBERO_ASSETS") or not importlib.util.find_spec("libero"),
-                                  reason="LIBERO_ASSETS is not set, or LIBERO is not installed: nothing to simulate")
 
 
 @pytest.mark.parametrize("command, message", [

@@ -1,7 +1,5 @@
 """vla_sft.py, vla_srpo.py and eval.py on real LIBERO, small: demonstrations, fine-tuning, a step of RL, evaluation cut off and gone on with."""
-import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -16,9 +14,9 @@ import policies
 import vla
 import vla_sft
 import vla_srpo
+from conftest import needs_assets
 
-pytestmark = pytest.mark.skipif(not os.environ.get("LIBERO_ASSETS") or not importlib.util.find_spec("libero"),
-                                reason="LIBERO_ASSETS is not set, or LIBERO is not installed: nothing to simulate")
+pytestmark = needs_assets
 CHECKPOINT = Path(__file__).parent.resolve() / "fixtures" / "openvla_tiny" / "checkpoint"
 LIBERO = ["--suite", "libero_object", "--tasks", "3", "--fast_sim"]
 

@@ -15,7 +15,7 @@ import grpo
 from job import read_state
 import parallel
 import policies
-import reflection_eval
+import reflection_rollouts
 import reflection_sft
 import reflection_srpo as rs
 import rewards
@@ -53,10 +53,10 @@ def reflection_case(folder: Path, **changes):
     model, processor = rs.load(s, folder / "base")
     model.train()
     torch.manual_seed(1)
-    _, prompts = reflection_eval.encode(arrows.dataset(6, 0), s, processor, None)
+    _, prompts = reflection_rollouts.encode(arrows.dataset(6, 0), s, processor, None)
     completions = [torch.randint(7, len(arrows.WORDS), (n,)) for n in (3, 1, 7, 4, 5, 2)]
     advantages = [1.0, -1.0, 0.5, 2.0, -0.3, 0.7]
-    if parallel.world() > 1:
+    if parallel.world_size() > 1:
         own = [0, 1, 2, 3, 4] if parallel.rank() == 0 else [5]
     else:
         own = range(6)
@@ -97,7 +97,8 @@ def fine_tuning(folder: Path, out: Path, **changes) -> tuple[dict, list[dict]]:
     rows[np.random.default_rng([s.seed, 0]).permutation(10)[3]].images = [b"broken"]
     model, processor = rs.load(s, folder / "base")
     optimizer = steady(rs.optimizer_of(model, s))
-    assert reflection_sft.supervised(s, out, model, processor, rows, 0, optimizer, lambda step: rs.save(out, s, "sft", step, model, optimizer)) == 4
+    assert reflection_sft.fine_tune(s, out, model, processor, rows, 0, optimizer, reflection_rollouts.Rejections(out),
+                                    lambda step: rs.save(out, s, "sft", step, model, optimizer)) == 4
     return parallel.whole_weights(model), [json.loads(line) for line in (out / "sft.jsonl").read_text().splitlines()] if parallel.rank() == 0 else []
 
 
@@ -134,7 +135,7 @@ def vla_updates(kind: str) -> tuple[dict, dict]:
     batch = vla_srpo.Batch(frames=torch.randint(256, (12, 1, size, size, 3), dtype=torch.uint8), instructions=["red cube"] * 12,
                            bins=torch.randint(256, (12, 56)), logp=torch.full((12, 56), -5.5), mask=torch.rand(12, 56) < 0.8,
                            advantage=torch.randn(12), trajectory=torch.tensor([0] * 4 + [1] * 4 + [2] * 2 + [3] * 2))
-    own = slice(None) if parallel.world() == 1 else slice(0, 10) if parallel.rank() == 0 else slice(10, 12)
+    own = slice(None) if parallel.world_size() == 1 else slice(0, 10) if parallel.rank() == 0 else slice(10, 12)
     batch = vla_srpo.Batch(**{name: x[own] for name, x in vars(batch).items()})
     optimizer = steady(grpo.make_optimizer(parallel.shard(policy), 1e-3))
     torch.manual_seed(2 + parallel.rank())

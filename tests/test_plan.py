@@ -23,11 +23,12 @@ import envs
 import grpo
 import plan
 import policies
-import reflection_eval
+import reflection_rollouts
 import reflection_srpo as rs
 import vla
 import vla_srpo
 import vlm
+from conftest import tiny_qwen3
 
 TEXT = vla.TINY["text_config"] | {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 6}
 
@@ -47,6 +48,16 @@ def qwen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("qwen")
     torch.manual_seed(0)
     arrows.tiny_vlm(folder, width=64, layers=6)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory):
+    """Its heads are twice as wide as the model is."""
+    folder = tmp_path_factory.mktemp("qwen3")
+    torch.manual_seed(0)
+    arrows.tiny_vlm(folder, width=64)
+    tiny_qwen3(folder, head_dim=32)
     return folder
 
 
@@ -116,8 +127,10 @@ def test_openvla_s_activations(changes, openvla):
     assert planned == pytest.approx(measured, rel=0.15)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(dtype="bfloat16"), dict(freeze_vision=True), *LORA])
-def test_qwen_s_activations(changes, qwen):
+@pytest.mark.parametrize("family, changes", [*(("qwen", changes) for changes in ({}, dict(dtype="bfloat16"), dict(freeze_vision=True), *LORA)),
+                                             *(("qwen3", changes) for changes in (dict(freeze_vision=True), *LORA))])
+def test_qwen_s_activations(family, changes, request):
+    qwen = request.getfixturevalue(family)
     s, model = case("qwen", qwen, micro_tokens=720, max_new_tokens=40, max_prompt=200, max_pixels=128 * 128, **changes)
     assert plan.sequences(s) == 3
     processor = vlm.Processor(qwen)
@@ -209,7 +222,7 @@ def test_qwen_s_peaks(changes, tmp_path):
     planned = plan.needs(s, config, shapes)
     assert planned.update / plan.MARGIN == pytest.approx(live.of(update), rel=0.15)
     model.generation_config.eos_token_id = 10**6                                        # nothing ends early
-    assert planned.rollout / plan.MARGIN == pytest.approx(live.of(lambda: reflection_eval.generate(model, processor, prompts, s, 1.0)), rel=0.15)
+    assert planned.rollout / plan.MARGIN == pytest.approx(live.of(lambda: reflection_rollouts.generate(model, processor, prompts, s, 1.0)), rel=0.15)
 
 
 def test_a_micro_batch_of_mixed_lengths_stays_within_the_plan(tmp_path):
@@ -249,7 +262,9 @@ def test_the_reference_is_there_for_its_pass_alone(qwen, monkeypatch):
     assert need.scoring > plan.MARGIN * 2 * weights and plan.needs(rs.Settings(beta=0.1, lora_rank=2), config, shapes).reference == 0
 
 
-def test_the_kv_cache_is_what_generation_holds(qwen):
+@pytest.mark.parametrize("family", ["qwen", "qwen3"])
+def test_the_kv_cache_is_what_generation_holds(family, request):
+    qwen = request.getfixturevalue(family)
     s, model = case("qwen", qwen, rollout_batch=6, max_prompt=50, max_new_tokens=14)
     _, config, shapes = plan.read_checkpoint(qwen)
     ids = torch.full((6, 64), 9)

@@ -10,10 +10,10 @@ import envs
 import policies
 import vla
 import vla_srpo
+from conftest import STATS
 from tiny_vla import TinyVLA
 
 KEY = "tabletop"
-STATS = {KEY: {"action": {"q01": [-0.5] * 3 + [0.0] * 4, "q99": [0.5] * 3 + [0.0] * 3 + [1.0], "mask": [True] * 6 + [False]}}}
 TINY = vla_srpo.WEIGHTS / "tiny_vla"
 
 
@@ -26,6 +26,13 @@ def test_upright_images_become_the_policys_frames():
     assert frames.shape == (2, 1, 224, 224, 3) and policies.camera_size(model) == 256
     for frame, image in zip(frames, upright):
         np.testing.assert_array_equal(frame[0], vla.preprocess(np.rot90(image, 2)))     # as LIBERO renders it: upside down
+
+
+def test_small_images_pass_as_they_are():
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    policy = policies.load_policy(TINY)
+    np.testing.assert_array_equal(policies.policy_frames(policy, images), images[:, None])
+    assert policies.camera_size(policy) == 64
 
 
 def test_find_key():

@@ -19,9 +19,9 @@ from scipy.stats import binomtest
 
 import reasoning_eval as re_eval
 from answers import extract
+from conftest import needs_math_verify
 from reasoning_eval import BENCHMARKS, Outcome, Question, evaluate, is_right
 
-needs_math_verify = pytest.mark.skipif(not re_eval.importlib.util.find_spec("math_verify"), reason="math-verify is not installed")
 
 
 def png(color=(200, 30, 30), size=(8, 6), mode="RGB") -> bytes:

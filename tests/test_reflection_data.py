@@ -10,27 +10,10 @@ import pytest
 from PIL import Image
 
 import reflection_data as data
+from conftest import needs, write_rows
 from reflection_data import Row, read_rows
 
 ROOT = Path(data.__file__).parent
-
-
-def needs(*packages: str):
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def write_rows(folder: Path, n: int) -> Path:
-    """n rows on n small pictures; the right answer to row i is i."""
-    for i in range(n):
-        Image.new("RGB", (32, 24), (i, 255 - i, 128)).save(folder / f"{i}.png")
-    rows = [{"query": f"Row {i}: how many?", "image": f"{i}.png", "answer": str(i)} for i in range(n)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder / "rows.jsonl"
 
 
 def test_good_and_bad_rows(tmp_path):

@@ -14,8 +14,7 @@ import torch
 import arrows
 import grpo
 import parallel
-import reflection_eval
-import reflection_sft
+import reflection_rollouts
 import reflection_srpo as rs
 import rewards
 import vlm
@@ -31,7 +30,7 @@ def batch(base):
     s = rs.Settings(model=str(base), minibatch=0)
     model, processor = rs.load(s, base)
     torch.manual_seed(1)
-    rows, prompts = reflection_eval.encode(arrows.dataset(6, 0), s, processor, None)
+    rows, prompts = reflection_rollouts.encode(arrows.dataset(6, 0), s, processor, None)
     completions = [torch.randint(7, len(arrows.WORDS), (n,)) for n in (3, 1, 7, 4, 5, 2)]
     return s, model, processor, rs.Batch(prompts, completions, torch.tensor([1.0, -1.0, 0.5, 2.0, -0.3, 0.7]))
 
@@ -132,43 +131,6 @@ def test_a_frozen_tower_stays_as_it_is(base):
     assert not any("visual" in name for name in parallel.trainable(model)) and any("language_model" in name for name in parallel.trainable(model))
 
 
-def test_supervised_gradient_is_cross_entropy_on_the_response(base, tmp_path, monkeypatch):
-    """Against torch's cross-entropy with the prompt's labels at -100, one padded batch through the model's own loss."""
-    rows = arrows.dataset(4, 3, targets=True)
-    s = rs.Settings(sft_epochs=1, sft_batch=4, micro_tokens=1)
-    model, processor = rs.load(s, base)
-    seen = []
-    monkeypatch.setattr(grpo, "clip_and_step", lambda optimizer, model, norm: (seen.append(gradient(model)), optimizer.zero_grad(), (1.0, True))[-1])
-    saved = []
-    assert reflection_sft.supervised(s, tmp_path, model, processor, rows, 0, grpo.make_optimizer(model, 1e-3), saved.append) == 1 and saved == [1]
-    _, prompts = reflection_eval.encode(rows, s, processor, None)
-    inputs, ids, mask = processor.batch(prompts, [processor.target(row.target) for row in rows])
-    labels = inputs["input_ids"].clone()
-    labels[:, :-ids.shape[1]] = -100
-    labels[:, -ids.shape[1]:][~mask] = -100
-    logits = model(**inputs).logits
-    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
-    torch.testing.assert_close(seen[0], gradient(model), atol=1e-6, rtol=1e-4)
-
-
-def test_ablated_rewards(base):
-    """outcome: 1 for a right final answer and nothing else; no_length: the paper's without its length term. Unreadable is never right."""
-    _, processor = rs.load(rs.Settings(), base)
-    response = "<think> a 1 </think> <answer> 1 </answer> <reflection> check a </reflection> <think> a 2 </think> <answer> 2 </answer>"
-    paper = rewards.reflection_reward(response, "2", count_tokens=lambda t: processor.count(rewards.TAG.sub(" ", t)))
-    assert reflection_eval.score(response, "2", "paper", processor).total == paper.total and paper.length > 0
-    assert reflection_eval.score(response, "2", "no_length", processor).total == pytest.approx(paper.total - paper.length)
-    assert [reflection_eval.score(response, answer, "outcome", processor).total for answer in ("2", "1")] == [1, 0]
-    for kind in ("paper", "no_length", "outcome", "openrlhf"):                  # parts add up to what is paid
-        record = reflection_eval.score(response, "2", kind, processor)
-        assert record.total == pytest.approx(record.format + record.accuracy + record.effectiveness + record.reflection + record.length)
-    assert reflection_eval.score(response, "2", "openrlhf", processor).n_tokens == processor.count(response) > paper.n_tokens      # code: with its tags
-    for garbage in ("", "<answer>", "2", "</answer> 2 <answer>", "<think> 2 </think>"):
-        for kind in rs.REWARDS:
-            record = reflection_eval.score(garbage, "2", kind, processor)
-            assert record.accuracy <= 0 and not record.final_correct and record.total <= 0
-
-
 def test_which_groups_are_trained_on():
     """mixed: by what the answers earn: rare corrections count, format and length do not; equal rewards never do."""
     right, wrong = (rewards.ReflectionRecord("paper", total=total, format=0.5, effectiveness=earned, reflection=0.25, length=0.07)
@@ -238,10 +200,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert step == metrics(tmp_path / "out")[-1]["step"]
 
 
+def write_data(folder: Path, rows: int) -> Path:
+    assert subprocess.run([sys.executable, "arrows.py", "--out", str(folder), "--rows", str(rows)], cwd=ROOT).returncode == 0
+    return folder / "rows.jsonl"
+
+
 def test_rl_on_rows_of_a_file_sets_unusable_ones_aside(base, tmp_path, capsys):
     """A missing picture, an empty question, a row without answer, a broken line, too long a question: named, saved, and the run goes on."""
-    assert subprocess.run([sys.executable, "arrows.py", "--out", str(tmp_path / "data"), "--rows", "6"], cwd=ROOT).returncode == 0
-    lines = (tmp_path / "data" / "rows.jsonl").read_text().splitlines()
+    lines = write_data(tmp_path / "data", 6).read_text().splitlines()
     good = json.loads(lines[0])
     lines += [json.dumps(good | {"image": "nowhere.png"}), json.dumps(good | {"query": " "}), json.dumps({"query": "q", "image": good["image"]}), "{",
               json.dumps(good | {"query": "how many " * 600})]
@@ -256,11 +222,6 @@ def test_rl_on_rows_of_a_file_sets_unusable_ones_aside(base, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "rows.jsonl:7: missing image" in printed.out + printed.err
     assert metrics(tmp_path / "out")[-1]["step"] == 2
-
-
-def write_data(folder: Path, rows: int) -> Path:
-    assert subprocess.run([sys.executable, "arrows.py", "--out", str(folder), "--rows", str(rows)], cwd=ROOT).returncode == 0
-    return folder / "rows.jsonl"
 
 
 @pytest.mark.parametrize("stage, flags", [("rl", ["--steps", "3", "--prompts", "1", "--group_size", "2", "--max_new_tokens", "6"]),

@@ -26,9 +26,9 @@ import answers
 import reflection_teacher
 import rewards
 import vlm
+from conftest import lines, needs, write_rows
 from reflection_data import MAX_PIXELS, Rejected, Row, first_prompt, load_image, read_rows, reflection_prompt
 from reflection_teacher import Teacher, build
-from test_reflection_data import lines, needs, write_rows
 
 ROOT = Path(reflection_teacher.__file__).parent
 REPLY = json.dumps({"reflection": "I counted a plate twice.", "think": "Three and four make seven."})

@@ -1,6 +1,5 @@
 """vla.py against its oracle: inputs and outputs of the published OpenVLA-OFT modules on a tiny random checkpoint."""
 
-import doctest
 import json
 import os
 import shutil
@@ -13,7 +12,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-import checkpoints
 import vla
 from vla import OpenVLA
 
@@ -283,24 +281,6 @@ def test_save_round_trip_is_bit_exact(tmp_path, source):
     assert all(torch.equal(t, half.state_dict()[name]) for name, t in again.state_dict().items())
 
 
-def test_save_never_overwrites_and_leaves_nothing_half_done(model, tmp_path, monkeypatch):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(ValueError, match="nothing was overwritten"):
-        model.save_pretrained(tmp_path / "mine")
-    assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
-
-    def killed(*args, **kwargs):
-        raise KeyboardInterrupt
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "save_file", killed)
-        with pytest.raises(KeyboardInterrupt):
-            model.save_pretrained(tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-    model.save_pretrained(tmp_path / "new")                                 # the next attempt cleans up
-    assert sorted(os.listdir(tmp_path)) == ["mine", "new"]
-
-
 def lacks_tensor(folder):
     tensors = load_file(folder / "model.safetensors")
     del tensors["projector.fc2.bias"]
@@ -322,29 +302,8 @@ def one_tower(folder):
     save_file({n: t for n, t in tensors.items() if "fused_featurizer" not in n}, folder / "model.safetensors")
 
 
-def truncated(folder):
-    with open(folder / "model.safetensors", "r+b") as file:
-        file.truncate(1_000_000)
-
-
-def empty_file(folder):
-    (folder / "model.safetensors").write_bytes(b"")
-
-
-def no_weights(folder):
-    (folder / "model.safetensors").unlink()
-
-
-def missing_shard(folder):
-    (shard(folder) / "model-00002-of-00003.safetensors").unlink()
-
-
 def no_config(folder):
     (folder / "config.json").unlink()
-
-
-def broken_json(folder):
-    (folder / "preprocessor_config.json").write_text('{"tvf_')
 
 
 def other_model(folder):
@@ -364,12 +323,7 @@ def empty_index(folder):
     (unknown_tensor, ValueError, r"1 tensors .* proprio_projector.fc1.weight, has shape \(2,\) and should be absent"),
     (misshaped_tensor, ValueError, r"1 tensors .* projector.fc2.bias, has shape \(31,\) and should be \(32,\)"),
     (one_tower, ValueError, r"lacks the tensor vision_backbone.fused_featurizer.patch_embed.proj.weight"),
-    (truncated, ValueError, r"model.safetensors is truncated"),
-    (empty_file, ValueError, r"model.safetensors is truncated"),
-    (no_weights, FileNotFoundError, r"neither model.safetensors nor model.safetensors.index.json"),
-    (missing_shard, FileNotFoundError, r"model-00002-of-00003.safetensors is missing"),
     (no_config, FileNotFoundError, r"config.json is missing"),
-    (broken_json, ValueError, r"preprocessor_config.json is not valid JSON"),
     (other_model, ValueError, r"config.json has no text_config, only model_type"),
     (other_preprocessor, ValueError, r"preprocessor_config.json has no tvf_normalize_params, only nothing"),
     (empty_index, ValueError, r"lacks the tensor vision_backbone.featurizer.patch_embed.proj.weight"),
@@ -380,27 +334,6 @@ def test_a_bad_checkpoint_is_one_clear_line(tmp_path, damage, error, words):
     with pytest.raises(error, match=words) as caught:
         OpenVLA.from_pretrained(folder)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("path", ["no_such_folder", "./no/such", "a/b/c", "/no/such/folder"])
-def test_a_missing_folder_is_not_asked_from_the_hub(path):
-    with pytest.raises(FileNotFoundError, match="neither a checkpoint folder nor a hub id"):
-        OpenVLA.from_pretrained(path)
-
-
-def test_hub_ids_go_through_the_hub(monkeypatch, model):
-    import huggingface_hub
-    asked = {}
-    monkeypatch.setattr(huggingface_hub, "snapshot_download",
-                        lambda name, **kwargs: asked.update(name=name, **kwargs) or str(CHECKPOINT))
-    assert OpenVLA.from_pretrained("someone/openvla").norm_stats == model.norm_stats
-    assert asked["name"] == "someone/openvla" and "*.safetensors" in asked["allow_patterns"]
-
-    def offline(*args, **kwargs):
-        raise OSError("no route\nto host")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(FileNotFoundError, match="the hub did not give it: no route to host"):
-        OpenVLA.from_pretrained("someone/openvla")
 
 
 def test_bad_input_is_one_clear_line(model, batch, gold):
@@ -434,7 +367,3 @@ def test_main(capsys, monkeypatch, arguments):
     out = capsys.readouterr().out
     assert "fused_featurizer: width 48, 4 blocks" in out and "142 tensors" in out
     assert len(out.split("[[")[1].split("]\n")) == 9                # 8 rows and what follows
-
-
-def test_docstring_examples():
-    assert doctest.testmod(vla).failed == 0 and doctest.testmod(vla).attempted >= 3

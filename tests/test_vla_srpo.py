@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,13 +25,12 @@ import rollouts
 import vla_srpo
 import world_model
 import world_model_train
+from conftest import STATS
 from rollouts import Episode, Start
 from tiny_vla import TinyVLA
 from vla_srpo import Settings
 
 ROOT = Path(vla_srpo.__file__).parent
-STATS = {"tabletop": {"action": {"q01": [-0.5] * 3 + [0.0] * 4, "q99": [0.5] * 3 + [0.0] * 3 + [1.0],
-                                 "mask": [True] * 6 + [False]}}}
 
 
 def tiny_policy(seed: int = 0) -> TinyVLA:
@@ -66,6 +66,18 @@ def test_collate_takes_the_executed_tokens():
         assert batch.advantage[n] == advantages[i] and batch.trajectory[n] == i
     empty = vla_srpo.collate(episodes, torch.zeros(5))
     assert len(empty.mask) == 0 and empty.instructions == []
+
+
+def test_the_sample_shown_is_a_failure_with_a_distance():
+    """The next one from the i-th; where no failure was compared with successes any failure, where there is none the i-th."""
+    suite, reward, advantages = rollouts.tabletop(), np.linspace(0, 1, 4), torch.zeros(4)
+    episodes = [fake_episode(Start(0, i), [8, last], i) for i, last in enumerate((8, 3, 8, 8))]            # the second succeeds
+    record = SimpleNamespace(distances=np.array([0.5, np.nan, np.nan, 0.25]))
+    shown = lambda record, i, some=episodes: vla_srpo.describe(suite, some, reward, advantages, record, i)
+    assert "initial state 3: failure after 16 steps, latent distance 0.250 -> reward 1.000" in shown(record, 1)
+    assert "initial state 0: failure" in shown(record, 0) and "latent distance 0.500" in shown(record, 0)
+    assert "initial state 2: failure after 16 steps -> reward" in shown(None, 1)
+    assert "initial state 1: success after 11 steps -> reward" in shown(None, 0, [episodes[1]] * 4)
 
 
 def test_images_are_prepared_once(monkeypatch):

@@ -3,13 +3,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import arrows
 import grpo
-import reflection_data
-import rewards
 import vlm
+from conftest import tiny_qwen3
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
@@ -18,14 +16,7 @@ def loaded(request, tmp_path_factory):
     torch.manual_seed(0)
     arrows.tiny_vlm(folder)
     if request.param == "qwen3_vl":         # the same tokenizer and image processor round another model
-        config = vlm.AutoConfig.from_pretrained(folder)
-        text = dict(vocab_size=len(arrows.WORDS), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                    head_dim=16, eos_token_id=config.text_config.eos_token_id, pad_token_id=config.text_config.pad_token_id,
-                    rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True})
-        vision = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=4, patch_size=8, out_hidden_size=64, deepstack_visual_indexes=[0],
-                      num_position_embeddings=64)
-        more = {k: getattr(config, k) for k in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
-        Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **more)).save_pretrained(folder)
+        tiny_qwen3(folder)
     model, processor = vlm.load_vlm(folder)
     with torch.no_grad():
         model.lm_head.weight[processor.image_token] = 0     # a place holder that is sampled is shown as padding later: tested by itself
@@ -147,40 +138,6 @@ def test_micro_batches_hold_every_row_once_within_the_budget(budget):
         for b in batches:
             prompt, completion = (max(lengths[i][k] for i in b) for k in (0, 1))
             assert len(b) == 1 or len(b) * (prompt + completion) <= budget and len(b) * completion <= (completions or budget)
-
-
-def test_answers_follow_the_arrows_in_the_pixels():
-    """Arrows read off the picture (a triangle's mass lies away from its tip) lead from the cell asked to the answer."""
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        scene = arrows.draw(rng)
-        pixels = np.asarray(reflection_data.load_image(scene.row))
-        arrow = np.any([(pixels == color).all(-1) for color in arrows.COLORS.values()], 0)
-        cell = arrows.NAMES.index(scene.row.query.split()[1])
-        for _ in range(arrows.HOPS):
-            row, column = divmod(cell, arrows.SIDE)
-            y, x = np.nonzero(arrow[row * 16:row * 16 + 16, column * 16:column * 16 + 16])
-            tip = np.array([(y.min() + y.max()) / 2 - y.mean(), (x.min() + x.max()) / 2 - x.mean()])
-            axis = np.abs(tip).argmax()
-            cell += int(np.sign(tip[axis])) * (arrows.SIDE if axis == 0 else 1)
-        assert arrows.NAMES[cell] == scene.row.answer
-
-
-def test_the_teacher_errs_as_it_says():
-    """Its form always holds, its second look follows the arrows, and it begins in the right place as often as SURE and NOTICE say."""
-    rng, right, first = np.random.default_rng(0), 0, 0
-    for _ in range(2000):
-        scene = arrows.draw(rng)
-        response = arrows.teach(scene, rng)
-        record = rewards.reflection_reward(response, scene.row.answer)
-        assert record.format == 0.5 and record.reflection == 0.25
-        cells = [arrows.NAMES.index(word) for word in response.split("</reflection> <think>")[1].split("</think>")[0].split()[::2]]
-        assert arrows.walk(scene.follow, cells[0], len(cells) - 1) == cells and record.final_answer == arrows.NAMES[cells[-1]]
-        right, first = right + record.final_correct, first + record.first_correct
-    glances = arrows.HOPS // arrows.GLANCE
-    sound = arrows.SURE ** (glances - 1)                                            # every place but the last is on the path
-    assert -0.03 < right / 2000 - (sound + (1 - sound) * arrows.NOTICE) < 0.2      # paths also meet by chance
-    assert -0.03 < first / 2000 - arrows.SURE ** glances < 0.25
 
 
 @pytest.mark.parametrize("damage", ["missing", "shape"])

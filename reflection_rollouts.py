@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import eval as evaluation
 import parallel
+import plan
 import reflection_data
 import rewards
 import vlm
@@ -36,7 +37,7 @@ class Rejections:
 
 
 def encode(rows: list[Row], s, processor: vlm.Processor, rejected: Rejections, spare: list[Row] = ()) -> tuple[list[Row], list[vlm.Prompt]]:
-    """The rows that can be used, and their prompts; if it is none, the first of `spare` that can."""
+    """The rows that can be used, and their prompts; if it is none, the first of `spare` that can, ValueError if none of them can either."""
     kept, prompts = [], []
     for i, row in enumerate(chain(rows, spare)):
         if i >= len(rows) and kept:
@@ -55,6 +56,11 @@ def encode(rows: list[Row], s, processor: vlm.Processor, rejected: Rejections, s
     if spare and not kept:
         raise ValueError(f"none of {len(spare)} rows can be used; {rejected.path} says why")
     return kept, prompts
+
+
+def micro_batches(lengths: list[tuple[int, int]], s):
+    """`vlm.micro_batches` within what plan.py counts on."""
+    return vlm.micro_batches(lengths, s.micro_tokens, plan.completion_tokens(s))
 
 
 def generate(model, processor: vlm.Processor, prompts: list[vlm.Prompt], s, temperature: float) -> list[vlm.Completion]:
@@ -93,7 +99,7 @@ def behaviour(records: list[rewards.ReflectionRecord], completions: list[vlm.Com
 
 
 def evaluate(model, processor: vlm.Processor, rows: list[Row], s, rejected: Rejections) -> dict:
-    """Greedy decoding of every row -> `behaviour`, with Wilson intervals of both accuracies."""
+    """Greedy decoding of every row -> `behaviour`, with Wilson intervals of both accuracies. ValueError if no row can be used."""
     rows, prompts = encode(parallel.share(rows), s, processor, rejected)
     completions = generate(model, processor, prompts, s, 0.0)
     records = parallel.gather([score(c.text, row.answer, s.reward, processor) for row, c in zip(rows, completions)])
