@@ -8,6 +8,7 @@ import importlib.util
 import re
 import threading
 from fractions import Fraction
+from functools import lru_cache
 from string import ascii_uppercase as LETTERS
 
 
@@ -49,13 +50,15 @@ def number(text: str) -> Fraction | None:
     return Fraction(match[1]) / Fraction(match[2] or 1)
 
 
+@lru_cache(4096)                # a response's two answers are often one, and those of a group are
 def default_verify(prediction: str, answer: str) -> bool | None:
     r"""Whether the prediction equals the answer; None if the answer itself cannot be read.
 
     Right if equal after normalising or equal as numbers: the prediction must be the answer alone, or box it; of an option,
     "B", also "(B) 60". Else, where math-verify is installed, right if that finds an equal expression in it, and neither
-    alternatives nor a list of numbers. Empty or unreadable predictions are never right. (The "openrlhf" code hands math-verify
-    its tags too, which hide an answer in neither $...$ nor a box; not so here.)
+    alternatives, a list of numbers, a chain of relations, nor another unit. Empty or unreadable predictions are never right, nor
+    are those that only a computer algebra system would spend seconds on. (The "openrlhf" code hands math-verify its tags too, which
+    hide an answer in neither $...$ nor a box; not so here.)
 
     >>> [default_verify(p, "3/4") for p in (r"so $\boxed{0.75}$", r"\frac{3}{4}", "13/4", "")]
     [True, True, False, False]
@@ -69,8 +72,13 @@ def default_verify(prediction: str, answer: str) -> bool | None:
         return True
     if len(gold) == 1 and answer.strip(" ().").isupper():
         match = re.match(r"(?:\(([a-z])\)|([a-z])[.:)])(.*)", guess, re.DOTALL)
-        return bool(match) and (match[1] or match[2]) == gold and not re.search(r"\([a-z]\)|^\W*(?:and|or|not)\b", match[3])
-    if re.search(r"\b(?:or|not|but|either|nor)\b|\d\s+\d+(?![\d/])", guess):       # math-verify would pick one
+        return bool(match) and (match[1] or match[2]) == gold and not OTHER_OPTION.search(match[3])
+    start = prediction.rfind(r"\boxed{")
+    text = (boxed(prediction[start:]) or "") if start >= 0 else prediction
+    if SEVERAL.search(text) and not SEVERAL.search(answer) or HARD.search(text) or len(text) > 200:    # math-verify would pick one, or take its time
+        return False
+    mine, theirs = quantity(text), quantity(answer)
+    if mine and theirs and mine[1] and theirs[1] and mine[1] != theirs[1]:
         return False
     # math-verify reads a word as a product of symbols ("der" would equal "red"), so words and letters end here.
     if gold.isalpha() or importlib.util.find_spec("math_verify") is None:
@@ -83,6 +91,12 @@ def default_verify(prediction: str, answer: str) -> bool | None:
         return None
     configs = [StringExtractionConfig(), LatexExtractionConfig(), ExprExtractionConfig()]
     return bool(verify(parsed_gold, parse(prediction, configs, parsing_timeout=seconds), timeout_seconds=seconds))
+
+
+# In a prediction: alternatives; numbers in a row (of 1,250 or 1 000 the comma and the blank are part); several numbers and relations
+SEVERAL = re.compile(r"\b(?:or|not|but|either|nor|and)\b|\d\s+\d+(?![\d/])|\d\s*(?:[;:<>=]|,(?!\d{3}(?!\d)))[\s({\[\\]*[-+]?\d", re.I)
+OTHER_OPTION = re.compile(r"\([a-z]\)|^\W*(?:and|or|not)\b|(?:^|[,.;:]|\balso |\band |\bor )\(?[a-h]\)?(?:[^\w\s]|$)")
+HARD = re.compile(r"\^\s*\{?\s*\d{3,}|\^[^\s^]*\^|(?:[(\[{]\s*){8}")       # large powers, powers of powers, deep brackets
 
 
 # Out of a response, and against what a benchmark publishes

@@ -37,6 +37,12 @@ def read_json(file: Path) -> dict:
     return content
 
 
+def action_statistics(folder: Path) -> dict:
+    """Quantiles of the training data's actions, by data set: those of fine-tuning, else the config's. Errors as `read_json`'s."""
+    file = folder / "dataset_statistics.json"
+    return read_json(file) if file.is_file() else read_json(folder / "config.json").get("norm_stats", {})
+
+
 def read_headers(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     """Every tensor's file and shape, from the headers only: a bad checkpoint fails before anything is loaded.
     FileNotFoundError: no weights, or a shard the index names is missing. ValueError: a shard or the index cannot be read."""

@@ -348,10 +348,11 @@ def main() -> None:
 
 
 def save_gif(path: str, frames: list[np.ndarray], fps: int = 10) -> None:
-    """Frames uint8 (H, W, 3) to an animated GIF."""
+    """Frames uint8 (H, W, 3) to an animated GIF, whole or not at all."""
     from PIL import Image
     images = [Image.fromarray(f) for f in frames]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=1000 // fps, loop=0)
+    images[0].save(f"{path}.partial", "GIF", save_all=True, append_images=images[1:], duration=1000 // fps, loop=0)
+    os.replace(f"{path}.partial", path)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
@@ -30,6 +32,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import checkpoints
 import envs
 import libero_envs
 import libero_files
@@ -68,10 +71,10 @@ def evaluate_vla(policy, workers: rollouts.Workers, split: str, key: str, states
     """
     suite = suite or rollouts.tabletop()
     starts = {(start.task, start.index): start for start in suite.starts(split, states)}
-    rows = [row for row in (read_metrics(log)[1:] if log else []) if (row["task"], row["index"]) in starts]
-    seen = {(row["task"], row["index"]) for row in rows}
+    seen = {(row["task"], row["index"]): row for row in (read_metrics(log)[1:] if log else [])}
+    rows = [row for at, row in seen.items() if at in starts]    # each once, though two runs may have written the log
     starts = [start for at, start in starts.items() if at not in seen]
-    bar = tqdm(total=len(seen) + len(starts), initial=len(seen), desc=f"{suite.name} {split}", unit="episode", disable=not log)
+    bar = tqdm(total=len(rows) + len(starts), initial=len(rows), desc=f"{suite.name} {split}", unit="episode", disable=not log)
 
     def finished(episode: rollouts.Episode) -> None:
         start, outcome = episode.start, "success" if episode.success else "failure"
@@ -101,18 +104,20 @@ def evaluate_vla(policy, workers: rollouts.Workers, split: str, key: str, states
 
 def save_videos(episodes: list[rollouts.Episode], out: Path) -> None:
     """Episodes as `world_model.py --videos` reads them: the frames the policy saw and the last one, padded to the longest."""
-    videos = [episode.video for episode in episodes]
-    lengths = np.array([len(video) for video in videos])
-    np.savez_compressed(out, videos=np.stack([np.pad(v, [(0, max(lengths) - len(v)), *[(0, 0)] * 3]) for v in videos]), length=lengths,
-                        success=np.array([e.success for e in episodes]), task=np.array([e.start.task for e in episodes]))
+    lengths = np.array([len(e.images) for e in episodes])
+    videos = np.zeros((len(episodes), lengths.max(), *episodes[0].images[0].shape), np.uint8)
+    for video, episode in zip(videos, episodes):
+        video[:len(episode.images)] = episode.images
+    np.savez_compressed(out, videos=videos, length=lengths, success=np.array([e.success for e in episodes]), task=np.array([e.start.task for e in episodes]))
 
 
 def rate(successes: int, n: int) -> dict:
     return {"success": successes / n, "interval": wilson(successes, n), "successes": successes, "episodes": n}
 
 
-def begin_log(log: Path, settings: dict) -> None:
-    """A new log begins with the settings; a last line that was cut off is dropped from one that is there. ValueError if it has others."""
+def begin_log(log: Path, settings: dict) -> bool:
+    """A new log begins with the settings; a last line that was cut off is dropped from one that is there, ValueError if that has other settings.
+    -> whether it is new."""
     text = log.read_text() if log.exists() else ""
     whole = text[:text.rfind("\n") + 1] or json.dumps(settings) + "\n"
     try:
@@ -125,13 +130,15 @@ def begin_log(log: Path, settings: dict) -> None:
     if whole != text:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(whole)
+    return "\n" not in text
 
 
 def fingerprint(policy) -> str:
-    """Of the weights: the beginning of every tensor, so that seconds suffice at 7B."""
-    digest = hashlib.sha256()
+    """Of what decides the actions: config, action statistics, tokenizer, and a thousand numbers from all over each tensor, so that seconds suffice
+    at 7B."""
+    digest = hashlib.sha256(json.dumps([policy.config, policy.norm_stats], sort_keys=True).encode() + getattr(policy, "files", {}).get("tokenizer.json", b""))
     for tensor in policy.state_dict().values():
-        digest.update(tensor.flatten()[:1000].float().cpu().numpy().tobytes())
+        digest.update(tensor.flatten()[::max(1, tensor.numel() // 1000)].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
@@ -178,6 +185,8 @@ def read_metrics(path: str | Path) -> list[dict]:
     try:
         for number, line in enumerate(Path(path).read_text().splitlines(), 1):
             rows.append(json.loads(line))
+            if not isinstance(rows[-1], dict):
+                raise ValueError(f"{path} line {number} is not a row; delete that line")
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; give the metrics.jsonl of a run") from None
     except json.JSONDecodeError as error:
@@ -259,28 +268,31 @@ def try_suite(suite: rollouts.Suite, size: int) -> None:
     env.close()
 
 
-def note_pixels(policy, key: str, fast: bool) -> None:
-    """A line if the policy was fine-tuned on LIBERO's other pixels, as vla_sft.py writes into its statistics."""
+def note_training(policy, key: str, fast: bool, splits: list[str]) -> None:
+    """A line if the policy was trained on LIBERO's other pixels, or on the states to be held out, as the scripts write into its statistics."""
     if (was := policy.norm_stats[key].get("fast_sim", fast)) != fast:
         print(f"note: this policy was fine-tuned {'with' if was else 'without'} fast pixels (--fast-sim), and sees others now", file=sys.stderr)
+    if policy.norm_stats[key].get("split") == "all" and "heldout" in splits:
+        print("note: this policy was trained on all 50 initial states; none of them is held out", file=sys.stderr)
 
 
 def measure_suite(policy, name: str, checkpoint: str, out: Path, args) -> dict[str, dict]:
     """A policy on one suite: prints the table, writes result.json and GIFs into `out` -> {split: result of `evaluate_vla`}."""
-    libero = name != "tabletop"
-    suite = find_suite(name, args.tasks, **dict(protocol=args.protocol, horizon=args.horizon, fast=args.fast_sim, hard=args.hard,
-                                                assets=args.assets, plus=args.plus) if libero else {})
-    key, size = args.key or policies.find_key(policy.norm_stats, name.split(":")[-1] if name.count(":") > 1 else name), policies.camera_size(policy)
-    vla.action_stats(policy.norm_stats, key)                    # refuses an unknown key
-    note_pixels(policy, key, args.fast_sim)
+    libero, (suite, key), size = name != "tabletop", suite_and_key(name, policy.norm_stats, args), policies.camera_size(policy)
     splits = args.split or (["all"] if "plus" in name else ["heldout"] if libero else ["train", "heldout"])
-    if unknown := set(splits) - set(suite.states):
-        raise ValueError(f"--split {unknown.pop()}: {name} has {', '.join(suite.states)}")
+    note_training(policy, key, args.fast_sim, splits)
+    of = key.removesuffix("_no_noops")
+    if of in libero_files.SUITES and (others := sorted(set(suite.labels) - {of})):
+        print(f"note: this policy was trained on {of}, and plays tasks of {', '.join(others)} too; {':'.join((name, of))} is of its own", file=sys.stderr)
     logs = {split: out / f"{split}.jsonl" if libero else None for split in splits}
-    settings = {"checkpoint": checkpoint, "weights": fingerprint(policy), "suite": name, "key": key, "protocol": suite.protocol}
+    settings = {"checkpoint": checkpoint, "weights": fingerprint(policy), "dtype": str(next(policy.parameters()).dtype), "suite": name, "key": key, "protocol": suite.protocol}
+    if "plus" in name:                                          # two clones may list other tasks
+        settings["tasks"] = hashlib.sha256(json.dumps([suite.instructions, suite.labels]).encode()).hexdigest()[:12]
     try_suite(suite, size)
-    for log in filter(None, logs.values()):
-        begin_log(log, settings)
+    for split, log in logs.items():
+        if log and begin_log(log, settings):
+            for gif in (out / split).glob("*.gif"):             # of an evaluation whose log is gone
+                gif.unlink()
     out.mkdir(parents=True, exist_ok=True)
     workers, results, played = suite.workers(args.workers, size, args.tables), {}, [] if args.videos else None
     try:
@@ -293,29 +305,47 @@ def measure_suite(policy, name: str, checkpoint: str, out: Path, args) -> dict[s
     finally:
         workers.close()
     print(table(results))
-    (out / "result.json").write_text(json.dumps(results, indent=1) + "\n")
+    others = {}
+    with suppress(OSError, ValueError, AttributeError):         # the other splits of the same evaluation stay
+        others = {split: r for split, r in json.loads((out / "result.json").read_text()).items() if settings.items() <= r.items()}
+    (out / "result.json").write_text(json.dumps(others | results, indent=1) + "\n")
     for split in splits if args.gifs and not libero else ():
         film(policy, [rollouts.Start(t, i, split) for t in suite.tasks for i in range(args.gifs)], key, out / f"{split}.gif")
     if played:
         save_videos(played, out / "videos.npz")
+    elif args.videos:
+        print(f"no episode was played now, and no {out}/videos.npz written; delete the log beside it to play them again", file=sys.stderr)
     print(f"wrote {out}/result.json" + (f", {out}/videos.npz" if played else "") + (f" and GIFs in {out}" if args.gifs else ""))
     return results
 
 
 def load(checkpoint: str, device: str):
-    """A policy for evaluation: OpenVLA on a GPU in bf16, as published."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return policies.load_policy(checkpoint, torch.bfloat16 if device.startswith("cuda") else torch.float32, device)
+    """A policy for evaluation: OpenVLA on a GPU in bf16, as published; TinyVLA in fp32, as it is trained (rounding changes what it does)."""
+    device, folder = device or ("cuda" if torch.cuda.is_available() else "cpu"), checkpoints.local_folder(checkpoint)
+    half = device.startswith("cuda") and checkpoints.read_json(folder / "config.json").get("model_type") != "tiny_vla"
+    return policies.load_policy(folder, torch.bfloat16 if half else torch.float32, device)
+
+
+def suite_and_key(name: str, norm_stats: dict, args) -> tuple[rollouts.Suite, str]:
+    """A suite as the flags make it, and the policy's action statistics for it. ValueError, RuntimeError."""
+    suite = find_suite(name, args.tasks, **dict(protocol=args.protocol, horizon=args.horizon, fast=args.fast_sim, hard=args.hard,
+                                                assets=args.assets, plus=args.plus) if name != "tabletop" else {})
+    if unknown := set(args.split or ()) - set(suite.states):
+        raise ValueError(f"--split {unknown.pop()}: {name} has {', '.join(suite.states)}")
+    key = args.key or policies.find_key(norm_stats, name.split(":")[-1] if name.count(":") > 1 else name)
+    vla.action_stats(norm_stats, key)                           # refuses an unknown key
+    return suite, key
 
 
 def paper_table(ours: dict[str, dict]) -> str:
-    """{suite: result of `evaluate_vla`} -> the paper's rows and ours, percent; the mean only where all four suites are there."""
+    """{suite: result of `measure_suite`} -> the paper's rows and ours, percent, the mean only where all four suites are there; and how ours was played."""
     lines = [f"{'success, %':44}" + "".join(f"{name.removeprefix('libero_'):>9}" for name in (*libero_files.SUITES, "mean"))]
     lines += [f"{name:44}" + "".join(f"{x:9.1f}" for x in row) for name, row in PAPER.items()]
     own = [100 * ours[name]["success"] if name in ours else math.nan for name in libero_files.SUITES]
-    lines.append(f"{'ours, ' + ', '.join(sorted({r['split'] + ' states' for r in ours.values()})):44}"
-                 + "".join(f"{'-':>9}" if math.isnan(x) else f"{x:9.1f}" for x in (*own, np.mean(own))))
-    return "\n".join(lines)
+    parts = any(result["episodes"] < 500 for result in ours.values())
+    lines.append(f"{'ours' + ', parts of the suites' * parts:44}" + "".join(f"{'-':>9}" if math.isnan(x) else f"{x:9.1f}" for x in (*own, np.mean(own))))
+    return "\n".join([*lines, *(f"  {name}: {r['episodes']} of 500 episodes, 95% interval {r['interval'][0]:.1%} to {r['interval'][1]:.1%}; initial states: "
+                                f"{r['split']}; {r['protocol']}" for name, r in ours.items())])
 
 
 def main() -> None:
@@ -326,7 +356,7 @@ def main() -> None:
         if name == "vla":
             p.add_argument("--checkpoint", required=True, help="folder of a policy, or hub id")
             p.add_argument("--suite", nargs="+", default=["tabletop"], help="tabletop, " + ", ".join(libero_files.SUITES) + ", libero_90, "
-                           "libero_plus:DIMENSION or libero_plus:DIMENSION:SUITE; libero_plus for its seven dimensions")
+                           "libero_plus:DIMENSION or libero_plus:DIMENSION:SUITE; libero_plus or libero_plus::SUITE for all seven dimensions")
         else:
             p.add_argument("--checkpoint", required=True, nargs="+", metavar="SUITE=CHECKPOINT", help="as many as you have")
         p.add_argument("--tasks", type=int, nargs="+", default=[], help="task numbers (default: all)")
@@ -334,11 +364,12 @@ def main() -> None:
                        help="initial states (default: tabletop train and heldout, LIBERO heldout); all: the papers' own protocol")
         p.add_argument("--states", type=int, default=envs.N_STATES, help="initial states per task, 1..50")
         p.add_argument("--gifs", type=int, default=1, help="episodes per task to film; LIBERO: 0 none, else first success and failure")
-        p.add_argument("--videos", action="store_true", help="also write videos.npz, the episodes played now, for world_model.py --videos")
+        p.add_argument("--videos", action="store_true", help="also write videos.npz, the episodes played now, for world_model.py --videos; their frames stay in memory until then")
         p.add_argument("--out", default="", help="folder for result.json and the GIFs (default: beside the checkpoint)")
         p.add_argument("--workers", type=int, default=2, help="simulator processes")
-        p.add_argument("--tables", type=int, default=0, help="simulators over all processes; 0: tabletop 128, LIBERO one per process")
-        p.add_argument("--protocol", default="openvla-oft", choices=list(libero_envs.PROTOCOLS), help="LIBERO: whose horizons")
+        p.add_argument("--tables", type=int, default=0, help="parallel environments over all processes; 0: tabletop 128, LIBERO one per process")
+        p.add_argument("--protocol", default="simplevla" if name == "paper" else "openvla-oft", choices=list(libero_envs.PROTOCOLS),
+                       help="LIBERO: whose horizons (default: vla openvla-oft, paper simplevla, as the published codes play)")
         p.add_argument("--horizon", type=int, default=0, help="LIBERO: env steps instead of the protocol's")
         p.add_argument("--hard", action="store_true", help="LIBERO: build the simulator anew at every reset, as the stock environment does")
         p.add_argument("--fast-sim", "--fast_sim", action="store_true", help="LIBERO: other pixels, same physics; only for policies trained so")
@@ -357,10 +388,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "curves":
         runs: dict[str, list] = {}
+        keys = ["heldout"] if args.kind == "vla" else ["heldout_final_accuracy", "heldout_first_accuracy", "heldout_tokens"]
         for path in args.metrics:
             runs.setdefault(Path(path).absolute().parent.name.rsplit("-", 1)[0], []).append(read_metrics(path))
+            if not any(row.get(keys[0]) is not None for row in read_metrics(path)):
+                raise ValueError(f"{path} has no {keys[0]}; give the metrics.jsonl of a run with evaluations, and --kind as the script was")
         (draw_curves if args.kind == "vla" else draw_reflection_curves)(runs, args.out)
-        print(seeds_table(runs, ["heldout"] if args.kind == "vla" else ["heldout_final_accuracy", "heldout_first_accuracy", "heldout_tokens"]))
+        print(seeds_table(runs, keys))
         return print(f"wrote {args.out}")
     if args.command == "reasoning":
         return reasoning_eval.run(args)
@@ -375,15 +409,20 @@ def main() -> None:
         if unknown := [name for name, checkpoint in pairs.items() if name not in libero_files.SUITES or not checkpoint]:
             raise ValueError(f"--checkpoint {unknown[0]}: write SUITE=CHECKPOINT, with SUITE one of {', '.join(libero_files.SUITES)}")
     else:
-        names = [n for name in args.suite for n in ([f"libero_plus:{d}" for d in libero_files.DIMENSIONS] if name == "libero_plus" else [name])]
+        names = [n for name in args.suite for n in ([name.replace("libero_plus", f"libero_plus:{d}").replace("::", ":") for d in libero_files.DIMENSIONS]
+                                                    if re.match("libero_plus(::|$)", name) else [name])]
         if any("plus" in name for name in names) and not all("plus" in name for name in names):
             raise ValueError("--suite: LIBERO-Plus and LIBERO are two packages of one name; measure them in two runs")
         pairs = dict.fromkeys(names, args.checkpoint)
+    for name, checkpoint in pairs.items():                      # whatever is wrong with the last one is said before hours of the first
+        suite_and_key(name, checkpoints.action_statistics(checkpoints.local_folder(checkpoint, weights=False)), args)
     loaded, policy, results = None, None, {}
     for name, checkpoint in pairs.items():
         if checkpoint != loaded:
+            policy = None                                       # not two of 7B at once
             policy, loaded = load(checkpoint, args.device), checkpoint
-        beside = Path(checkpoint).with_name("eval") if Path(checkpoint).is_dir() else Path("out/eval") / Path(checkpoint).name
+        here = Path(checkpoint)                                 # of a run's policy the evaluation is the run's
+        beside = here.with_name("eval" if here.name == "policy" else f"eval-{here.name}") if here.is_dir() else Path("out/eval") / here.name
         out = Path(args.out or beside)
         results[name] = measure_suite(policy, name, checkpoint, out if name == "tabletop" else out / name.replace(":", "-"), args)
     ours = {name: next(iter(each.values())) for name, each in results.items()}

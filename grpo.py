@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 NEGATIVE = -1e30        # stands in for logits of -inf where they are multiplied by a probability of 0
-LOG_RATIO_LIMIT = 10.0  # |log ratio| is clamped here before exp: e^10 = 2e4, far outside any clip and finite in any dtype
+LOG_RATIO_LIMIT = 10.0  # |log ratio| is clamped here before exp: e^10 = 2e4 is finite in any dtype; beyond it a token has no gradient, clip or not
 CHUNK_ELEMENTS = 2**18  # logits `token_logprobs` handles at a time: 1 MB in fp32, which stays in a CPU core's cache
 GPU_CHUNK_ELEMENTS = 2**24  # 64 MB: enough to fill a GPU
 
@@ -35,8 +35,8 @@ def group_advantages(rewards: Tensor, scale: bool = True, eps: float = 1e-6) -> 
     """Rewards (P, G), a row per group, to advantages (P, G): (r - mean) / (std + eps); scale=False: r - mean (Dr. GRPO).
 
     std is the population's (unbiased=False). Paper/code differ: the frameworks under both published codes call torch.std,
-    the sample's, so their advantages are sqrt((G-1)/G) times these; SRPO-MLLM's code has eps 1e-9. A group of equal
-    rewards gets exactly 0. Raises ValueError for a shape other than (P, G >= 2) and for non-finite rewards.
+    the sample's, so their advantages are sqrt((G-1)/G) times these; SRPO-MLLM's code has eps 1e-9. A group of rewards
+    within 1e-6 of each other gets exactly 0. Raises ValueError for a shape other than (P, G >= 2) and for non-finite rewards.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1]]), eps=0.0)
     tensor([[ 1., -1., -1.,  1.],
@@ -50,8 +50,9 @@ def group_advantages(rewards: Tensor, scale: bool = True, eps: float = 1e-6) -> 
     advantages = rewards - rewards.mean(dim=1, keepdim=True)  # (P, G)
     if scale:
         advantages = advantages / (rewards.std(dim=1, keepdim=True, unbiased=False) + eps)
-    # max - min and not std: the mean of equal floats can round, and the division would make a signal of the rest
-    no_signal = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True) == 0  # (P, 1)
+    # max - min and not std: the mean of equal floats can round, and the division would make a signal of the rest, as it would of what
+    # bounded rewards that underflow leave
+    no_signal = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True) < 1e-6  # (P, 1)
     return advantages.masked_fill(no_signal, 0.0)
 
 
@@ -259,8 +260,8 @@ class MasterAdamW(torch.optim.Optimizer):
                 if not s:
                     s["step"] = torch.zeros((), dtype=torch.int64)
                     s["m"], s["v"] = (torch.zeros_like(p, dtype=torch.float32, device=self.home(p)) for _ in range(2))
-                    if p.dtype != torch.float32 or self.home(p) != p.device:
-                        s["master"] = p.to(self.home(p), torch.float32)
+                if "master" not in s and (p.dtype != torch.float32 or self.home(p) != p.device):    # the latter: also of a run resumed with offload
+                    s["master"] = p.to(self.home(p), torch.float32)
                 s["step"] += 1
                 t, w, g = int(s["step"]), s.get("master", p), p.grad.to(self.home(p), torch.float32)
                 s["m"].lerp_(g, 1 - beta1)

@@ -3,7 +3,7 @@
 What is here
 1. `Expert`: reads the simulator's state, which no policy sees, and plays `in basket` and `bowl on plate` tasks.
 2. `demonstrate` and `demos`: noisy episodes saved as image, instruction and action, with the action statistics of a checkpoint.
-3. `measure_expert`: its success from every official initial state.
+3. `measure`: its success from every official initial state.
 
 Left out on purpose: libero_goal, libero_10 and libero_90, whose tasks have drawers, knobs and several goals; use LIBERO's own
 demonstrations there.
@@ -176,7 +176,7 @@ def collect(env: Libero, tasks: list[int], per_task: int, folder: Path, noise: f
             if len(kept) == number * per_task:
                 break
             if attempt == 20 + 5 * per_task:
-                raise RuntimeError(f"the expert succeeds too rarely at task {task}; lower --noise, or leave it out of --tasks")
+                raise RuntimeError(f"the expert succeeds too rarely at task {task}; leave it out of --tasks, or make the noise smaller")
             part = folder / f"{task}-{attempt}.npz"
             if not part.exists():
                 start = {"task": task, "index": attempt % len(env.states_of(env.split)), "attempt": attempt}
@@ -218,6 +218,8 @@ def measure(env: Libero, args) -> None:
         result = json.loads(out.read_text()) if out.exists() else {"settings": settings, "episodes": []}
     except ValueError as error:
         raise ValueError(f"{out} is not JSON ({error}); delete it, or choose another --out") from None
+    if not isinstance(result, dict) or not isinstance(result.get("episodes"), list):
+        raise ValueError(f"{out} is not what this command writes; choose another --out")
     if result.get("settings") != settings:
         raise ValueError(f"{out} was begun with {result.get('settings')}; repeat these settings, or choose another --out")
     for task in args.tasks:

@@ -96,7 +96,10 @@ def write_config(package: Path, assets: Path) -> Path:
 @cache
 def prepare(assets: str = "", plus: str = ""):
     """Make LIBERO ready in this process -> its class ControlEnv. Asks nothing; whatever is wrong is a RuntimeError in one line."""
-    version = importlib.metadata.version("mujoco")
+    try:
+        version = importlib.metadata.version("mujoco")
+    except importlib.metadata.PackageNotFoundError:
+        raise RuntimeError("mujoco is not installed; run: bash setup.sh") from None
     if not (3, 2) <= tuple(map(int, version.split(".")[:2])) < (3, 10):
         raise RuntimeError(f"mujoco {version} is installed, LIBERO runs with 3.2 to 3.9; run: pip install mujoco==3.8.1")
     if os.environ["MUJOCO_GL"] not in ("egl", "osmesa"):
@@ -119,8 +122,10 @@ def prepare(assets: str = "", plus: str = ""):
         return wrapper.ControlEnv
     except ModuleNotFoundError as e:
         raise RuntimeError(f"LIBERO{'-Plus' * bool(plus)} needs the package {e.name}; run: "
-                           + ("pip install scikit-image wand" if plus else "bash setup.sh")) from None
+                           + ("pip install scikit-image wand, and apt-get install -y libmagickwand-dev" if plus else "bash setup.sh")) from None
     except (AttributeError, ImportError, OSError, RuntimeError) as e:       # all the ways in which a machine can lack OpenGL
+        if "MagickWand" in str(e):
+            raise RuntimeError("LIBERO-Plus needs ImageMagick; run: apt-get install -y libmagickwand-dev") from None
         raise RuntimeError(f"importing LIBERO failed ({type(e).__name__}: {' '.join(str(e).split())[:120]}); if that is OpenGL for "
                            f"MUJOCO_GL={os.environ['MUJOCO_GL']}, run: {gl_help()}") from None
     finally:

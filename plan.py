@@ -409,9 +409,8 @@ def checks(s, folder: Path, config: dict, shapes: dict) -> list[str]:
         with suppress(Exception):                                                       # no network: what is in the cache must do
             files |= set(list_repo_files(s.model))
     problems += [f"{folder} holds {name}, a regression head: RL needs the checkpoint with discrete action tokens" for name in files if "action_head" in name]
-    statistics = checkpoints.read_json(folder / "dataset_statistics.json") if "dataset_statistics.json" in files else config.get("norm_stats", {})
     try:
-        policies.find_key(statistics, s.suite)
+        policies.find_key(checkpoints.action_statistics(folder), s.suite)
     except ValueError as error:
         problems.append(f"{folder}: {error}")
     return problems

@@ -125,7 +125,7 @@ def _row(where: str, record: dict | bytes, folder: Path, names: dict[str, str]) 
     if isinstance(query, str):
         query = query.replace("<image>", "").strip()  # chat templates place images themselves
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        answer = str(answer)
+        answer = str(answer) if math.isfinite(answer) else None
     images = [(item.get("bytes") or item.get("path")) if isinstance(item, dict) else item
               for item in (image if isinstance(image, list) and image else [image])]
     for kind, name, value, good in (("empty question", "query", query, isinstance(query, str) and query.strip()),

@@ -100,9 +100,13 @@ def behaviour(records: list[rewards.ReflectionRecord], completions: list[vlm.Com
 
 def evaluate(model, processor: vlm.Processor, rows: list[Row], s, rejected: Rejections) -> dict:
     """Greedy decoding of every row -> `behaviour`, with Wilson intervals of both accuracies. ValueError if no row can be used."""
-    rows, prompts = encode(parallel.share(rows), s, processor, rejected)
-    completions = generate(model, processor, prompts, s, 0.0)
-    records = parallel.gather([score(c.text, row.answer, s.reward, processor) for row, c in zip(rows, completions)])
+    own, completions = [], []
+    rows = parallel.share(rows)
+    for part in parallel.even([rows[i:i + s.rollout_batch] for i in range(0, len(rows), s.rollout_batch)]):     # not all pictures in memory at once
+        some, prompts = encode(part or [], s, processor, rejected)
+        own += some
+        completions += generate(model, processor, prompts, s, 0.0)
+    records = parallel.gather([score(c.text, row.answer, s.reward, processor) for row, c in zip(own, completions)])
     result, n = behaviour(records, parallel.gather(completions)), len(records)
     return result | {"rows": n, **{f"{name}_interval": evaluation.wilson(round(result[f"{name}_accuracy"] * n), n) for name in ("first", "final")}}
 

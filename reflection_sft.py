@@ -40,8 +40,9 @@ def fine_tune(s, out: Path, model, processor, rows: list[Row], step: int, optimi
             warmup = max(1, round(0.1 * steps))
             optimizer.param_groups[0]["lr"] = s.sft_lr * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
             own = [rows[i] for i in parallel.share(order[step * s.sft_batch:(step + 1) * s.sft_batch])]
-            some, prompts = encode(own, s, processor, rejected, rows)
-            idle = any(busy := parallel.gather([some[0] in own])) and not busy[parallel.rank()]     # some is a spare row, which only fills up passes
+            spare = [rows[i] for i in np.random.default_rng([s.seed, step, 1]).permutation(len(rows))]
+            some, prompts = encode(own, s, processor, rejected, spare)
+            idle = any(busy := parallel.gather([some[0] in own])) and not busy[parallel.rank()]     # beside other ranks' rows a spare one only fills up passes
             targets = [processor.target(row.target) for row in some]
             tokens, total = sum(parallel.gather([0 if idle else sum(map(len, targets))])), 0.0
             for part in parallel.even(list(micro_batches([(len(p.ids), len(t)) for p, t in zip(prompts, targets)], s))):

@@ -20,6 +20,7 @@ packing, a value network.
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +34,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
+import answers
 import arrows
 import eval as evaluation
 import grpo
@@ -106,7 +108,7 @@ class Settings:
 PAPER = dict(prompt="reflection", max_new_tokens=2048, sft_epochs=1.0, sft_lr=1e-5, steps=500, prompts=128, lr=1e-6,
              max_pixels=640 * 28 * 28, keep="mixed", freeze_vision=True, gradient_checkpointing=True, dtype="bfloat16", rollout_batch=32, micro_tokens=8192,
              eval_every=50)
-# May change on resume: what costs memory or time and changes no result but for rounding
+# May change on resume: what costs memory or time and changes no result but for rounding, and with rollout_batch the draws
 FREE = {"out", "resume", "threads", "eval_every", "save_every", "rollout_batch", "micro_tokens", "gradient_checkpointing", "offload_optimizer"}
 
 
@@ -164,7 +166,7 @@ def update(model, reference, processor, optimizer, batch: Batch, s: Settings) ->
     Minibatches and normalisers are of all ranks' responses, numbered by rank: where they are computed changes nothing."""
     tokens = parallel.gather([own := [] if batch.idle else list(map(len, batch.completions))])      # a list per rank
     first, tokens = sum(map(len, tokens[:parallel.rank()])), torch.tensor([count for each in tokens for count in each])
-    n, stats, entropies, norms, skipped = len(tokens), [], [], [], 0
+    n, stats, norms, skipped = len(tokens), [], [], 0
     size = s.minibatch or n
     lengths = [(len(p.ids), len(c)) for p, c in zip(batch.prompts, batch.completions)]
     pick = lambda part: ([batch.prompts[i] for i in part], [batch.completions[i] for i in part])
@@ -188,7 +190,6 @@ def update(model, reference, processor, optimizer, batch: Batch, s: Settings) ->
                 (loss * parallel.world_size()).backward()                            # ranks' gradients are averaged
                 seen += [stat | {"entropy": (entropy.detach() * mask).sum() / mask.sum()}] * counts
             seen = parallel.gather([{name: float(x) for name, x in stat.items()} for stat in seen])
-            entropies += [stat["entropy"] for stat in seen]
             stats.append(grpo.merge_stats(seen))
             if math.isfinite(stats[-1]["loss"]):
                 norm, stepped = grpo.clip_and_step(optimizer, model, s.max_norm)
@@ -197,8 +198,8 @@ def update(model, reference, processor, optimizer, batch: Batch, s: Settings) ->
                 optimizer.zero_grad()
             norms += [norm] if stepped else []
             skipped += not stepped
-    mean = {k: float(np.mean([x[k] for x in stats])) for k in ("loss", "old_kl", "ref_kl", "clip_low", "clip_high")}
-    return mean | {"ratio_max": max(x["ratio_max"] for x in stats), "entropy": float(np.mean(entropies)), "updates": len(norms),
+    mean = {k: float(np.mean([x[k] for x in stats])) for k in ("loss", "old_kl", "ref_kl", "clip_low", "clip_high", "entropy")}
+    return mean | {"ratio_max": max(x["ratio_max"] for x in stats), "updates": len(norms),
                    "skipped": skipped, "grad_norm": float(np.mean(norms)) if norms else 0.0}
 
 
@@ -220,7 +221,7 @@ def train(s: Settings, out: Path, model, reference, processor, rows: list[Row], 
 
             began = time.perf_counter()                                                 # 1. responses
             chosen = parallel.share(rng.choice(len(rows), min(s.prompts, len(rows)), replace=False))
-            chosen, prompts = encode([rows[i] for i in chosen], s, processor, rejected, rows)
+            chosen, prompts = encode([rows[i] for i in chosen], s, processor, rejected, [rows[i] for i in rng.permutation(len(rows))])
             repeated = [p for p in prompts for _ in range(s.group_size)]
             completions = generate(model, processor, repeated, s, s.temperature)
             sampled = time.perf_counter()
@@ -270,7 +271,7 @@ def train(s: Settings, out: Path, model, reference, processor, rows: list[Row], 
 
 def groups_used(advantages: torch.Tensor, records: list[rewards.ReflectionRecord], s: Settings) -> torch.Tensor:
     """Which groups are trained on, bool (P,), from advantages (P, G) and the P * G records. Code: "mixed" looks at what the answers
-    earn, without format and length."""
+    earn, without format and length; of the paper's parts that is 0.75 at most, and only the lower bound acts."""
     used = (advantages != 0).any(1)
     if s.keep == "mixed":
         earned = torch.tensor([r.accuracy + r.effectiveness for r in records]).view(advantages.shape).mean(1)
@@ -336,7 +337,10 @@ def read_rows(data: str, s: Settings, rejected: Rejections) -> list[Row]:
     rows, bad = reflection_data.read_rows(data, s.images or None, reflection_data.column_names(s.columns))
     for item in bad:
         rejected.add(item, item.reason)
-    return rows
+    for row in rows:
+        if answers.default_verify(row.answer, row.answer) is None:
+            rejected.add(row, f"unreadable ground truth: {row.answer[:80]!r}")
+    return [row for row in rows if row.id not in rejected.seen]
 
 
 def run(s: Settings, given: set[str] = frozenset()) -> int:
@@ -359,7 +363,8 @@ def run(s: Settings, given: set[str] = frozenset()) -> int:
     job.make_folder(out)
     rejected = Rejections(out)
     began, base = time.time(), s.model or str(out / "base")
-    if not s.model and parallel.rank() == 0 and not (out / "base" / "config.json").exists():
+    if not s.model and parallel.rank() == 0 and saved is None:
+        shutil.rmtree(out / "base", ignore_errors=True)         # of a run killed before its first checkpoint, maybe with another seed
         torch.manual_seed(s.seed)
         arrows.tiny_vlm(out / "base")
     parallel.barrier()

@@ -267,7 +267,7 @@ def build(rows: list[Row], first_answers: Callable[[list[Row]], list[str]], teac
                 silent.append(error)
                 if error.down or len(silent) >= PATIENCE:
                     stop.set()
-                if error.refused and kept:  # before that the fault may lie with the settings rather than with the row
+                if error.refused and kept and not stop.is_set():    # before a reply, or so often, the fault may lie with the settings rather than with the row
                     return reject(jobs[0].row, f"refused by the teacher: {error}")
                 left.append(f"{error}; no reply for {jobs[0].row.source}")
                 return

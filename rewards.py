@@ -295,7 +295,7 @@ def reflection_reward(response: str, answer: str, *, variant: str = "paper",
             _score_openrlhf(record, response, answer, unreadable=first is None or final is None)
         return record
 
-    record.format = 0.5 if format_holds(response, published=False) else 0.0  # SRPO-MLLM: R_format
+    record.format = 0.5 if format_holds(response, published=False) else 0.0  # SRPO-MLLM: R_format; ours: the tags alone, whether answers are boxed or not
     record.accuracy = 0.5 if record.first_correct else 0.0  # SRPO-MLLM: R_accuracy, of the FIRST answer
     if len(answers) == 2:  # SRPO-MLLM: I_eff; ours: nothing for one answer, or for many to choose from
         table = {(True, True): 0.25, (False, True): 0.5, (False, False): 0.0, (True, False): -0.25}

@@ -13,11 +13,12 @@ if ! cat requirements.txt requirements-libero.txt | cmp -s - .venv/installed.txt
   .venv/bin/python -m pip install --quiet --no-deps -r requirements-libero.txt
   cat requirements.txt requirements-libero.txt > .venv/installed.txt
 fi
-if [ "$(uname)" = Linux ] && ! .venv/bin/python -c 'import envs; envs.Tabletop().reset()' 2>/dev/null; then
-  packages="libegl1 libgl1-mesa-dri libopengl0"
+renders() { .venv/bin/python -c 'import envs; envs.Tabletop().reset()' 2>&1; }
+if [ "$(uname)" = Linux ] && ! renders >/dev/null; then
+  if [ "${MUJOCO_GL:-egl}" = osmesa ]; then packages=libosmesa6; else packages="libegl1 libgl1-mesa-dri libopengl0"; fi
   echo "OpenGL is missing, installing: $packages"
   if [ "$(id -u)" = 0 ]; then sudo=; else sudo=sudo; fi
   $sudo apt-get update -qq && $sudo apt-get install -y -qq --no-install-recommends $packages ||
     { echo "error: install OpenGL yourself: apt-get install -y --no-install-recommends $packages" >&2; exit 1; }
-  .venv/bin/python -c 'import envs; envs.Tabletop().reset()'
+  said=$(renders) || { echo "error: ${said##*$'\n'}" >&2; exit 1; }
 fi

@@ -349,8 +349,7 @@ class OpenVLA(nn.Module):
                  if f.suffix in (".json", ".py", ".model") and not f.name.endswith(".index.json")}
         with torch.device("meta"):                      # no memory yet: the tensors of the file become the parameters
             model = cls(config, *sizes, preprocessor=preprocessor, files=files)
-        if (folder / "dataset_statistics.json").is_file():      # of fine-tuning: overrides the config's
-            model.norm_stats = checkpoints.read_json(folder / "dataset_statistics.json")
+        model.norm_stats = checkpoints.action_statistics(folder)
         if wrong := misfits(config, found, folder):
             raise ValueError(wrong[0])
         for file in sorted({file for file, _ in tensors.values()}):

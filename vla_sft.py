@@ -131,8 +131,8 @@ def run(s: Settings) -> int:
         suite = evaluation.find_suite(s.suite, s.tasks, fast=s.fast_sim, assets=s.assets)
         data = libero_demonstrations(s, suite.tasks)
         policy = fine_tune(data, s.steps, s.lr, s.seed, f"{s.suite}_no_noops", suite.instructions, s.crop or None,
-                           num_trajectories=s.demos * len(suite.tasks), fast_sim=s.fast_sim)
-        more = f" --suite {s.suite} --tasks {' '.join(map(str, suite.tasks))}" + " --fast-sim" * s.fast_sim
+                           num_trajectories=s.demos * len(suite.tasks), fast_sim=s.fast_sim, **{"split": "all"} if s.split == "all" else {})
+        more = f" --suite {s.suite} --tasks {' '.join(map(str, suite.tasks))}" + " --fast-sim" * s.fast_sim + " --split all" * (s.split == "all")
     policy.save_pretrained(s.out)
     print(f"wrote {s.out}; measure it: python eval.py vla --checkpoint {s.out}{more}")
     return 0

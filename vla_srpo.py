@@ -113,7 +113,8 @@ class Settings:
 
 # The paper's settings for OpenVLA-OFT, where they differ from the small ones above, and what lets 7B fit one 141 GB GPU
 PAPER = dict(alpha=0.8, groups=64, temperature_end=1.6, lr=5e-6, lr_end=1.0, epochs=1, minibatch=1024, micro_batch=16, target_kl=0.0, average=0.0,
-             dtype="bfloat16", gradient_checkpointing=True, world_model="facebook/vjepa2-vitg-fpc64-384", suite="libero_object", save_every=10)
+             dtype="bfloat16", gradient_checkpointing=True, world_model="facebook/vjepa2-vitg-fpc64-384", suite="libero_object",
+             protocol="simplevla", split="all", save_every=10)
 # May change on resume; threads change the rounding, LIBERO's workers the draws
 FREE = {"out", "resume", "workers", "threads", "eval_every", "save_every", "assets", "micro_batch", "clips", "gradient_checkpointing", "offload_optimizer"}
 
@@ -157,7 +158,7 @@ class Batch:
 
 def collate(episodes: list[rollouts.Episode], advantages: torch.Tensor, instructions: tuple[str, ...] = envs.TASKS) -> Batch:
     """Rollouts and their advantages (N,) -> the rows to train on. Old log-probabilities are those of sampling, because one
-    model does both; the published code recomputes them, because its sampler is another program."""
+    model does both; the published code recomputes them."""
     rows = [(i, e, j) for i, e in enumerate(episodes) if advantages[i] != 0 for j in range(len(e.executed))]
     if not rows:
         empty = torch.empty(0, vla.ACTION_TOKENS)
@@ -237,7 +238,8 @@ def score(episodes: list[rollouts.Episode], encoder, s: Settings) -> tuple[np.nd
     success = np.array(parallel.gather([e.success for e in episodes]))
     if s.reward == "binary":
         return success.astype(float), None
-    latents = np.stack(parallel.gather(list(encoder.encode([e.video for e in episodes]).numpy())))          # (N, D): one per ROLLOUT
+    encoded = [encoder.encode([e.video for e in episodes[i:i + s.clips]]).numpy() for i in range(0, len(episodes), s.clips)]
+    latents = np.stack(parallel.gather([latent for part in encoded for latent in part]))                    # (N, D): one per ROLLOUT
     group, task = np.repeat(np.arange(len(success) // s.group_size), s.group_size), np.array(parallel.gather([e.start.task for e in episodes]))
     kept = mixed(success, s)
     if not kept.any():
@@ -293,9 +295,11 @@ def train(s: Settings, suite: rollouts.Suite, out: Path, step: int, policy, aver
 
             batch = collate(played, advantages.flatten()[first:first + len(played)], suite.instructions)            # 4. update
             if not len(batch.mask):                 # this rank's part in the others' update: a row without a valid token
-                batch = collate(played[:1], torch.ones(1), suite.instructions)
+                batch = Batch(**{name: x[:1] for name, x in vars(collate(played[:1], torch.ones(1), suite.instructions)).items()})
                 batch.mask[:] = False
             stats = update(policy, reference, optimizer, batch, now) if used.any() else {"updates": 0, "skipped": 0}
+            tokens = sum(parallel.gather([int(batch.mask.sum())]))
+            del played, batch                       # gigabytes of images at 7B, before the next rollouts bring theirs
             if average is not None:
                 average.update_parameters(policy)
             if stats["skipped"]:
@@ -306,7 +310,7 @@ def train(s: Settings, suite: rollouts.Suite, out: Path, step: int, policy, aver
                    "length": env_steps / len(episodes), "groups_used": int(used.sum()), "groups_failed": int((rate == 0).sum()),
                    "groups_solved": int((rate == 1).sum()), "entropy": float(np.mean([x for e in episodes for x in e.records])),
                    **stats, "lr": optimizer.param_groups[0]["lr"], "temperature": now.temperature, "env_steps": env_steps,
-                   "tokens": sum(parallel.gather([int(batch.mask.sum())])),
+                   "tokens": tokens,
                    "workers_replaced": workers.replaced, "seconds_rollout": rolled - began, "seconds_reward": scored - rolled,
                    "seconds_update": time.perf_counter() - scored}
             if record is not None:
@@ -410,8 +414,10 @@ def run(s: Settings, given: set[str]) -> int:
         encoder = world_model.WorldModel.from_pretrained(WEIGHTS / "vjepa_tiny" if pixels else s.world_model, batch_size=s.clips)
         encoder = world_model.PixelModel(encoder) if pixels else encoder
     key = policies.find_key(policy.norm_stats, suite.name)
+    if s.split == "all":
+        policy.norm_stats[key]["split"] = "all"                 # for who evaluates it
     if parallel.rank() == 0:
-        evaluation.note_pixels(policy, key, s.fast_sim)
+        evaluation.note_training(policy, key, s.fast_sim, [splits(s)[1]])
     job.make_folder(out)                    # whatever is wrong with the models or OpenGL has shown by now
     average = AveragedModel(policy, multi_avg_fn=running_average(s.average)) if s.average else None
     optimizer = grpo.make_optimizer(parallel.shard(policy), s.lr, betas=(0.9, 0.99), offload=s.offload_optimizer)
@@ -432,6 +438,8 @@ def run(s: Settings, given: set[str]) -> int:
     try:
         builtin, film_starts = suite.name == "tabletop", suite.starts(heldout, 1)       # LIBERO's GIFs come out of its evaluations
         if step == 0:
+            if parallel.rank() == 0:
+                shutil.rmtree(out / "before", ignore_errors=True)       # of a run killed before its first checkpoint
             before = evaluate(policy, workers, heldout, key, suite, None if builtin else out / "before")
             if parallel.rank() == 0:
                 (out / "before.json").write_text(json.dumps(before, indent=1))
@@ -446,11 +454,13 @@ def run(s: Settings, given: set[str]) -> int:
         if step == 0:
             log.append({"step": 0, "heldout": before["success"]})
         done, after = step, json.loads((out / "after.json").read_text()) if saved and (out / "after.json").exists() else None
-        if not reached(s, after):
+        heard = [row["heldout"] for row in evaluation.read_metrics(out / "metrics.jsonl") if "heldout" in row and 0 < row["step"] <= step] if step else []
+        ended = bool(heard) and reached(s, {"success": heard[-1]})          # though it was killed between that evaluation and its end
+        if not ended:
             done, after = train(s, suite, out, step, policy, average, reference, encoder, optimizer, log, workers)
         log.close()
         final = policy if average is None else average.module
-        finished = done == s.steps or reached(s, after)
+        finished = done == s.steps or ended or reached(s, after)
         if finished:
             after = after or evaluate(final, workers, heldout, key, suite, None)        # a run that ended may be resumed too
             if builtin:

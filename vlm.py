@@ -106,6 +106,8 @@ def load_vlm(path: str | Path, dtype: torch.dtype = torch.float32, device=None):
         processor = Processor(path)
         # device_map: shards go straight to the device, without a second copy of the weights in RAM
         model, found = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map=device and {"": device}, output_loading_info=True)
+    except torch.OutOfMemoryError:                      # the checkpoint is not at fault
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be loaded as a vision-language model: {str(error).strip().splitlines()[0]}") from None
     if missing := sorted(found["missing_keys"]):        # transformers would go on with random ones

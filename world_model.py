@@ -246,7 +246,11 @@ def read_rollouts(path: str) -> tuple[list, np.ndarray | None, np.ndarray]:
     for name, array in arrays.items():
         if array.shape[:1] != (len(videos),):
             raise ValueError(f"{path}: `{name}` has shape {array.shape}, there are {len(videos)} videos")
+        if name != "videos" and array.ndim != 1:
+            raise ValueError(f"{path}: `{name}` must have one number a video, got shape {array.shape}")
     lengths = arrays.get("length", np.full(len(videos), videos.shape[1]))
+    if lengths.dtype.kind not in "iu" or lengths.min() < 1 or lengths.max() > videos.shape[1]:
+        raise ValueError(f"{path}: `length` must be integers in 1..{videos.shape[1]}, got {lengths.dtype} in {lengths.min()}..{lengths.max()}")
     success = arrays["success"].astype(bool) if "success" in arrays else None
     return [v[:t] for v, t in zip(videos, lengths)], success, arrays.get("task", np.zeros(len(videos), int))
 

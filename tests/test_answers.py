@@ -15,17 +15,29 @@ from conftest import needs_math_verify
     ("(C) 60", "B", False), ("Bob", "B", False), ("\\boxed{\\text{yes}}", "yes", True),
     ("9" * 500, "7", False), ("see $\\boxed{1}$, then $\\boxed{7}$", "7", True)])
 def test_plain_verifier(guess, gold, right, monkeypatch):
+    default_verify.cache_clear()
     monkeypatch.setattr(answers.importlib.util, "find_spec", lambda name: None)
     assert default_verify(guess, gold) is right
+    default_verify.cache_clear()
 
 
 @pytest.mark.parametrize("guess, gold, right", [
     ("$x^2+2x+1$", "(x+1)^2", True), ("$\\boxed{\\frac{2}{3}}$", "\\frac23", True), ("$\\sqrt{4}$", "2", True),
     ("der", "red", False), ("A", "B", False), ("$x^2$", "(x+1)^2", False), ("The answer is 7.", "7", True), ("9 or 7", "7", False),
-    ("not 7", "7", False), ("1 2 3 4 5 6 7", "7", False)])
+    ("not 7", "7", False), ("1 2 3 4 5 6 7", "7", False), ("3, 4, 5", "5", False), ("7; 8", "8", False), ("{7, 8}", "8", False), ("6 and 7", "7", False),
+    ("6 < 7", "7", False), ("6: 7", "7", False), ("\\boxed{6=7}", "7", False), ("x = 7", "7", True), ("1,250 cm", "1250", True), ("(1, 2)", "(1,2)", True),
+    ("5 cm", "5 m", False), ("\\boxed{5\\text{ cm}}", "5\\text{ m}", False), ("5 cm", "5", True), ("\\boxed{3\\sqrt{2}}", "3\\sqrt{2}", True),
+    ("A. B. C. D.", "A", False), ("(A), B", "A", False), ("(B) 60, also C", "B", False), ("B. a square", "B", True), ("B. Vitamin C", "B", True)])
 def test_math_verify_where_installed(guess, gold, right):
     pytest.importorskip("math_verify")
     assert default_verify(guess, gold) is right
+
+
+@pytest.mark.parametrize("guess", ["$9^{9^{9^{9}}}$", "$2^{10^{9}}$", "$(x+1)^{3000}$", "(" * 60 + "7" + ")" * 60, "+".join(["7"] * 1001)])
+def test_what_takes_algebra_seconds_is_wrong_at_once(guess, monkeypatch):
+    verify = pytest.importorskip("math_verify")
+    monkeypatch.setattr(verify, "parse", pytest.fail)
+    assert default_verify(guess, "7") is False
 
 
 TWO = "<think>a</think><answer>${}$</answer><reflection>b</reflection><think>c</think><answer>${}$</answer>"

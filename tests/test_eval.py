@@ -140,9 +140,11 @@ def test_evaluation_goes_on(known, workers, tmp_path, monkeypatch):
     log.write_text("".join(lines[:8]) + lines[8][:20])
     evaluation.begin_log(log, {"a": 1})
     assert evaluation.evaluate_vla(known, workers, "train", KEY, 3, None, None, log) == whole
+    log.write_text(log.read_text() + "".join(lines[1:]))        # two runs of the same command wrote it: an episode counts once
+    assert evaluation.evaluate_vla(known, workers, "train", KEY, 3, None, None, log) == whole and played.pop() == []
     done = {(row["task"], row["index"]) for row in map(json.loads, lines[1:8])}
     assert {(s.task, s.index) for s in played[1]} == {(t, i) for t in range(4) for i in range(3)} - done
-    assert log.read_text().splitlines(keepends=True)[:8] == lines[:8]
+    assert log.read_text().splitlines(keepends=True)[:8] == lines[:8] and not list(tmp_path.rglob("*.partial"))
     fewer = evaluation.evaluate_vla(known, workers, "train", KEY, 2, rollouts.tabletop((0, 2)), None, log)     # what else is in the log does not count
     assert fewer["episodes"] == 4 and fewer["tasks"].keys() == {envs.TASKS[0], envs.TASKS[2]} and len(played[2]) == 0
     with Image.open(tmp_path / "gifs" / "task1-failure.gif") as gif:                # every frame that the policy saw, and the frame
@@ -168,8 +170,10 @@ def test_a_log_belongs_to_its_settings(tmp_path, checkpoint):
     first = evaluation.fingerprint(policy)
     assert first == evaluation.fingerprint(policies.load_policy(checkpoint))
     with torch.no_grad():
-        policy.fc2.bias[3] += 1
-    assert evaluation.fingerprint(policy) != first
+        policy.head.weight[-20:] += 1                                # far into a tensor
+    changed, policy.config["crop"] = evaluation.fingerprint(policy), (0, 0, 32)
+    cropped, policy.norm_stats = evaluation.fingerprint(policy), {KEY: {"action": STATS[KEY]["action"] | {"q99": [9.0] * 7}}}
+    assert len({first, changed, cropped, evaluation.fingerprint(policy)}) == 4
 
 
 def test_gifs_of_labelled_suites(known, workers, tmp_path):
@@ -182,10 +186,24 @@ def test_gifs_of_labelled_suites(known, workers, tmp_path):
 
 def test_other_pixels_are_noted(capsys):
     policy = SimpleNamespace(norm_stats={"a": {"fast_sim": True}, "b": {}})
-    evaluation.note_pixels(policy, "a", True), evaluation.note_pixels(policy, "b", True), evaluation.note_pixels(policy, "b", False)
+    for key, fast in (("a", True), ("b", True), ("b", False)):
+        evaluation.note_training(policy, key, fast, ["train"])
     assert capsys.readouterr().err == ""
-    evaluation.note_pixels(policy, "a", False)
+    evaluation.note_training(policy, "a", False, ["heldout"])
     assert "fine-tuned with fast pixels" in capsys.readouterr().err
+    policy.norm_stats["b"]["split"] = "all"
+    evaluation.note_training(policy, "b", True, ["all"])
+    assert capsys.readouterr().err == ""
+    evaluation.note_training(policy, "b", True, ["heldout"])
+    assert "trained on all 50 initial states; none of them is held out" in capsys.readouterr().err
+
+
+def test_the_small_policy_is_evaluated_in_fp32(monkeypatch, checkpoint):
+    """On a GPU too, as it is trained: rounding to bf16 changes the outcome of an episode in five. OpenVLA in bf16, as published."""
+    monkeypatch.setattr(policies, "load_policy", lambda path, dtype, device: (dtype, device))
+    openvla = str(ROOT / "tests" / "fixtures" / "openvla_tiny" / "checkpoint")
+    assert [evaluation.load(str(path), "cuda") for path in (checkpoint, openvla)] == [(torch.float32, "cuda"), (torch.bfloat16, "cuda")]
+    assert evaluation.load(openvla, "cpu") == (torch.float32, "cpu")
 
 
 def test_videos_are_what_the_world_model_reads(known, workers, tmp_path):
@@ -234,16 +252,20 @@ def test_film(known, tmp_path):
 # The paper's table
 
 def test_paper_table():
-    def of(rate):
-        return {"split": "all", **evaluation.rate(round(500 * rate), 500)}
+    def of(rate, episodes=500):
+        return {"split": "all", "protocol": "horizon 512", **evaluation.rate(round(episodes * rate), episodes)}
     lines = evaluation.paper_table({"libero_object": of(0.5), "libero_10": of(0.172)}).split("\n")
-    assert lines[0].split()[-5:] == ["spatial", "object", "goal", "10", "mean"] and len({len(line) for line in lines}) == 1
-    assert lines[-1].split() == ["ours,", "all", "states", "-", "50.0", "-", "17.2", "-"]
-    for line in lines[1:-1]:                                # the papers' means are the means of their four suites
+    table, how = lines[:-2], lines[-2:]
+    assert table[0].split()[-5:] == ["spatial", "object", "goal", "10", "mean"] and len({len(line) for line in table}) == 1
+    assert table[-1].split() == ["ours", "-", "50.0", "-", "17.2", "-"]
+    assert how[0] == "  libero_object: 500 of 500 episodes, 95% interval 45.6% to 54.4%; initial states: all; horizon 512"
+    for line in table[1:-1]:                                # the papers' means are the means of their four suites
         numbers = [float(x) for x in line.split()[-5:]]
         assert np.mean(numbers[:4]) == pytest.approx(numbers[4], abs=0.1), line
     four = dict(zip(evaluation.libero_files.SUITES, map(of, (0.1, 0.2, 0.3, 0.6))))
-    assert evaluation.paper_table(four).split()[-5:] == ["10.0", "20.0", "30.0", "60.0", "30.0"]
+    assert evaluation.paper_table(four).split("\n")[-5].split()[-5:] == ["10.0", "20.0", "30.0", "60.0", "30.0"]
+    few = evaluation.paper_table({"libero_10": of(1.0, 3)}).split("\n")
+    assert few[-2].startswith("ours, parts of the suites ") and few[-1].startswith("  libero_10: 3 of 500 episodes, 95% interval 43.8% to 100.0%")
 
 
 # Learning curves
@@ -322,6 +344,34 @@ def test_vla_command(checkpoint, tmp_path, monkeypatch, capsys):
     assert all(text in printed for text in (*envs.TASKS, "all tasks", "train", "heldout", "result.json"))
 
 
+def test_all_of_it_is_checked_before_the_first_episode(checkpoint, tmp_path, monkeypatch, capsys):
+    """The last suite's fault is not found after hours of the first; and two checkpoints beside each other do not share a folder."""
+    measured = []
+    monkeypatch.setattr(evaluation, "measure_suite", lambda policy, name, given, out, args: measured.append((name, out.name)) or {"train": {}})
+
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["eval.py", "vla", *map(str, argv)])
+        evaluation.main()
+    with pytest.raises(ValueError, match="unknown suite 'libero_objcet'"):
+        run("--checkpoint", checkpoint, "--suite", "tabletop", "libero_objcet")
+    with pytest.raises(ValueError, match="statistics for tabletop, not for libero_object"):
+        monkeypatch.setattr(evaluation.libero_envs, "make_suite", lambda *_, **__: rollouts.tabletop())
+        run("--checkpoint", checkpoint, "--suite", "tabletop", "libero_object")
+    assert measured == []
+    shutil.copytree(checkpoint, tmp_path / "weak")
+    for path in (checkpoint, tmp_path / "weak"):
+        run("--checkpoint", path)
+    assert measured == [("tabletop", "eval"), ("tabletop", "eval-weak")]
+    monkeypatch.setattr(evaluation, "suite_and_key", lambda *_: None)
+    measured.clear()
+    monkeypatch.setattr(evaluation, "rate", lambda *_: {})
+    monkeypatch.setattr(evaluation, "table", lambda *_: "")
+    monkeypatch.setattr(evaluation, "measure_suite", lambda policy, name, *_: measured.append(name) or {"all": {"successes": 1, "episodes": 2}})
+    run("--checkpoint", checkpoint, "--suite", "libero_plus::libero_goal")
+    assert measured == [f"libero_plus:{dimension}:libero_goal" for dimension in evaluation.libero_files.DIMENSIONS]
+    capsys.readouterr()
+
+
 def test_seeds_table_by_hand():
     """Three seeds .9, .8, .79: mean .83, sd .0608, t(0.975, 2) = 4.303, so +- .151; 80% is first reached at steps 10, 20, never."""
     runs = {"srpo": [[{"step": 0, "heldout": 0.5}, {"step": 10, "heldout": a, "seconds_rollout": 1.0, "seconds_reward": 2.0, "seconds_update": 3.0},
@@ -348,6 +398,10 @@ def test_bad_input_is_one_clear_line(checkpoint, tmp_path, monkeypatch):
     bad = tmp_path / "runs-0" / "metrics.jsonl"
     bad.parent.mkdir()
     bad.write_text('{"step": 0}\noops\n{"step": 2}\n')
+    odd, plain = (tmp_path / name / "metrics.jsonl" for name in ("odd-0", "plain-0"))
+    for path, content in ((odd, "[1]"), (plain, '{"step": 0}')):
+        path.parent.mkdir()
+        path.write_text(content + "\n")
     shutil.copytree(checkpoint, tmp_path / "half")
     file = tmp_path / "half" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:500])
@@ -365,6 +419,8 @@ def test_bad_input_is_one_clear_line(checkpoint, tmp_path, monkeypatch):
             (("vla", "--checkpoint", checkpoint, "--horizon", "-5"), "--horizon must be at least 0, got -5"),
             (("vla", "--checkpoint", checkpoint, "--suite", "libero_object", "libero_plus:light"), "two packages of one name; measure them in two runs"),
             (("paper", "--checkpoint", "libero_goals=x"), "--checkpoint libero_goals: write SUITE=CHECKPOINT, with SUITE one of libero_spatial"),
+            (("curves", odd), "odd-0/metrics.jsonl line 1 is not a row; delete that line"),
+            (("curves", plain), "plain-0/metrics.jsonl has no heldout; give the metrics.jsonl of a run with evaluations, and --kind"),
             (("curves", tmp_path / "none" / "metrics.jsonl"), "none/metrics.jsonl does not exist"),
             (("curves", bad), "runs-0/metrics.jsonl line 2 is not JSON")]:
         message = command(monkeypatch, *argv)               # Python prints it on stderr and exits with 1

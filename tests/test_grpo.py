@@ -25,6 +25,11 @@ def seed():
 
 # advantages
 
+def test_what_underflow_leaves_is_no_signal():
+    rewards = torch.tensor([[4e-45, 7e-40, 0.0, 1e-7], [0.0, 0.0, 0.0, 1e-4]])
+    assert (grpo.group_advantages(rewards) != 0).any(1).tolist() == [False, True]
+
+
 @pytest.mark.parametrize("scale", [True, False])
 def test_advantages_equal_a_naive_loop(scale):
     rewards = torch.rand(5, 7, dtype=torch.float64)
@@ -347,6 +352,15 @@ def test_an_offloaded_optimiser_makes_the_same_steps(dtype, monkeypatch):
             model(x).float().square().sum().backward()
             grpo.clip_and_step(optimizer, model, 1.0)
     assert torch.equal(here.weight, away.weight) and set(b.state[away.weight]) == {"step", "m", "v", "master"}
+    resumed = nn.Linear(5, 3).to(dtype)                         # a run without the flag goes on with it
+    resumed.load_state_dict(here.state_dict())
+    c = grpo.make_optimizer(resumed, 1e-2, offload=True)
+    grpo.load_optimizer_tensors(c, {name: x.clone() for name, x in grpo.optimizer_tensors(a).items()})
+    monkeypatch.setattr(c, "home", lambda p: torch.device("cpu:0"))
+    for model, optimizer in ((here, a), (resumed, c)):
+        model(x).float().square().sum().backward()
+        grpo.clip_and_step(optimizer, model, 1.0)
+    assert torch.equal(here.weight, resumed.weight) and "master" in c.state[resumed.weight]
 
 
 # the demonstration

@@ -26,7 +26,7 @@ def test_good_and_bad_rows(tmp_path):
     good = {"query": "q", "image": "a.png", "answer": "7"}
     records = [
         good, good | {"answer": 7.5, "content": "worked"}, good | {"image": ["a.png", "b.jpg"]}, good | {"query": "<image>\nHow many?"},
-        '{"query": "q", "image"', "[1]", b'\xff{"query"}', good | {"query": "<image> "}, good | {"answer": None}, good | {"answer": True},
+        '{"query": "q", "image"', "[1]", b'\xff{"query"}', good | {"query": "<image> "}, good | {"answer": float("nan")}, good | {"answer": True},
         good | {"answer": " "}, {"query": "q", "answer": "7"}, good | {"image": []}, good | {"image": ["a.png", ""]},
         good | {"image": "none.png"}, good | {"image": "cut.jpg"}, good | {"image": "text.png"}, good | {"image": "strip.png"},
         good | {"image": "a\0.png"}, good, good | {"query": "\ud800"}]

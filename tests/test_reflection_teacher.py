@@ -335,6 +335,19 @@ def test_faults_one_by_one(tmp_path):
 
 
 @needs("openai")
+def test_refused_rows_in_a_row_are_no_silent_end(tmp_path):
+    """After a reply a refusal is its row's fault; after PATIENCE of them in a row the run stops and says so, and the next one goes on."""
+    rows, _ = read_rows(write_rows(tmp_path, 14))
+    refused = range(1, 1 + reflection_teacher.PATIENCE)
+    with server(lambda n, body: (400, {}, {"error": "no"}) if asked_row(body) in refused else chat(REPLY)) as state:
+        with pytest.raises(RuntimeError, match=f"HTTP 400 .*; no reply for rows.jsonl:{refused[-1] + 1}; 1 reflections are kept"):
+            build(rows, answer, Teacher(state.url, "m", retries=0), tmp_path / "out", in_flight=1)
+        build(rows, pytest.fail, Teacher(state.url, "m", retries=0), tmp_path / "out", in_flight=1)
+    assert len(lines(tmp_path / "out" / "reflections.jsonl")) == 14 - len(refused)
+    assert [line["source"] for line in lines(tmp_path / "out" / "rejected.jsonl")] == [f"rows.jsonl:{i + 1}" for i in refused]
+
+
+@needs("openai")
 def test_rows_without_a_reply_are_left_for_the_next_run(tmp_path):
     rows, _ = read_rows(write_rows(tmp_path, 5))
     hang = threading.Event()

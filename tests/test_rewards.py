@@ -214,6 +214,7 @@ def respond(first, second, think="one two three four five six", reflection="chec
 @pytest.mark.parametrize("library", [True, False], ids=["installed", "plain"])
 def test_openrlhf_equals_published_code(library, monkeypatch):
     if not library:
+        answers.default_verify.cache_clear()
         monkeypatch.setattr(answers.importlib.util, "find_spec", lambda name: None)
     for row in FIXTURE["reflection"]:
         got, want = reflection_reward(row["response"], row["answer"], variant="openrlhf"), row["openrlhf"]

@@ -128,6 +128,16 @@ def test_truncated_weights_are_one_line(tmp_path):
         vlm.load_vlm(tmp_path)
 
 
+def test_out_of_memory_is_not_the_checkpoint_s_fault(tmp_path, monkeypatch):
+    arrows.tiny_vlm(tmp_path, width=32)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(vlm.AutoModelForImageTextToText, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):                 # plan.py says what would fit
+        vlm.load_vlm(tmp_path)
+
+
 @pytest.mark.parametrize("budget", [1, 10, 100])
 def test_micro_batches_hold_every_row_once_within_the_budget(budget):
     """Counted as `Processor.batch` pads: prompts on the left, completions on the right."""

@@ -258,10 +258,14 @@ def test_bad_checkpoints(tmp_path):
 @pytest.mark.parametrize("argv, message", [
     (["--videos", "{}/none.npz", "--model", "x"], "none.npz"), (["--videos", "{}/bad.npz", "--model", "x"], "videos"),
     (["--videos", "{}/short.npz", "--model", "x"], "success"), (["--videos", "{}/good.npz"], "no `success`"),
+    (["--videos", "{}/half.npz"], "`length` must be integers in 1..9, got float64"), (["--videos", "{}/long.npz"], "got int64 in 5..50"),
+    (["--videos", "{}/wide.npz"], "`success` must have one number a video, got shape (2, 1)"),
     (["--videos", "{}/good.npz", "--out", "{}/no/curves.png"], "no such folder")])
 def test_bad_command_lines(tmp_path, argv, message):
     np.savez(tmp_path / "bad.npz", frames=squares(2))
     np.savez(tmp_path / "short.npz", videos=squares(2), success=np.ones(3, bool))
+    for name, more in (("half", {"length": [2.5, 3]}), ("long", {"length": [5, 50]}), ("wide", {"success": [[True], [False]]})):
+        np.savez(tmp_path / f"{name}.npz", videos=squares(2), **more)
     np.savez(tmp_path / "good.npz", videos=squares(2, size=64))
     with pytest.raises(SystemExit) as stop:
         wm.main([word.format(tmp_path) for word in argv])
