@@ -223,7 +223,7 @@ def openvla_work(case: Case, s, policy):
     frames, n = torch.randint(256, (case.rows, vla.IMAGE, vla.IMAGE, 3), dtype=torch.uint8), case.rows
     act, optimizer = policies.sampler(policy, s.temperature, "unit"), grpo.make_optimizer(policy, 1e-6)
     bins, logp = torch.randint(vla.BINS, (n, 56)), torch.full((n, 56), -5.5)
-    batch = vla_srpo.Batch(frames[:, None], [""] * n, bins, logp, torch.ones(n, 56, dtype=torch.bool), torch.randn(n), torch.arange(n))
+    batch = policies.Batch(frames[:, None], [""] * n, bins, logp, torch.ones(n, 56, dtype=torch.bool), torch.randn(n), torch.arange(n))
     forward = lambda: policy(*policy.prompt_ids([""] * n), policy.pixel_values(frames[:, None]))
     return lambda: act(frames.numpy(), [""] * n), lambda: vla_srpo.update(policy, None, optimizer, batch, s), forward, None, "chunks", n
 

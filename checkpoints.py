@@ -1,11 +1,20 @@
-"""Checkpoint folders, from here or from the hub: small files read, tensors listed before they are loaded, a new folder written whole or not at all."""
+"""A policy's checkpoint folder, from here or from the hub.
+
+1. `local_folder`, `read_json`, `read_headers`: small files and the tensors' shapes, before any weight is loaded.
+2. `write_folder`: a new folder, whole or not at all.
+3. `read_tokenizer`, `misfits`, `tower_size`: whether it holds what an OpenVLA-OFT needs, said in one line if not.
+"""
 import json
 import os
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+
+import vla
 
 
 def local_folder(path: str | Path, weights: bool = True) -> Path:
@@ -78,3 +87,43 @@ def write_folder(path: Path, jsons: dict[str, dict], files: dict[str, bytes], st
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial_folder / "model.safetensors",
               metadata={"format": "pt"})
     os.replace(partial_folder, path)
+
+
+# What an OpenVLA's must hold
+
+def read_tokenizer(text: bytes) -> Tokenizer:
+    """tokenizer.json as it is (transformers 5 would rebuild Llama's by its own rules), without padding or truncation. ValueError if it is not
+    Llama-2's: its words would be other embeddings' numbers, and the policy would see another instruction."""
+    try:
+        tokenizer = Tokenizer.from_str(text.decode())
+    except Exception as error:                          # the tokenizers library raises nothing more special
+        raise ValueError(f"tokenizer.json cannot be read ({error}); copy it again from the original checkpoint") from None
+    for word, number in (("<s>", vla.BOS), ("</s>", vla.EOS), ("▁", vla.SPACE)):
+        if tokenizer.token_to_id(word) != number:
+            raise ValueError(f"tokenizer.json gives {word!r} the number {tokenizer.token_to_id(word)}, OpenVLA's Llama-2 {number}; "
+                             "copy it from the original checkpoint")
+    tokenizer.no_padding(), tokenizer.no_truncation()
+    return tokenizer
+
+
+def misfits(config: dict, shapes: dict[str, tuple[int, ...]], folder: Path) -> list[str]:
+    """A line if the tensors are not those of the OpenVLA that config.json describes, else none."""
+    sizes = [tower_size(shapes, f"vision_backbone.{tower}", folder) for tower in ("featurizer", "fused_featurizer")]
+    with torch.device("meta"):
+        wanted = {name: tuple(p.shape) for name, p in vla.OpenVLA(config, *sizes).state_dict().items()}
+    wrong = [name for name in {**wanted, **shapes} if shapes.get(name) != wanted.get(name)]
+    if not wrong:
+        return []
+    return [f"{folder}: {len(wrong)} tensors are not OpenVLA's; the first, {wrong[0]}, has shape {shapes.get(wrong[0], 'missing')} and should be "
+            f"{wanted.get(wrong[0], 'absent')}; give a complete checkpoint whose config.json fits"]
+
+
+def tower_size(shapes: dict[str, tuple[int, ...]], prefix: str, folder: Path) -> tuple[int, int, int]:
+    """(width, depth, mlp) of a tower; config.json does not tell them, the tensors do."""
+    patch, mlp = f"{prefix}.patch_embed.proj.weight", f"{prefix}.blocks.0.mlp.fc1.weight"
+    for name in (patch, mlp):
+        if name not in shapes:
+            raise ValueError(f"{folder} lacks the tensor {name}; give a checkpoint of OpenVLA with two towers")
+    start = f"{prefix}.blocks."
+    depth = 1 + max(int(name[len(start):].split(".")[0]) for name in shapes if name.startswith(start))
+    return shapes[patch][0], depth, shapes[mlp][0]

@@ -161,7 +161,7 @@ def stacks(config: dict, shapes: dict, s) -> list[Stack]:
     text = config.get("text_config") or config
     text = dict(width=text["hidden_size"], depth=text["num_hidden_layers"], mlp=text["intermediate_size"], attention=text["num_attention_heads"] * head_size(text))
     if config["model_type"] == "openvla":
-        (w1, d1, m1), (w2, d2, m2) = (vla.tower_size(shapes, f"vision_backbone.{tower}", Path(".")) for tower in ("featurizer", "fused_featurizer"))
+        (w1, d1, m1), (w2, d2, m2) = (checkpoints.tower_size(shapes, f"vision_backbone.{tower}", Path(".")) for tower in ("featurizer", "fused_featurizer"))
         rows = min(s.micro_batch, s.minibatch)
         return [Stack("dino", rows, vla.PATCHES + 5, w1, d1 - 1, m1, s.lora_rank > 0), Stack("vit", rows, vla.PATCHES, w2, d2 - 1, m2, s.lora_rank > 0),
                 Stack("llama", rows, vla.PATCHES + PROMPT_TOKENS + vla.ACTION_TOKENS + 1, **text, lora=s.lora_rank > 0)]
@@ -396,14 +396,14 @@ def checks(s, folder: Path, config: dict, shapes: dict) -> list[str]:
         return problems or _qwen_checks(folder, config, shapes)
     if kind == "openvla" and not problems:
         try:
-            vla.read_tokenizer((folder / "tokenizer.json").read_bytes())
+            checkpoints.read_tokenizer((folder / "tokenizer.json").read_bytes())
         except ValueError as error:
             problems.append(f"{folder}: {error}")
     rows = shapes.get("language_model.lm_head.weight", (0,))[0]
     if kind == "openvla" and rows < vla.FIRST_BIN + vla.BINS:
         problems.append(f"{folder}: the head has {rows} rows, the discrete action tokens end at {vla.FIRST_BIN + vla.BINS}; give an OpenVLA-OFT checkpoint with them")
     elif kind == "openvla":
-        problems += vla.misfits(config, shapes, folder)
+        problems += checkpoints.misfits(config, shapes, folder)
     if not Path(s.model).is_dir():
         from huggingface_hub import list_repo_files
         with suppress(Exception):                                                       # no network: what is in the cache must do

@@ -1,8 +1,9 @@
 """A policy, whichever it is, OpenVLA or TinyVLA: loaded, asked for actions, prepared for training, saved.
 
 1. `load_policy`, `camera_size`, `policy_frames`, `find_key`: what depends on which of the two a checkpoint holds.
-2. `greedy`, `sampler`: camera images and instructions -> actions for `rollouts.play`; the sampler remembers what training needs.
-3. `prepared`, `adapters_off`, `save_policy`: LoRA, checkpointing, and a checkpoint with the adapters merged.
+2. `greedy`, `sampler`: camera images and instructions -> actions for `rollouts.play`; the sampler remembers what training needs (`Call`).
+3. `collate`, `logprobs`: episodes -> the rows to train on, and their log-probabilities.
+4. `prepared`, `adapters_off`, `running_average`, `save_policy`: LoRA, checkpointing, the weights that are evaluated, a checkpoint with the adapters merged.
 """
 import shutil
 from contextlib import contextmanager
@@ -12,12 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import checkpoints
+import envs
 import grpo
 import parallel
 import tiny_vla
 import vla
+from rollouts import Episode
 
 
 def load_policy(path: str | Path, dtype: torch.dtype = torch.float32, device=None):
@@ -80,6 +84,42 @@ def sampler(policy, temperature: float, key: str):
     return act
 
 
+@dataclass
+class Batch:
+    """The executed chunks of one step's rollouts that have an advantage; a row is a policy call, N of them."""
+    frames: torch.Tensor        # (N, 1, side, side, 3) uint8
+    instructions: list[str]
+    bins: torch.Tensor          # (N, 56) int64
+    logp: torch.Tensor          # (N, 56) float32, under the policy and the temperature they were sampled at
+    mask: torch.Tensor          # (N, 56) bool: tokens of actions that ran before the episode ended
+    advantage: torch.Tensor     # (N,) float32
+    trajectory: torch.Tensor    # (N,) int64, the rollout a chunk belongs to
+
+
+def collate(episodes: list[Episode], advantages: torch.Tensor, instructions: tuple[str, ...] = envs.TASKS) -> Batch:
+    """Rollouts and their advantages (N,) -> the rows to train on. Old log-probabilities are those of sampling, because one
+    model does both; the published code recomputes them."""
+    rows = [(i, e, j) for i, e in enumerate(episodes) if advantages[i] != 0 for j in range(len(e.executed))]
+    if not rows:
+        empty = torch.empty(0, vla.ACTION_TOKENS)
+        return Batch(empty, [], empty.long(), empty, empty.bool(), torch.empty(0), torch.empty(0, dtype=torch.long))
+    executed = torch.tensor([e.executed[j] for _, e, j in rows])
+    return Batch(frames=torch.from_numpy(np.stack([e.records[j].frame for _, e, j in rows])),
+                 instructions=[instructions[e.start.task] for _, e, _ in rows],
+                 bins=torch.stack([e.records[j].bins for _, e, j in rows]),
+                 logp=torch.stack([e.records[j].logp for _, e, j in rows]),
+                 mask=torch.arange(vla.ACTION_TOKENS) // vla.ACTION_DIM < executed[:, None],
+                 advantage=torch.stack([advantages[i] for i, _, _ in rows]),
+                 trajectory=torch.tensor([i for i, _, _ in rows]))
+
+
+def logprobs(policy, batch: Batch, part: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Of the bins of some rows, (B, 56) float32."""
+    inputs = (*policy.prompt_ids([batch.instructions[i] for i in part]), policy.pixel_values(batch.frames[part]))
+    logits = policy(*inputs)                                                                                    # (B, 56, 256)
+    return grpo.token_logprobs(logits, batch.bins[part].to(logits.device), temperature)[0]
+
+
 def prepared(policy, s):
     """A policy with the adapters and the checkpointing that a script's settings ask for: lora_rank, seed, gradient_checkpointing (ValueError for
     a TinyVLA, which settings.model names)."""
@@ -109,6 +149,30 @@ def adapters_off(policy):
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+
+
+def reference_logprobs(policy, reference, batch: Batch, s) -> torch.Tensor:
+    """Of all rows under the starting policy, (N, 56), s.micro_batch at a time and at s.temperature: the policy with its adapters off, or a copy
+    that waits on the CPU."""
+    device = next(policy.parameters()).device
+    with torch.no_grad(), parallel.gathered(policy), adapters_off(policy):
+        model = policy if reference is None else reference.to(device)
+        rows = [logprobs(model, batch, part, s.temperature) for part in torch.arange(len(batch.bins)).split(s.micro_batch)]
+    if reference is not None:
+        reference.to("cpu")
+    return torch.cat(rows)
+
+
+def running_average(decay: float):
+    """For AveragedModel: an exponential average, over fewer steps at first, while the policy changes fast."""
+    return lambda averages, weights, n: get_ema_multi_avg_fn(min(decay, (1 + int(n)) / (10 + int(n))))(averages, weights, n)
+
+
+def kept(policy, average) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What a checkpoint holds beside the optimiser: the weights that are trained, and their running average."""
+    trained = parallel.trainable(policy)
+    return trained, {} if average is None else {f"average.{name}": x for name, x in average.state_dict().items()
+                                                if name == "n_averaged" or name.removeprefix("module.") in trained}
 
 
 def save_policy(policy, out: Path) -> None:

@@ -1,7 +1,7 @@
 """What both stages of reflection_srpo.py need of rows and responses: `s` is its settings.
 
 1. `encode`: rows -> prompts; what cannot be used is set aside in a file with the reason (`Rejections`), and the run goes on.
-2. `generate`: prompts -> responses.
+2. `generate`: prompts -> responses; `logprobs`, `reference_logprobs`: of their tokens, under the policy and where it started.
 3. `score`, `behaviour`: what a response earns (rewards.py), and what the policy does on average.
 4. `evaluate`, `table`: the same on held-out rows, greedily, with intervals.
 """
@@ -10,9 +10,11 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import eval as evaluation
+import grpo
 import parallel
 import plan
 import reflection_data
@@ -68,6 +70,34 @@ def generate(model, processor: vlm.Processor, prompts: list[vlm.Prompt], s, temp
     with parallel.gathered(model):
         return [c for i in range(0, len(prompts), s.rollout_batch)
                 for c in vlm.generate(model, processor, prompts[i:i + s.rollout_batch], s.max_new_tokens, temperature)]
+
+
+def logprobs(model, processor: vlm.Processor, prompts: list[vlm.Prompt], completions: list[torch.Tensor], temperature: float):
+    """(log-probabilities, entropy, mask) of the completions' tokens, each (B, n)."""
+    inputs, ids, mask = processor.batch(prompts, completions, model.device)
+    return (*grpo.token_logprobs(vlm.completion_logits(model, inputs, ids.shape[1]), ids, temperature), mask)
+
+
+def frozen_logprobs(model, processor, prompts: list[vlm.Prompt], completions: list[torch.Tensor], s) -> list[torch.Tensor]:
+    """Log-probabilities of each response (n_i,), without gradient, by a model whose weights are whole."""
+    rows: list = [None] * len(completions)
+    with torch.no_grad():
+        for part in micro_batches([(len(p.ids), len(c)) for p, c in zip(prompts, completions)], s):
+            logp, _, _ = logprobs(model, processor, [prompts[i] for i in part], [completions[i] for i in part], s.temperature)
+            for i, row in zip(part, logp):
+                rows[i] = row[:len(completions[i])]
+    return rows
+
+
+def reference_logprobs(model, reference, *arguments) -> list[torch.Tensor]:
+    """`frozen_logprobs` under the starting policy: the model with its adapters off, or a copy that waits on the CPU."""
+    if reference is None:
+        with parallel.gathered(model), model.disable_adapter():
+            return frozen_logprobs(model, *arguments)
+    try:
+        return frozen_logprobs(reference.to(model.device), *arguments)
+    finally:
+        reference.to("cpu")
 
 
 def score(response: str, answer: str, kind: str, processor: vlm.Processor) -> rewards.ReflectionRecord:

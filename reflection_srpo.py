@@ -45,8 +45,9 @@ import reflection_data
 import rewards
 import vlm
 from job import flag
+from policy_update import check_update, clipped_updates
 from reflection_data import Row
-from reflection_rollouts import Rejections, behaviour, encode, evaluate, generate, micro_batches, score, table
+from reflection_rollouts import Rejections, behaviour, encode, evaluate, frozen_logprobs, generate, logprobs, micro_batches, reference_logprobs, score, table
 from reflection_sft import fine_tune, total_steps
 
 REWARDS = ("paper", "openrlhf", "verl", "outcome", "no_length")
@@ -118,8 +119,7 @@ def check(s: Settings) -> None:
                         micro_tokens=1, rollout_batch=1, save_every=1, eval_every=0, threads=0, seed=0, beta=0, lora_rank=0,
                         max_pixels=reflection_data.MIN_PIXELS),
                 ("temperature", "lr", "sft_lr", "sft_epochs", "max_norm", "clip_low", "clip_high"), {"group_size": "a group of one has no baseline"})
-    if not s.clip_low < 1:
-        raise ValueError(f"--clip_low must be below 1, got {s.clip_low}")
+    check_update(s, "prompts")
 
 
 # Stage 2
@@ -133,74 +133,30 @@ class Batch:
     idle: bool = False                  # this rank has none: the one row only fills up passes
 
 
-def logprobs(model, processor, prompts, completions, temperature: float):
-    """(log-probabilities, entropy, mask) of the completions' tokens, each (B, n)."""
-    inputs, ids, mask = processor.batch(prompts, completions, model.device)
-    return (*grpo.token_logprobs(vlm.completion_logits(model, inputs, ids.shape[1]), ids, temperature), mask)
-
-
-def frozen_logprobs(model, processor, batch: Batch, s: Settings) -> list[torch.Tensor]:
-    """Log-probabilities of each response (n_i,), without gradient, by a model whose weights are whole."""
-    rows: list = [None] * len(batch.completions)
-    with torch.no_grad():
-        for part in micro_batches([(len(p.ids), len(c)) for p, c in zip(batch.prompts, batch.completions)], s):
-            logp, _, _ = logprobs(model, processor, [batch.prompts[i] for i in part], [batch.completions[i] for i in part], s.temperature)
-            for i, row in zip(part, logp):
-                rows[i] = row[:len(batch.completions[i])]
-    return rows
-
-
-def reference_logprobs(model, reference, *arguments) -> list[torch.Tensor]:
-    """`frozen_logprobs` under the starting policy: the model with its adapters off, or a copy that waits on the CPU."""
-    if reference is None:
-        with parallel.gathered(model), model.disable_adapter():
-            return frozen_logprobs(model, *arguments)
-    try:
-        return frozen_logprobs(reference.to(model.device), *arguments)
-    finally:
-        reference.to("cpu")
-
-
 def update(model, reference, processor, optimizer, batch: Batch, s: Settings) -> dict:
-    """Clipped updates over a step's batch. Returns statistics over all of them; one with a non-finite loss or gradient is skipped.
-    Minibatches and normalisers are of all ranks' responses, numbered by rank: where they are computed changes nothing."""
-    tokens = parallel.gather([own := [] if batch.idle else list(map(len, batch.completions))])      # a list per rank
-    first, tokens = sum(map(len, tokens[:parallel.rank()])), torch.tensor([count for each in tokens for count in each])
-    n, stats, norms, skipped = len(tokens), [], [], 0
-    size = s.minibatch or n
+    """`clipped_updates` over a step's batch; minibatches and normalisers are of all ranks' responses."""
+    own = [] if batch.idle else list(map(len, batch.completions))
+    tokens = torch.tensor(parallel.gather(own))                                                         # of all ranks' responses
     lengths = [(len(p.ids), len(c)) for p, c in zip(batch.prompts, batch.completions)]
-    pick = lambda part: ([batch.prompts[i] for i in part], [batch.completions[i] for i in part])
     padded = lambda rows, part: rows and torch.nn.utils.rnn.pad_sequence([rows[i] for i in part], batch_first=True)     # (B, n)
     old = ref = None
-    if s.epochs * math.ceil(n / size) > 1:      # else the only update starts at ratio 1, and its own log-probabilities serve
+    if s.epochs * math.ceil(len(tokens) / (s.minibatch or len(tokens))) > 1:        # else the only update starts at ratio 1, and its own log-probabilities serve
         with parallel.gathered(model):
-            old = frozen_logprobs(model, processor, batch, s)
+            old = frozen_logprobs(model, processor, batch.prompts, batch.completions, s)
     if s.beta:
-        ref = reference_logprobs(model, reference, processor, batch, s)
-    for _ in range(s.epochs):
-        for rows in parallel.permutation(n).split(size):
-            normalizer = grpo.loss_normalizer(torch.arange(int(tokens[rows].max())) < tokens[rows, None], s.aggregate, s.max_new_tokens)
-            rows, seen = rows[(rows >= first) & (rows < first + len(own))] - first, []                      # this rank's
-            for part in parallel.even(list(micro_batches([lengths[i] for i in rows], s))):
-                counts, part = part is not None, [lengths.index(min(lengths, key=sum))] if part is None else rows[part].tolist()
-                logp, entropy, mask = logprobs(model, processor, *pick(part), s.temperature)                # (B, n)
-                mask = mask & counts
-                loss, stat = grpo.policy_loss(logp, padded(old, part), batch.advantages[part].to(logp.device), mask, ref_logp=padded(ref, part), beta=s.beta,
-                                              clip=(s.clip_low, s.clip_high), aggregate=s.aggregate, normalizer=normalizer)
-                (loss * parallel.world_size()).backward()                            # ranks' gradients are averaged
-                seen += [stat | {"entropy": (entropy.detach() * mask).sum() / mask.sum()}] * counts
-            seen = parallel.gather([{name: float(x) for name, x in stat.items()} for stat in seen])
-            stats.append(grpo.merge_stats(seen))
-            if math.isfinite(stats[-1]["loss"]):
-                norm, stepped = grpo.clip_and_step(optimizer, model, s.max_norm)
-            else:
-                norm, stepped = math.nan, False
-                optimizer.zero_grad()
-            norms += [norm] if stepped else []
-            skipped += not stepped
-    mean = {k: float(np.mean([x[k] for x in stats])) for k in ("loss", "old_kl", "ref_kl", "clip_low", "clip_high", "entropy")}
-    return mean | {"ratio_max": max(x["ratio_max"] for x in stats), "updates": len(norms),
-                   "skipped": skipped, "grad_norm": float(np.mean(norms)) if norms else 0.0}
+        ref = reference_logprobs(model, reference, processor, batch.prompts, batch.completions, s)
+
+    def loss(part, normalizer: float):
+        counted, part = part is not None, [lengths.index(min(lengths, key=sum))] if part is None else part
+        logp, entropy, mask = logprobs(model, processor, [batch.prompts[i] for i in part], [batch.completions[i] for i in part], s.temperature)     # (B, n)
+        mask = mask & counted
+        value, stat = grpo.policy_loss(logp, padded(old, part), batch.advantages[part].to(logp.device), mask, ref_logp=padded(ref, part), beta=s.beta,
+                                       clip=(s.clip_low, s.clip_high), aggregate=s.aggregate, normalizer=normalizer)
+        return value, stat | {"entropy": (entropy.detach() * mask).sum() / mask.sum()}
+    return clipped_updates(model, optimizer, len(own), s.epochs, s.minibatch,
+                           lambda rows: [rows[part].tolist() for part in micro_batches([lengths[i] for i in rows], s)],
+                           lambda rows: grpo.loss_normalizer(torch.arange(int(tokens[rows].max())) < tokens[rows, None], s.aggregate, s.max_new_tokens),
+                           loss, s.max_norm)
 
 
 def train(s: Settings, out: Path, model, reference, processor, rows: list[Row], heldout: list[Row], step: int, optimizer, before: dict,
@@ -354,10 +310,6 @@ def run(s: Settings, given: set[str] = frozenset()) -> int:
         raise ValueError(f"{stage} needs --model: a folder or hub id")
     if s.reward == "verl" and s.data == "arrows":
         raise ValueError("--reward verl reads boxed answers, which the arrows do not have; give --data")
-    if s.prompts < parallel.world_size():
-        raise ValueError(f"--prompts {s.prompts} for {parallel.world_size()} ranks: each needs one")
-    if s.offload_optimizer and parallel.world_size() > 1:
-        raise ValueError("--offload_optimizer is for one process; ranks divide the optimiser's state among them already")
     torch.set_num_threads(s.threads or os.cpu_count())
     logging.disable_progress_bar()
     job.make_folder(out)

@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
-from tokenizers import Tokenizer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -297,7 +296,8 @@ class OpenVLA(nn.Module):
         Uses the checkpoint's tokenizer.json: FileNotFoundError if it has none, ValueError if it is another model's."""
         if "tokenizer.json" not in self.files:
             raise FileNotFoundError("prompt_ids needs tokenizer.json; copy it into the checkpoint from the original one")
-        self.tokenizer = self.tokenizer or read_tokenizer(self.files["tokenizer.json"])
+        import checkpoints                      # here and below, because that file needs this one, and the model alone can do without it
+        self.tokenizer = self.tokenizer or checkpoints.read_tokenizer(self.files["tokenizer.json"])
         rows = []
         for task in [instructions] if isinstance(instructions, str) else instructions:
             prompt = f"In: What action should the robot take to {task.lower()}?\nOut:"
@@ -339,18 +339,18 @@ class OpenVLA(nn.Module):
 
         FileNotFoundError: no such folder, config or shard. ValueError: truncated file, or tensors that are missing,
         unknown or mis-shaped. All of it is checked from the headers, before any weight is read."""
-        import checkpoints                      # here and below, so that the model can be copied without that file
+        import checkpoints
         folder = checkpoints.local_folder(path)
         config, preprocessor = checkpoints.read_json(folder / "config.json"), checkpoints.read_json(folder / "preprocessor_config.json")
         tensors = checkpoints.read_headers(folder)
         found = {name: shape for name, (_, shape) in tensors.items()}
-        sizes = [tower_size(found, f"vision_backbone.{tower}", folder) for tower in ("featurizer", "fused_featurizer")]
+        sizes = [checkpoints.tower_size(found, f"vision_backbone.{tower}", folder) for tower in ("featurizer", "fused_featurizer")]
         files = {f.name: f.read_bytes() for f in folder.iterdir()
                  if f.suffix in (".json", ".py", ".model") and not f.name.endswith(".index.json")}
         with torch.device("meta"):                      # no memory yet: the tensors of the file become the parameters
             model = cls(config, *sizes, preprocessor=preprocessor, files=files)
         model.norm_stats = checkpoints.action_statistics(folder)
-        if wrong := misfits(config, found, folder):
+        if wrong := checkpoints.misfits(config, found, folder):
             raise ValueError(wrong[0])
         for file in sorted({file for file, _ in tensors.values()}):
             with safe_open(file, "pt", device=str(device or "cpu")) as shard:
@@ -369,44 +369,6 @@ class OpenVLA(nn.Module):
 
 
 # Checks
-
-def read_tokenizer(text: bytes) -> Tokenizer:
-    """tokenizer.json as it is (transformers 5 would rebuild Llama's by its own rules), without padding or truncation. ValueError if it is not
-    Llama-2's: its words would be other embeddings' numbers, and the policy would see another instruction."""
-    try:
-        tokenizer = Tokenizer.from_str(text.decode())
-    except Exception as error:                          # the tokenizers library raises nothing more special
-        raise ValueError(f"tokenizer.json cannot be read ({error}); copy it again from the original checkpoint") from None
-    for word, number in (("<s>", BOS), ("</s>", EOS), ("▁", SPACE)):
-        if tokenizer.token_to_id(word) != number:
-            raise ValueError(f"tokenizer.json gives {word!r} the number {tokenizer.token_to_id(word)}, OpenVLA's Llama-2 {number}; "
-                             "copy it from the original checkpoint")
-    tokenizer.no_padding(), tokenizer.no_truncation()
-    return tokenizer
-
-
-def misfits(config: dict, shapes: dict[str, tuple[int, ...]], folder: Path) -> list[str]:
-    """A line if the tensors are not those of the OpenVLA that config.json describes, else none."""
-    sizes = [tower_size(shapes, f"vision_backbone.{tower}", folder) for tower in ("featurizer", "fused_featurizer")]
-    with torch.device("meta"):
-        wanted = {name: tuple(p.shape) for name, p in OpenVLA(config, *sizes).state_dict().items()}
-    wrong = [name for name in {**wanted, **shapes} if shapes.get(name) != wanted.get(name)]
-    if not wrong:
-        return []
-    return [f"{folder}: {len(wrong)} tensors are not OpenVLA's; the first, {wrong[0]}, has shape {shapes.get(wrong[0], 'missing')} and should be "
-            f"{wanted.get(wrong[0], 'absent')}; give a complete checkpoint whose config.json fits"]
-
-
-def tower_size(shapes: dict[str, tuple[int, ...]], prefix: str, folder: Path) -> tuple[int, int, int]:
-    """(width, depth, mlp) of a tower; config.json does not tell them, the tensors do."""
-    patch, mlp = f"{prefix}.patch_embed.proj.weight", f"{prefix}.blocks.0.mlp.fc1.weight"
-    for name in (patch, mlp):
-        if name not in shapes:
-            raise ValueError(f"{folder} lacks the tensor {name}; give a checkpoint of OpenVLA with two towers")
-    start = f"{prefix}.blocks."
-    depth = 1 + max(int(name[len(start):].split(".")[0]) for name in shapes if name.startswith(start))
-    return shapes[patch][0], depth, shapes[mlp][0]
-
 
 def _check_inputs(input_ids, attention_mask, pixel_values) -> None:
     if input_ids.ndim != 2 or attention_mask.shape != input_ids.shape:

@@ -22,7 +22,6 @@ Paper and published code differ; where they do, the line says so. `--reward bina
     python vla_srpo.py --suite libero_object --tasks 0 1 2 --fast_sim --model out/libero_sft --groups 8 --horizon 200     # LIBERO itself
 """
 import json
-import math
 import os
 import shutil
 import sys
@@ -34,12 +33,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: idle thr
 
 import numpy as np
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
-import envs
 import eval as evaluation
 import grpo
 import job
@@ -50,9 +48,9 @@ import plan
 import policies
 import rewards
 import rollouts
-import vla
 import world_model
 from job import flag
+from policy_update import check_update, clipped_updates
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -134,103 +132,29 @@ def check(s: Settings) -> None:
         raise ValueError(f"--alpha must lie in [0, 1), got {s.alpha}: a failure must earn less than a success")
     if 0 < s.tables < s.workers:
         raise ValueError(f"--tables {s.tables} is less than --workers {s.workers}: each worker needs one")
-    if not s.clip_low < 1:
-        raise ValueError(f"--clip_low must be below 1, got {s.clip_low}")
     if s.suite == "tabletop" and s.workers > (s.tables or 128):
         raise ValueError(f"--workers {s.workers} for 128 tables: each worker needs one; set --tables")
-    if s.groups < parallel.world_size():
-        raise ValueError(f"--groups {s.groups} for {parallel.world_size()} ranks: each needs one")
-    if s.offload_optimizer and parallel.world_size() > 1:
-        raise ValueError("--offload_optimizer is for one process; ranks divide the optimiser's state among them already")
+    check_update(s, "groups")
 
 
-@dataclass
-class Batch:
-    """The executed chunks of one step's rollouts that have an advantage; a row is a policy call, N of them."""
-    frames: torch.Tensor        # (N, 1, side, side, 3) uint8
-    instructions: list[str]
-    bins: torch.Tensor          # (N, 56) int64
-    logp: torch.Tensor          # (N, 56) float32, under the policy and the temperature they were sampled at
-    mask: torch.Tensor          # (N, 56) bool: tokens of actions that ran before the episode ended
-    advantage: torch.Tensor     # (N,) float32
-    trajectory: torch.Tensor    # (N,) int64, the rollout a chunk belongs to
-
-
-def collate(episodes: list[rollouts.Episode], advantages: torch.Tensor, instructions: tuple[str, ...] = envs.TASKS) -> Batch:
-    """Rollouts and their advantages (N,) -> the rows to train on. Old log-probabilities are those of sampling, because one
-    model does both; the published code recomputes them."""
-    rows = [(i, e, j) for i, e in enumerate(episodes) if advantages[i] != 0 for j in range(len(e.executed))]
-    if not rows:
-        empty = torch.empty(0, vla.ACTION_TOKENS)
-        return Batch(empty, [], empty.long(), empty, empty.bool(), torch.empty(0), torch.empty(0, dtype=torch.long))
-    executed = torch.tensor([e.executed[j] for _, e, j in rows])
-    return Batch(frames=torch.from_numpy(np.stack([e.records[j].frame for _, e, j in rows])),
-                 instructions=[instructions[e.start.task] for _, e, _ in rows],
-                 bins=torch.stack([e.records[j].bins for _, e, j in rows]),
-                 logp=torch.stack([e.records[j].logp for _, e, j in rows]),
-                 mask=torch.arange(vla.ACTION_TOKENS) // vla.ACTION_DIM < executed[:, None],
-                 advantage=torch.stack([advantages[i] for i, _, _ in rows]),
-                 trajectory=torch.tensor([i for i, _, _ in rows]))
-
-
-def logprobs(policy, batch: Batch, part: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Of the bins of some rows, (B, 56) float32."""
-    inputs = (*policy.prompt_ids([batch.instructions[i] for i in part]), policy.pixel_values(batch.frames[part]))
-    logits = policy(*inputs)                                                                                    # (B, 56, 256)
-    return grpo.token_logprobs(logits, batch.bins[part].to(logits.device), temperature)[0]
-
-
-def reference_logprobs(policy, reference, batch: Batch, s: Settings) -> torch.Tensor:
-    """Of all rows under the starting policy, (N, 56): the policy with its adapters off, or a copy that waits on the CPU."""
-    device = next(policy.parameters()).device
-    with torch.no_grad(), parallel.gathered(policy), policies.adapters_off(policy):
-        model = policy if reference is None else reference.to(device)
-        rows = [logprobs(model, batch, part, s.temperature) for part in torch.arange(len(batch.bins)).split(s.micro_batch)]
-    if reference is not None:
-        reference.to("cpu")
-    return torch.cat(rows)
-
-
-def update(policy, reference, optimizer, batch: Batch, s: Settings) -> dict:
-    """Clipped updates over a step's batch. Loss (SRPO-VLA, and its code): mean over a rollout's valid tokens, then over
-    rollouts. Returns statistics over all updates; a minibatch with a non-finite loss or gradient is skipped and counted.
-    Minibatches are of all ranks' rows, numbered by rank; a rank whose one row has no valid token only fills up passes."""
-    stats, norms, skipped, stop = [], [], 0, False
+def update(policy, reference, optimizer, batch: policies.Batch, s: Settings) -> dict:
+    """`clipped_updates` over a step's batch. Loss (SRPO-VLA, and its code): mean over a rollout's valid tokens, then over rollouts.
+    A rank whose one row has no valid token only fills up passes."""
     weight = grpo.trajectory_weights(batch.mask, batch.trajectory)                  # (N,)
-    counts = parallel.gather([int(batch.mask.any(1).sum())])                        # rows of each rank
-    first, own, total = sum(counts[:parallel.rank()]), counts[parallel.rank()], sum(counts)
+    own = int(batch.mask.any(1).sum())
+    total = sum(parallel.gather([own]))
     n_rollouts = sum(parallel.gather([grpo.loss_normalizer(batch.mask, "sequence", row_weight=weight) if own else 0.0]))
     device = next(policy.parameters()).device
-    ref = reference_logprobs(policy, reference, batch, s) if s.beta else None       # (N, 56)
-    for _ in range(s.epochs):
-        for rows in parallel.permutation(total).split(s.minibatch):
-            normalizer, seen = n_rollouts * len(rows) / total, []                     # expectation: the whole batch's gradient
-            rows = rows[(rows >= first) & (rows < first + own)] - first             # this rank's
-            for part in parallel.even(list(rows.split(s.micro_batch)) if len(rows) else []):
-                counted, part = part is not None, torch.tensor([0]) if part is None else part
-                old, adv, mask = (x[part].to(device) for x in (batch.logp, batch.advantage, batch.mask & counted))
-                logp = logprobs(policy, batch, part, s.temperature)
-                loss, stat = grpo.policy_loss(logp, old, adv, mask, ref_logp=None if ref is None else ref[part], clip=(s.clip_low, s.clip_high), beta=s.beta,
-                                              aggregate="sequence", row_weight=weight[part].to(device), normalizer=normalizer)
-                (loss * parallel.world_size()).backward()                                # ranks' gradients are averaged
-                seen.append({name: float(x) for name, x in stat.items()})
-            stats.append(grpo.merge_stats(parallel.gather(seen)))
-            if s.target_kl and stats[-1]["old_kl"] > s.target_kl:
-                optimizer.zero_grad()
-                stop = True
-                break
-            if math.isfinite(stats[-1]["loss"]):
-                norm, stepped = grpo.clip_and_step(optimizer, policy, s.max_norm)
-            else:
-                norm, stepped = math.nan, False
-                optimizer.zero_grad()
-            norms += [norm] if stepped else []
-            skipped += not stepped
-        if stop:
-            break
-    mean = {k: float(np.mean([x[k] for x in stats])) for k in ("loss", "old_kl", "ref_kl", "clip_low", "clip_high")} if stats else {}
-    return mean | {"ratio_max": max((x["ratio_max"] for x in stats), default=1.0), "updates": len(norms), "skipped": skipped,
-                   "grad_norm": float(np.mean(norms)) if norms else 0.0}
+    ref = policies.reference_logprobs(policy, reference, batch, s) if s.beta else None       # (N, 56)
+
+    def loss(part, normalizer: float):
+        counted, part = part is not None, torch.tensor([0]) if part is None else part
+        old, adv, mask = (x[part].to(device) for x in (batch.logp, batch.advantage, batch.mask & counted))
+        logp = policies.logprobs(policy, batch, part, s.temperature)
+        return grpo.policy_loss(logp, old, adv, mask, ref_logp=None if ref is None else ref[part], clip=(s.clip_low, s.clip_high), beta=s.beta,
+                                aggregate="sequence", row_weight=weight[part].to(device), normalizer=normalizer)
+    return clipped_updates(policy, optimizer, own, s.epochs, s.minibatch, lambda rows: list(rows.split(s.micro_batch)),
+                           lambda rows: n_rollouts * len(rows) / total, loss, s.max_norm, s.target_kl)     # expectation: the whole batch's gradient
 
 
 def score(episodes: list[rollouts.Episode], encoder, s: Settings) -> tuple[np.ndarray, rewards.ProgressRecord | None]:
@@ -293,9 +217,9 @@ def train(s: Settings, suite: rollouts.Suite, out: Path, step: int, policy, aver
             advantages *= torch.from_numpy(mixed(np.array([e.success for e in episodes]), s)).view_as(advantages)
             used = (advantages != 0).any(1)
 
-            batch = collate(played, advantages.flatten()[first:first + len(played)], suite.instructions)            # 4. update
+            batch = policies.collate(played, advantages.flatten()[first:first + len(played)], suite.instructions)  # 4. update
             if not len(batch.mask):                 # this rank's part in the others' update: a row without a valid token
-                batch = Batch(**{name: x[:1] for name, x in vars(collate(played[:1], torch.ones(1), suite.instructions)).items()})
+                batch = policies.Batch(**{name: x[:1] for name, x in vars(policies.collate(played[:1], torch.ones(1), suite.instructions)).items()})
                 batch.mask[:] = False
             stats = update(policy, reference, optimizer, batch, now) if used.any() else {"updates": 0, "skipped": 0}
             tokens = sum(parallel.gather([int(batch.mask.sum())]))
@@ -357,18 +281,6 @@ def film(policy, starts: list[rollouts.Start], key: str, path: Path) -> None:
             evaluation.film(policy, starts, key, path)
 
 
-def running_average(decay: float):
-    """For AveragedModel: an exponential average, over fewer steps at first, while the policy changes fast."""
-    return lambda averages, weights, n: get_ema_multi_avg_fn(min(decay, (1 + int(n)) / (10 + int(n))))(averages, weights, n)
-
-
-def kept(policy, average) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """What a checkpoint holds beside the optimiser: the weights that are trained, and their running average."""
-    trained = parallel.trainable(policy)
-    return trained, {} if average is None else {f"average.{name}": x for name, x in average.state_dict().items()
-                                                if name == "n_averaged" or name.removeprefix("module.") in trained}
-
-
 def describe(suite, episodes, reward, advantages, record, i: int) -> str:
     """One rollout in a line: the next failure after the i-th, if there is one that was compared with successes."""
     distances = record.distances if record is not None else np.full(len(episodes), np.nan)
@@ -381,7 +293,7 @@ def describe(suite, episodes, reward, advantages, record, i: int) -> str:
 
 
 def save(out: Path, s: Settings, step: int, policy, average, optimizer) -> None:
-    weights, averaged = kept(policy, average)
+    weights, averaged = policies.kept(policy, average)
     parallel.save_checkpoint(out / "checkpoint", weights, optimizer, {"step": step, "settings": asdict(s)}, averaged)
 
 
@@ -419,12 +331,12 @@ def run(s: Settings, given: set[str]) -> int:
     if parallel.rank() == 0:
         evaluation.note_training(policy, key, s.fast_sim, [splits(s)[1]])
     job.make_folder(out)                    # whatever is wrong with the models or OpenGL has shown by now
-    average = AveragedModel(policy, multi_avg_fn=running_average(s.average)) if s.average else None
+    average = AveragedModel(policy, multi_avg_fn=policies.running_average(s.average)) if s.average else None
     optimizer = grpo.make_optimizer(parallel.shard(policy), s.lr, betas=(0.9, 0.99), offload=s.offload_optimizer)
     if average is not None:
         parallel.shard(average.module)
     if saved:
-        weights, averaged = kept(policy, average)
+        weights, averaged = policies.kept(policy, average)
         parallel.load_checkpoint(out / "checkpoint", weights | averaged, optimizer)
     if parallel.rank() == 0:
         (out / "settings.json").write_text(json.dumps(asdict(replace(s, out="", resume="")), indent=1) + "\n")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -26,6 +27,16 @@ def as_torch_starts():
 # Policies, rows, what is installed
 
 STATS = {"tabletop": {"action": {"q01": [-0.5] * 3 + [0.0] * 4, "q99": [0.5] * 3 + [0.0] * 3 + [1.0], "mask": [True] * 6 + [False]}}}
+
+
+def fake_episode(start, executed: list[int], seed: int):
+    """An Episode of random images and records, a policy call for each number in `executed`; it succeeds if the last is below 8."""
+    import policies
+    from rollouts import Episode
+    rng, g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    images = list(rng.integers(0, 256, (len(executed) + 1, 64, 64, 3), np.uint8))
+    records = [policies.Call(image[None], torch.randint(256, (56,), generator=g), -torch.rand(56, generator=g), 1.0) for image in images[:-1]]
+    return Episode(start, images, records, list(executed), success=executed[-1] < 8)
 
 
 def needs(*packages: str):

@@ -132,11 +132,11 @@ def vla_updates(kind: str) -> tuple[dict, dict]:
     if kind != "tiny":
         policy.prompt_ids = lambda texts: (torch.tensor([[vla.BOS, 5, 9, vla.SPACE]]).expand(len(texts), -1), torch.ones(len(texts), 4, dtype=torch.long))
     policy = policies.prepared(policy.to(torch.bfloat16) if kind == "bf16" else policy, s)
-    batch = vla_srpo.Batch(frames=torch.randint(256, (12, 1, size, size, 3), dtype=torch.uint8), instructions=["red cube"] * 12,
+    batch = policies.Batch(frames=torch.randint(256, (12, 1, size, size, 3), dtype=torch.uint8), instructions=["red cube"] * 12,
                            bins=torch.randint(256, (12, 56)), logp=torch.full((12, 56), -5.5), mask=torch.rand(12, 56) < 0.8,
                            advantage=torch.randn(12), trajectory=torch.tensor([0] * 4 + [1] * 4 + [2] * 2 + [3] * 2))
     own = slice(None) if parallel.world_size() == 1 else slice(0, 10) if parallel.rank() == 0 else slice(10, 12)
-    batch = vla_srpo.Batch(**{name: x[own] for name, x in vars(batch).items()})
+    batch = policies.Batch(**{name: x[own] for name, x in vars(batch).items()})
     optimizer = steady(grpo.make_optimizer(parallel.shard(policy), 1e-3))
     torch.manual_seed(2 + parallel.rank())
     stats = vla_srpo.update(policy, None, optimizer, batch, s)

@@ -189,7 +189,7 @@ def test_openvla_s_peaks(changes, tmp_path):
     model.prompt_ids = lambda texts: (torch.full((len(texts), plan.PROMPT_TOKENS), 5), torch.ones(len(texts), plan.PROMPT_TOKENS).long())
     optimizer = grpo.make_optimizer(model, 1e-6)
     live = Live([*model.parameters()])
-    batch = vla_srpo.Batch(torch.zeros(4, 1, 224, 224, 3, dtype=torch.uint8), ["go"] * 4, torch.zeros(4, 56, dtype=torch.long), torch.zeros(4, 56),
+    batch = policies.Batch(torch.zeros(4, 1, 224, 224, 3, dtype=torch.uint8), ["go"] * 4, torch.zeros(4, 56, dtype=torch.long), torch.zeros(4, 56),
                            torch.ones(4, 56).bool(), torch.ones(4), torch.arange(4))
 
     def update():

@@ -1,4 +1,5 @@
-"""policies.py: sampled bins against scipy and naive log-probabilities, greedy ones against a loop, adapters against the policy they are merged into."""
+"""policies.py: sampled bins against scipy and naive log-probabilities, greedy ones and rows to train on against loops, adapters against the policy
+they are merged into."""
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import envs
 import policies
 import vla
 import vla_srpo
-from conftest import STATS
+from conftest import STATS, fake_episode
+from rollouts import Start
 from tiny_vla import TinyVLA
 
 KEY = "tabletop"
@@ -112,6 +114,26 @@ def test_sampler_frequencies(temperature):
     assert freedom > 500 and 0.001 < chi2.sf(statistic, freedom) < 0.999
     wrong = n * torch.softmax(logits.double() / (temperature * 1.1), -1).numpy()                # the test can tell
     assert ((observed - wrong)[expected > 5] ** 2 / wrong[expected > 5]).sum() > statistic + 200
+
+
+# The rows to train on
+
+def test_collate_takes_the_executed_tokens():
+    episodes = [fake_episode(Start(task, i), executed, i) for i, (task, executed) in enumerate(
+        [(0, [8, 8, 3]), (3, [8, 8]), (2, [1]), (1, [8, 7]), (0, [8] * 6)])]
+    advantages = torch.tensor([0.5, -1.0, 2.0, 0.0, -0.25])                                     # the fourth says nothing
+    batch = policies.collate(episodes, advantages)
+    rows = [(i, j) for i, e in enumerate(episodes) if i != 3 for j in range(len(e.executed))]
+    assert len(batch.mask) == len(rows) == 12
+    for n, (i, j) in enumerate(rows):
+        e = episodes[i]
+        assert batch.mask[n].tolist() == [t < 7 * e.executed[j] for t in range(56)]
+        assert torch.equal(batch.bins[n], e.records[j].bins) and torch.equal(batch.logp[n], e.records[j].logp)
+        np.testing.assert_array_equal(batch.frames[n, 0], e.images[j])
+        assert batch.instructions[n] == envs.TASKS[e.start.task]
+        assert batch.advantage[n] == advantages[i] and batch.trajectory[n] == i
+    empty = policies.collate(episodes, torch.zeros(5))
+    assert len(empty.mask) == 0 and empty.instructions == []
 
 
 # Adapters

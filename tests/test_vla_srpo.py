@@ -25,7 +25,7 @@ import rollouts
 import vla_srpo
 import world_model
 import world_model_train
-from conftest import STATS
+from conftest import STATS, fake_episode
 from rollouts import Episode, Start
 from tiny_vla import TinyVLA
 from vla_srpo import Settings
@@ -41,32 +41,7 @@ def tiny_policy(seed: int = 0) -> TinyVLA:
     return policy
 
 
-# Collecting a batch
-
-def fake_episode(start: Start, executed: list[int], seed: int) -> Episode:
-    rng, g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    images = list(rng.integers(0, 256, (len(executed) + 1, 64, 64, 3), np.uint8))
-    records = [policies.Call(image[None], torch.randint(256, (56,), generator=g), -torch.rand(56, generator=g), 1.0) for image in images[:-1]]
-    return Episode(start, images, records, list(executed), success=executed[-1] < 8)
-
-
-def test_collate_takes_the_executed_tokens():
-    episodes = [fake_episode(Start(task, i), executed, i) for i, (task, executed) in enumerate(
-        [(0, [8, 8, 3]), (3, [8, 8]), (2, [1]), (1, [8, 7]), (0, [8] * 6)])]
-    advantages = torch.tensor([0.5, -1.0, 2.0, 0.0, -0.25])                                     # the fourth says nothing
-    batch = vla_srpo.collate(episodes, advantages)
-    rows = [(i, j) for i, e in enumerate(episodes) if i != 3 for j in range(len(e.executed))]
-    assert len(batch.mask) == len(rows) == 12
-    for n, (i, j) in enumerate(rows):
-        e = episodes[i]
-        assert batch.mask[n].tolist() == [t < 7 * e.executed[j] for t in range(56)]
-        assert torch.equal(batch.bins[n], e.records[j].bins) and torch.equal(batch.logp[n], e.records[j].logp)
-        np.testing.assert_array_equal(batch.frames[n, 0], e.images[j])
-        assert batch.instructions[n] == envs.TASKS[e.start.task]
-        assert batch.advantage[n] == advantages[i] and batch.trajectory[n] == i
-    empty = vla_srpo.collate(episodes, torch.zeros(5))
-    assert len(empty.mask) == 0 and empty.instructions == []
-
+# What is shown, what is trained on
 
 def test_the_sample_shown_is_a_failure_with_a_distance():
     """The next one from the i-th; where no failure was compared with successes any failure, where there is none the i-th."""
@@ -88,7 +63,7 @@ def test_images_are_prepared_once(monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
     torch.manual_seed(0)
     _, calls = policies.sampler(policy, 1.0, "tabletop")(images, ["go", "stop"])
-    batch = vla_srpo.collate([Episode(Start(0, 0), list(images), calls, [8, 8])], torch.ones(1))
+    batch = policies.collate([Episode(Start(0, 0), list(images), calls, [8, 8])], torch.ones(1))
     monkeypatch.setattr(policies, "policy_frames", pytest.fail)
     vla_srpo.update(policy, None, grpo.make_optimizer(policy, 1e-3), batch, settings())
     np.testing.assert_array_equal(shown[0], 255 - images[:, None])
@@ -116,7 +91,7 @@ def batch(policy):
     _, records = policies.sampler(policy, TEMPERATURE, "tabletop")(images, instructions)
     executed = torch.tensor([8, 8, 3, 8, 8, 5, 8, 8, 8, 1, 8, 6])
     trajectory = torch.repeat_interleave(torch.arange(5), torch.tensor(LENGTHS))
-    return vla_srpo.Batch(torch.from_numpy(images[:, None]), instructions, torch.stack([call.bins for call in records]),
+    return policies.Batch(torch.from_numpy(images[:, None]), instructions, torch.stack([call.bins for call in records]),
                           torch.stack([call.logp for call in records]), torch.arange(56) // 7 < executed[:, None],
                           torch.tensor([1.5, -0.5, 0.7, -1.2, 0.1])[trajectory], trajectory)
 
@@ -251,7 +226,7 @@ def test_non_finite_loss_or_gradient_is_skipped_and_counted(policy, batch):
 
 def test_target_kl_ends_the_updates(policy, batch):
     optimizer = grpo.make_optimizer(policy, 1e-2)
-    far = vla_srpo.Batch(**vars(batch) | {"logp": batch.logp + 0.5})            # k3 of ratio e^-0.5: 0.1065
+    far = policies.Batch(**vars(batch) | {"logp": batch.logp + 0.5})            # k3 of ratio e^-0.5: 0.1065
     before = snapshot(policy, optimizer)
     stats = vla_srpo.update(policy, None, optimizer, far, settings(minibatch=4, epochs=3, target_kl=0.1))
     assert stats["updates"] == 0 and stats["skipped"] == 0 and unchanged(before, policy, optimizer)
