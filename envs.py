@@ -4,7 +4,7 @@ What is here
 1. `Tabletop`: a gripper on a gantry, two cubes, two plates, one camera. Four tasks named by an instruction, each with 50 training and 50
    held-out initial states that never overlap. 7-dimensional actions in [-1, 1] with LIBERO's meaning: (dx, dy, dz, droll, dpitch, dyaw, gripper).
 2. `Expert`: the scripted demonstrator (reads the simulator's state, which the policy never sees).
-3. `ActionChunk`: one step = one chunk of 8 actions, cut short at success; one frame rendered per chunk instead of eight.
+3. `ActionChunk`: one step = one chunk of 8 actions, cut short at success; one frame rendered per chunk instead of eight, unless more are asked for.
 
 Left out on purpose: domain randomisation, proprioception and wrist camera (the paper's policy sees one agent-view image and the instruction).
 
@@ -294,9 +294,11 @@ class Expert:
 
 
 class ActionChunk(gymnasium.Wrapper):
-    """One step executes a chunk of actions, (CHUNK, 7), and stops where the episode ends; a single frame is rendered, at the end.
+    """One step executes a chunk of actions, (CHUNK, 7), and stops where the episode ends; a single frame is rendered, at the end, or one
+    after every `every` actions too, for who wants a video.
 
     info["executed"]: number of actions that ran before success or the horizon; the tokens of the others must not be trained on.
+    info["between"]: the frames before the last, uint8 (H, W, 3) each; (executed - 1) // every of them.
     """
 
     def __init__(self, env: Tabletop, chunk: int = CHUNK):
@@ -304,14 +306,17 @@ class ActionChunk(gymnasium.Wrapper):
         self.chunk = chunk
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (chunk, 7), np.float32)
 
-    def step(self, action):
+    def step(self, action, every: int = CHUNK):
         if np.shape(action) != (self.chunk, 7):
             raise ValueError(f"a chunk of actions has shape ({self.chunk}, 7), got {np.shape(action)}")
-        env, executed, ended = self.env.unwrapped, 0, False
+        env, executed, ended, between = self.env.unwrapped, 0, False, []
         while executed < self.chunk and not ended:
+            if executed and executed % every == 0:
+                between.append(env.observe()["image"])
             ended = env.advance(action[executed])
             executed += 1
-        return (env.observe(), float(env.success), env.success, ended and not env.success, {**env._info(), "executed": executed})
+        return (env.observe(), float(env.success), env.success, ended and not env.success,
+                {**env._info(), "executed": executed, "between": between})
 
 
 def main() -> None:

@@ -88,7 +88,7 @@ def evaluate_vla(policy, workers: rollouts.Workers, split: str, key: str, states
                 file.write(json.dumps(rows[-1]) + "\n")
         if videos is not None:
             videos.append(replace(episode, images=[*episode.images]))
-        episode.images.clear()                                  # 500 episodes of 256 px frames would fill the memory
+        episode.images.clear(), episode.between.clear()         # 500 episodes of 256 px frames would fill the memory
         bar.update()
     rollouts.play(policies.greedy(policy, key), workers, starts, finished, suite)
     bar.close()

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 
 import gymnasium
 import numpy as np
@@ -62,15 +63,17 @@ def tabletop(tasks: tuple[int, ...] = ()) -> Suite:
 class TableBatch(gymnasium.Env):
     """`n` chunked tables of one process stepped by one call, so that pipes and images are paid for once per batch.
 
-    reset(options={"slots": [(slot, Start), ...]}) starts episodes on some tables; step({"chunk": (n, envs.CHUNK, 7), "active": (n,)})
-    advances the active ones. Observation: {"image": uint8 (n, size, size, 3)}; info: executed (n,) int, success (n,) and ended (n,) bool.
+    reset(options={"slots": [(slot, Start), ...]}) starts episodes on some tables; step({"chunk": (n, envs.CHUNK, 7), "active": (n,), "every": int})
+    advances the active ones. Observation: {"image": uint8 (n, size, size, 3)}; info: executed (n,) int, success (n,) and ended (n,) bool, and
+    between (n, (envs.CHUNK - 1) // every, size, size, 3) uint8, of which a table has (executed - 1) // every.
     """
 
     def __init__(self, n: int, size: int = 64, horizon: int | None = envs.HORIZON, make: Callable[..., gymnasium.Env] = envs.Tabletop):
         self.tables = [envs.ActionChunk(make(size=size, horizon=horizon)) for _ in range(n)]
         self.observation_space = gymnasium.spaces.Dict({"image": gymnasium.spaces.Box(0, 255, (n, size, size, 3), np.uint8)})
         self.action_space = gymnasium.spaces.Dict({"chunk": gymnasium.spaces.Box(-1.0, 1.0, (n, envs.CHUNK, 7), np.float32),
-                                                   "active": gymnasium.spaces.MultiBinary(n)})
+                                                   "active": gymnasium.spaces.MultiBinary(n),
+                                                   "every": gymnasium.spaces.Discrete(envs.CHUNK, start=1)})
         self.images = np.zeros((n, size, size, 3), np.uint8)
         if multiprocessing.parent_process():
             signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is the main process's business
@@ -82,13 +85,16 @@ class TableBatch(gymnasium.Env):
         return {"image": self.images}, {}
 
     def step(self, action):
-        n = len(self.tables)
+        n, every = len(self.tables), int(action["every"])
         executed, success, ended = np.zeros(n, int), np.zeros(n, bool), np.zeros(n, bool)
+        between = np.zeros((n, (envs.CHUNK - 1) // every, *self.images.shape[1:]), np.uint8)
         for slot in np.flatnonzero(action["active"]):
-            observation, _, terminated, truncated, info = self.tables[slot].step(action["chunk"][slot])
+            observation, _, terminated, truncated, info = self.tables[slot].step(action["chunk"][slot], every)
             self.images[slot] = observation["image"]
             executed[slot], success[slot], ended[slot] = info["executed"], terminated, terminated or truncated
-        return {"image": self.images}, 0.0, False, False, {"executed": executed, "success": success, "ended": ended}
+            for frame, row in zip(info["between"], between[slot]):
+                row[:] = frame
+        return {"image": self.images}, 0.0, False, False, {"executed": executed, "success": success, "ended": ended, "between": between}
 
 
 class Workers:
@@ -122,25 +128,27 @@ class Workers:
         self.history |= {table: (start, []) for table, start in starts.items()}
         return {t: replies[t % self.processes][0]["image"][0, t // self.processes] for t in starts}
 
-    def step(self, chunks: dict[int, np.ndarray]) -> dict[int, tuple[np.ndarray, int, bool, bool]]:
-        """Run a chunk (8, 7) on each given table -> {table: (image, actions executed, success, ended)}."""
-        replies = self._exchange("step", chunks)
+    def step(self, chunks: dict[int, np.ndarray], every: int = envs.CHUNK) -> dict[int, tuple[np.ndarray, int, bool, bool, np.ndarray]]:
+        """Run a chunk (8, 7) on each given table -> {table: (image, actions executed, success, ended, frames before that image, one after
+        each `every` actions: uint8 (n, size, size, 3))}."""
+        replies = self._exchange("step", chunks, every)
         results = {}
         for t, chunk in chunks.items():
             (image, *_, info), row = replies[t % self.processes], t // self.processes
-            results[t] = image["image"][0, row], *(info[key][0, row].item() for key in ("executed", "success", "ended"))
+            executed, success, ended = (info[key][0, row].item() for key in ("executed", "success", "ended"))
+            results[t] = image["image"][0, row], executed, success, ended, info["between"][0, row, :(executed - 1) // every].copy()
             self.history[t][1].append(chunk)
             if results[t][3]:
                 del self.history[t]
         return results
 
-    def _exchange(self, method: str, arguments: dict[int, object]) -> dict[int, tuple]:
+    def _exchange(self, method: str, arguments: dict[int, object], every: int = envs.CHUNK) -> dict[int, tuple]:
         """One call on every process concerned, all at work at the same time -> {process: gymnasium's reply}."""
         shares = {k: {t: a for t, a in arguments.items() if t % self.processes == k} for k in range(self.processes)}
         replies, dead = {}, []
         for k in (k for k, share in shares.items() if share):
             try:
-                self._send(k, method, shares[k])
+                self._send(k, method, shares[k], every)
                 replies[k] = None
             except OSError:                                         # the pipe is broken
                 dead.append(k)
@@ -149,16 +157,16 @@ class Workers:
                 replies[k] = self._wait(k, method)
             except (EOFError, OSError):
                 dead.append(k)
-        return replies | {k: self._revive(k, method, shares[k]) for k in dead}
+        return replies | {k: self._revive(k, method, shares[k], every) for k in dead}
 
-    def _send(self, k: int, method: str, share: dict[int, object]) -> None:
+    def _send(self, k: int, method: str, share: dict[int, object], every: int = envs.CHUNK) -> None:
         if method == "reset":
             self.envs[k].reset_async(options={"slots": [(t // self.processes, start) for t, start in share.items()]})
         else:
             chunks, active = np.zeros((1, self.counts[k], envs.CHUNK, 7)), np.zeros((1, self.counts[k]), np.int8)
             for t, chunk in share.items():
                 chunks[0, t // self.processes], active[0, t // self.processes] = chunk, 1
-            self.envs[k].step_async({"chunk": chunks, "active": active})
+            self.envs[k].step_async({"chunk": chunks, "active": active, "every": np.array([every])})
 
     def _wait(self, k: int, method: str) -> tuple:
         """A process's reply. An error there is raised here, an OSError as RuntimeError: it is not the process's death. Its traceback, of which
@@ -173,7 +181,7 @@ class Workers:
                 told.add_note("\n".join(str(warning.message) for warning in said))
                 raise told
 
-    def _revive(self, k: int, method: str, share: dict[int, object]) -> tuple:
+    def _revive(self, k: int, method: str, share: dict[int, object], every: int) -> tuple:
         """Replace process k, repeat what its live tables had done, then make the call that it did not answer."""
         for attempt in range(3):
             self.replaced += 1
@@ -184,10 +192,11 @@ class Workers:
             for j in range(max((len(chunks) for _, chunks in live.values()), default=0)):
                 calls.append(("step", {t: chunks[j] for t, (_, chunks) in live.items() if len(chunks) > j}))
             try:
-                for name, past in (*calls, (method, share)):
+                for name, past in calls:
                     self._send(k, name, past)
-                    reply = self._wait(k, name)
-                return reply
+                    self._wait(k, name)
+                self._send(k, method, share, every)
+                return self._wait(k, method)
             except (EOFError, OSError):
                 continue
         raise RuntimeError(f"worker process {k} died {attempt + 2} times in a row: is memory short, or the OpenGL driver broken?")
@@ -214,6 +223,7 @@ class Episode:
     records: list = field(default_factory=list)                 # whatever the policy wants to keep of each call
     executed: list[int] = field(default_factory=list)
     success: bool = False
+    between: list[np.ndarray] = field(default_factory=list)     # uint8 (n, size, size, 3) per call: frames while its actions ran
 
     @property
     def steps(self) -> int:
@@ -221,15 +231,17 @@ class Episode:
 
     @property
     def video(self) -> np.ndarray:
-        """The frames the policy looked at and the last one, uint8 (calls + 1, size, size, 3)."""
-        return np.stack(self.images)
+        """The frames the policy looked at and the last one, with those between: uint8 (calls + 1 or more, size, size, 3)."""
+        return np.stack([self.images[0], *(frame for during, image in zip_longest(self.between, self.images[1:], fillvalue=())
+                                           for frame in (*during, image))])
 
 
 def play(act: Callable, workers: Workers, starts: list[Start], finished: Callable[[Episode], None] = lambda episode: None,
-         suite: Suite | None = None) -> list[Episode]:
+         suite: Suite | None = None, every: int = envs.CHUNK) -> list[Episode]:
     """One episode from each start, in that order. Tables take the next start as soon as they are free (the next of their last task, if
     another task would need another simulator), and every policy call covers all running tables:
     act(images uint8 (B, size, size, 3), instructions [B]) -> (actions (B, 8, 7), B records). `finished` is told of each episode's end.
+    every: env steps between the frames of `Episode.video`; those after a chunk, which the policy wants, cost nothing more.
     """
     suite = suite or tabletop()
     episodes, waiting, running, last = [Episode(s) for s in starts], list(range(len(starts)))[::-1], {}, {}
@@ -246,9 +258,9 @@ def play(act: Callable, workers: Workers, starts: list[Start], finished: Callabl
         actions, records = act(np.stack([running[t].images[-1] for t in tables]), [suite.instructions[running[t].start.task] for t in tables])
         for t, record in zip(tables, records):
             running[t].records.append(record)
-        for t, (image, executed, success, ended) in workers.step(dict(zip(tables, actions))).items():
+        for t, (image, executed, success, ended, between) in workers.step(dict(zip(tables, actions)), every).items():
             episode = running[t]
-            episode.images.append(image), episode.executed.append(executed)
+            episode.images.append(image), episode.executed.append(executed), episode.between.append(between)
             episode.success = success
             if ended:
                 finished(running.pop(t))

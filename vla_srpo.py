@@ -38,6 +38,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
+import envs
 import eval as evaluation
 import grpo
 import job
@@ -104,6 +105,8 @@ class Settings:
                                   "all 50 of LIBERO's, the papers' own protocol", choices=["disjoint", "all"])
     protocol: str = flag("openvla-oft", "LIBERO: whose horizons", choices=list(libero_envs.PROTOCOLS))
     horizon: int = flag(0, "LIBERO: env steps of an episode at most; 0: the protocol's")
+    video_every: int = flag(8, "env steps between the frames of a rollout that the world model sees; 8: those the policy sees anyway, "
+                               "1: all (paper), 8 times the rendering and the RAM", choices=[1, 2, 4, 8])
     hard: bool = flag(False, "LIBERO: build the simulator anew at every reset, as the stock environment does; seconds each")
     fast_sim: bool = flag(False, "LIBERO: other pixels, same physics, faster; for policies trained so")
     assets: str = flag("", "LIBERO: folder of its assets (default: LIBERO_ASSETS, else from the hub)")
@@ -111,8 +114,8 @@ class Settings:
 
 # The paper's settings for OpenVLA-OFT, where they differ from the small ones above, and what lets 7B fit one 141 GB GPU
 PAPER = dict(alpha=0.8, groups=64, temperature_end=1.6, lr=5e-6, lr_end=1.0, epochs=1, minibatch=1024, micro_batch=16, target_kl=0.0, average=0.0,
-             dtype="bfloat16", gradient_checkpointing=True, world_model="facebook/vjepa2-vitg-fpc64-384", suite="libero_object",
-             protocol="simplevla", split="all", save_every=10)
+             dtype="bfloat16", gradient_checkpointing=True, world_model="facebook/vjepa2-vitg-fpc64-384", video_every=1,
+             suite="libero_object", protocol="simplevla", split="all", save_every=10)
 # May change on resume; threads change the rounding, LIBERO's workers the draws
 FREE = {"out", "resume", "workers", "threads", "eval_every", "save_every", "assets", "micro_batch", "clips", "gradient_checkpointing", "offload_optimizer"}
 
@@ -202,12 +205,13 @@ def train(s: Settings, suite: rollouts.Suite, out: Path, step: int, policy, aver
             states = [pool[i] for i in rng.choice(len(pool), s.groups, replace=s.groups > len(pool))]
             starts = [state for state in parallel.share(states) for _ in range(s.group_size)]
             with parallel.gathered(policy):
-                played = rollouts.play(policies.sampler(policy, now.temperature, key), workers, starts, suite=suite)
+                played = rollouts.play(policies.sampler(policy, now.temperature, key), workers, starts, suite=suite,
+                                       every=s.video_every if s.reward == "srpo" else envs.CHUNK)
             rolled = time.perf_counter()
 
             reward, record = score(played, encoder, s)                                  # 2. rewards
             # Of all ranks, without what only their own updates need
-            episodes = parallel.gather([replace(e, images=[], records=[call.entropy for call in e.records]) for e in played])
+            episodes = parallel.gather([replace(e, images=[], between=[], records=[call.entropy for call in e.records]) for e in played])
             first = sum(parallel.gather([len(played)])[:parallel.rank()])
             scored = time.perf_counter()
 

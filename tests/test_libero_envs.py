@@ -12,6 +12,7 @@ from gymnasium.utils.env_checker import check_env
 
 import libero_envs
 from conftest import needs_assets, package, run_bare
+from envs import ActionChunk
 from libero_envs import NO_OP, SETTLE, SPLITS, Libero, main, make_suite, thin_meshes
 from libero_expert import Expert
 from libero_files import initial_states, prepare, tasks
@@ -161,6 +162,11 @@ def test_expert_and_exactness(suite, task):
         assert done == (i == len(actions) - 1) == bool(reward)
     stock.close()
 
+    chunked = ActionChunk(env)
+    chunked.reset(options=start)
+    between = chunked.step(actions[:8], every=1)[4]["between"]                      # rendered for the world model, they move nothing
+    np.testing.assert_array_equal(np.concatenate([env.data.qpos, env.data.qvel]), states[7])
+
     stock = envs.OffScreenRenderEnv(bddl_file_name=env.tasks[task].bddl, camera_names=["agentview"], camera_heights=64, camera_widths=64)
     stock.seed(15)
     stock.reset()
@@ -168,10 +174,13 @@ def test_expert_and_exactness(suite, task):
     for _ in range(SETTLE):
         observation = stock.step(NO_OP)[0]
     env.reset(options=start)
+    shown = []
     for action in actions[:4]:
-        np.testing.assert_array_equal(env.render(), observation["agentview_image"][::-1, ::-1])
+        shown.append(env.render())
+        np.testing.assert_array_equal(shown[-1], observation["agentview_image"][::-1, ::-1])
         observation = stock.step(action)[0]
         env.advance(action)
+    np.testing.assert_array_equal(between[:3], shown[1:])
     stock.close()
 
     env.reset(options={"task": 1, "index": 3})                                      # another task, and back

@@ -25,29 +25,32 @@ def test_batch_renders_only_active_tables(monkeypatch):
     batch = TableBatch(4)
     batch.reset(options={"slots": [(0, Start(0, 0)), (3, Start(1, 1))]})
     before = batch.images.copy()
-    _, *_, info = batch.step({"chunk": np.ones((4, 8, 7)), "active": np.array([0, 0, 0, 1])})
+    _, *_, info = batch.step({"chunk": np.ones((4, 8, 7)), "active": np.array([0, 0, 0, 1]), "every": 8})
     assert [next(i for i, t in enumerate(batch.tables) if t.unwrapped.data is data) for data in rendered] == [0, 3, 3]
     assert info["executed"].tolist() == [0, 0, 0, 8]
     assert [np.array_equal(a, b) for a, b in zip(before, batch.images)] == [True, True, True, False]
 
 
-def alone(start: Start) -> tuple[Episode, np.ndarray]:
+def alone(start: Start) -> tuple[Episode, np.ndarray, list[np.ndarray]]:
     """A table by itself, stepped one action at a time by the expert (every third initial state: mistaken and trembling, so
-    that it misses), and the chunks (calls, 8, 7) that repeat it; what follows success in the last chunk must not be executed."""
+    that it misses), the chunks (calls, 8, 7) that repeat it, and the frame after each step; what follows success in the last chunk must
+    not be executed."""
     env, episode, chunks, ended = at(start), Episode(start), [], False
     rng, misses = np.random.default_rng([start.task, start.index]), start.index % 3 == 0
     expert = Expert(env, error=0.1 * misses, rng=rng)
-    episode.images.append(env.render())
+    frames = [env.render()]
     while not ended:
+        episode.images.append(frames[-1])
         chunk = []
         while len(chunk) < 8 and not ended:
             chunk.append(expert() + misses * np.array([*rng.normal(0, 0.5, 3), 0, 0, 0, 0]))
             ended = env.advance(chunk[-1])
-        episode.images.append(env.render())
+            frames.append(env.render())
         episode.executed.append(len(chunk))
         chunks.append(np.array(chunk + [np.ones(7)] * (8 - len(chunk))))
+    episode.images.append(frames[-1])
     episode.success = env.success
-    return episode, np.array(chunks)
+    return episode, np.array(chunks), frames
 
 
 class Script:
@@ -56,7 +59,7 @@ class Script:
     def __init__(self, starts: list[Start]):
         self.truth = {start: alone(start) for start in starts}
         self.chunks, self.batches = {}, []
-        for episode, chunks in self.truth.values():
+        for episode, chunks, _ in self.truth.values():
             for image, chunk in zip(episode.images, chunks):
                 self.chunks[image.tobytes(), envs.TASKS[episode.start.task]] = chunk
 
@@ -64,13 +67,14 @@ class Script:
         self.batches.append(len(images))
         return np.array([self.chunks[i.tobytes(), text] for i, text in zip(images, instructions)]), instructions
 
-    def check(self, episodes: list[Episode], starts: list[Start]) -> None:
+    def check(self, episodes: list[Episode], starts: list[Start], every: int = 8) -> None:
         assert [e.start for e in episodes] == starts
         for e in episodes:
-            truth = self.truth[e.start][0]
+            truth, _, frames = self.truth[e.start]
             assert (e.executed, e.success) == (truth.executed, truth.success), e.start
             assert e.records == [envs.TASKS[e.start.task]] * len(e.executed) and e.steps == sum(truth.executed)
-            np.testing.assert_array_equal(e.video, truth.video)
+            np.testing.assert_array_equal(e.images, truth.images)
+            np.testing.assert_array_equal(e.video, [*frames[:-1:every], frames[-1]])
 
 
 STARTS = [Start(task, index, split) for index, split in ((0, "train"), (7, "heldout"), (20, "train"), (33, "heldout"))
@@ -80,9 +84,9 @@ STARTS = [Start(task, index, split) for index, split in ((0, "train"), (7, "held
 @pytest.fixture(scope="module")
 def script() -> Script:
     script = Script(STARTS)
-    wins = sum(e.success for e, _ in script.truth.values())
-    assert 6 <= wins <= 12 and len({len(c) for _, c in script.truth.values()}) > 1     # both outcomes, several lengths
-    assert len(script.chunks) == sum(len(c) for _, c in script.truth.values())          # no two calls saw the same image
+    wins = sum(e.success for e, *_ in script.truth.values())
+    assert 6 <= wins <= 12 and len({len(c) for _, c, _ in script.truth.values()}) > 1     # both outcomes, several lengths
+    assert len(script.chunks) == sum(len(c) for _, c, _ in script.truth.values())       # no two calls saw the same image
     return script
 
 
@@ -102,9 +106,9 @@ def test_workers_equal_a_table_alone(script, workers):
     while running:
         shuffle.shuffle(running)
         chosen = running[:shuffle.randint(1, len(running))]                     # the others wait
-        for t, (image, executed, success, ended) in workers.step(
+        for t, (image, executed, success, ended, _) in workers.step(
                 {t: script.truth[tables[t]][1][stage[t]] for t in chosen}).items():
-            truth, chunks = script.truth[tables[t]]
+            truth, chunks, _ = script.truth[tables[t]]
             stage[t] += 1
             last = stage[t] == len(chunks)
             assert (executed, success, ended) == (truth.executed[stage[t] - 1], truth.success and last, last)
@@ -120,6 +124,11 @@ def test_more_episodes_than_tables(script, workers):
     script.check(play(script, workers, starts, done.append), starts)
     assert len(done) == 19 and workers.replaced == 0 and workers.history == {}     # nothing is kept of episodes that ended
     assert script.batches[0] == 5 and sum(script.batches) == sum(len(script.truth[s][1]) for s in starts)
+
+
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_frames_between_those_that_the_policy_sees(script, workers, every):
+    script.check(play(script, workers, STARTS[:8], every=every), STARTS[:8], every)
 
 
 def test_dead_workers_are_replaced(script):
@@ -140,7 +149,7 @@ def test_dead_workers_are_replaced(script):
             process(0).kill(), process(1).kill()
         return script(images, instructions)
     try:
-        script.check(play(act, workers, STARTS), STARTS)
+        script.check(play(act, workers, STARTS, every=2), STARTS, 2)
         assert len(calls) > 7 and workers.replaced == 4
         process(1).kill(), process(1).join()
         script.check(play(script, workers, STARTS[:4]), STARTS[:4])

@@ -299,8 +299,9 @@ class Pretend:
     def close(self):
         pass
 
-    def play(self, act, workers, starts, **_):
+    def play(self, act, workers, starts, suite, every):
         self.starts.append(starts)
+        self.every = every
         self.fault(len(self.starts))
         episodes, images = [], []
         for start in starts:
@@ -356,6 +357,13 @@ def test_groups_without_signal_are_dropped(monkeypatch, tmp_path, reward, keep):
         assert row["reward"] == pytest.approx(scores.mean())
         assert row["failure_reward"] == pytest.approx(scores[scores < 1].mean(), abs=1e-6)
     assert bool(shaped) == (reward == "srpo" and keep == "signal")
+
+
+@pytest.mark.parametrize("reward, every", [("srpo", 2), ("binary", 8)])
+def test_more_frames_are_rendered_for_the_world_model_alone(monkeypatch, tmp_path, reward, every):
+    pretend = Pretend(monkeypatch, tmp_path, lambda i, start, bins: i % 2)
+    assert go(tmp_path, "run", "--reward", reward, "--video_every", "2", "--steps", "1") == 0
+    assert pretend.every == every
 
 
 def test_the_temperature_and_the_rate_follow_their_schedules(monkeypatch, tmp_path):
@@ -513,6 +521,7 @@ def refused(argv: list, words: list[str], folder: Path, capsys) -> None:
     (["--temperature", "-1"], ["--temperature", "positive"]),
     (["--alpha", "1"], ["--alpha", "[0, 1)"]),
     (["--until", "95"], ["--until", "[0, 1]"]),
+    (["--video_every", "3"], ["--video_every", "1, 2, 4, 8"]),
     (["--dtype", "bfloat16"], ["--average 0.97 with bfloat16", "--average 0"]),
     (["--paper"], ["--paper needs --model"]),
     (["--average", "1"], ["--average", "[0, 1)"]),
