@@ -26,7 +26,9 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import checkpoints
+import envs
 import job
+import libero_envs
 import policies
 import vla
 
@@ -247,14 +249,25 @@ def encoder_bytes(config: dict, parameters: int, clips: int) -> tuple[float, flo
     return 4 * parameters, clips * (4 * pixels + tokens * config["hidden_size"] * (8 + 4 * config["mlp_ratio"]))
 
 
-def host(s, shapes: dict, ranks: int = 1) -> tuple[float, float]:
-    """(RAM, disk) in bytes beside a GPU: the RAM of this rank's reference, offloaded optimiser and of the copy that is saved, without the
-    simulator and the episodes' images; the disk of two checkpoints, since the old one goes when the new one is whole, and of the policy."""
+def host(s, config: dict, shapes: dict, ranks: int = 1, world_model: tuple[dict, int] | None = None) -> tuple[float, float]:
+    """(RAM, disk) in bytes beside a GPU: the RAM of this rank's reference, offloaded optimiser, images of its rollouts and of the copy that is
+    saved, without the simulator; the disk of two checkpoints, since the old one goes when the new one is whole, and of the policy."""
     size, numbers, train = (2 if s.dtype == "bfloat16" else 4), sum(map(math.prod, shapes.values())), sum(trained(shapes, s).values())
     state = train * (8 + (4 if size == 2 and not s.lora_rank else 0))
     checkpoint = state + train * (4 if s.lora_rank else size) * (2 if getattr(s, "average", 0) else 1)
     ram = (numbers * size if s.beta and not s.lora_rank else 0) + (state if s.offload_optimizer else 0) + max(checkpoint / ranks, numbers * size)
-    return ram, 2 * checkpoint + numbers * size
+    return ram + images(s, config, world_model) / ranks, 2 * checkpoint + numbers * size
+
+
+def images(s, config: dict, world_model: tuple[dict, int] | None) -> float:
+    """Bytes of the images of a step's rollouts if all last to the horizon (LIBERO: --horizon, or the longest of its protocol's): what the policy
+    saw, twice once they are a batch, and what the world model will see. Reasoning reads its pictures prompt by prompt."""
+    if hasattr(s, "micro_tokens"):
+        return 0.0
+    steps = envs.HORIZON if s.suite == "tabletop" else s.horizon or max(libero_envs.PROTOCOLS[s.protocol].values())
+    camera, policy = (policies.CAMERA, vla.IMAGE) if config["model_type"] == "openvla" else (config["size"],) * 2
+    clip = min(math.ceil(steps / s.video_every) + 1, world_model[0]["frames_per_clip"] if world_model else math.inf)
+    return s.groups * s.group_size * 3 * (2 * math.ceil(steps / envs.CHUNK) * policy**2 + clip * camera**2 * (s.reward == "srpo"))
 
 
 def free_memory() -> tuple[float, str]:
@@ -336,19 +349,19 @@ def report(s, model: str = "") -> tuple[str, list[str]]:
         folder, given = inputs(s, model)
     except ValueError as error:                                                         # another architecture: there is nothing to count
         return "", [str(error)]
-    config, shapes, ranks, _ = given
+    config, shapes, *_ = given
     try:
         problems = checks(s, folder, config, shapes)
     except (ValueError, OSError) as error:
         problems = [str(error)]
     problems += simulator(s)
-    plan, (free, _), (ram, disk) = needs(s, *given), free_memory(), host(s, shapes, ranks)
+    plan, (free, _), (ram, disk) = needs(s, *given), free_memory(), host(s, *given)
     room = shutil.disk_usage(next(p for p in Path(s.out or "out").absolute().parents if p.exists())).free
     if disk > room:
         problems.append(f"two checkpoints and the policy need {disk / GiB:.1f} GiB on disk, {room / GiB:.1f} are free; choose another --out")
     if torch.cuda.is_available() and ram > (there := psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
-        problems.append(f"a rank needs {ram / GiB:.1f} GiB of RAM beside the GPU, {there / GiB:.1f} are free; do without --beta and --offload_optimizer, or take more GPUs")
-    lines = [f"plan for {folder}: {sum(map(math.prod, shapes.values())):,} parameters, {sum(trained(shapes, s).values()):,} trained, {ranks} rank(s); GiB each"]
+        problems.append(f"a rank needs {ram / GiB:.1f} GiB of RAM beside the GPU, {there / GiB:.1f} are free; do without --beta and --offload_optimizer, with fewer --groups, or take more GPUs")
+    lines = [f"plan for {folder}: {sum(map(math.prod, shapes.values())):,} parameters, {sum(trained(shapes, s).values()):,} trained, {given[2]} rank(s); GiB each"]
     lines += [f"  {field.name.replace('_', ' '):12} {getattr(plan, field.name) / GiB:8.2f}" for field in fields(plan)]
     lines += [f"  beside the GPU: RAM {ram / GiB:.2f}, disk {disk / GiB:.2f}"]
     return "\n".join([*lines, "  " + summary(s, given)]), problems + [f"does not fit; {advice(s, given, free)}"] * (plan.peak > free)

@@ -23,6 +23,8 @@ import tiny_vla
 import vla
 from rollouts import Episode
 
+CAMERA = 256            # pixels of the images that an OpenVLA is shown, as in the published evaluation
+
 
 def load_policy(path: str | Path, dtype: torch.dtype = torch.float32, device=None):
     """A checkpoint folder or hub id -> the policy its config.json names: an OpenVLA or a TinyVLA. Errors are their `from_pretrained`'s."""
@@ -32,8 +34,8 @@ def load_policy(path: str | Path, dtype: torch.dtype = torch.float32, device=Non
 
 
 def camera_size(policy) -> int:
-    """Pixels of the camera images that a policy wants: OpenVLA's are rendered at 256, as in the published evaluation, and resized."""
-    return 256 if isinstance(policy, vla.OpenVLA) else policy.config["size"]
+    """Pixels of the camera images that a policy wants: OpenVLA's are rendered at 256 and resized."""
+    return CAMERA if isinstance(policy, vla.OpenVLA) else policy.config["size"]
 
 
 def policy_frames(policy, images: np.ndarray) -> np.ndarray:

@@ -27,6 +27,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: idle threads sleep, or they would fight the simulator for cores
@@ -106,7 +107,7 @@ class Settings:
     protocol: str = flag("openvla-oft", "LIBERO: whose horizons", choices=list(libero_envs.PROTOCOLS))
     horizon: int = flag(0, "LIBERO: env steps of an episode at most; 0: the protocol's")
     video_every: int = flag(8, "env steps between the frames of a rollout that the world model sees; 8: those the policy sees anyway, "
-                               "1: all (paper), 8 times the rendering and the RAM", choices=[1, 2, 4, 8])
+                               "1: all (paper), 8 times the rendering", choices=[1, 2, 4, 8])
     hard: bool = flag(False, "LIBERO: build the simulator anew at every reset, as the stock environment does; seconds each")
     fast_sim: bool = flag(False, "LIBERO: other pixels, same physics, faster; for policies trained so")
     assets: str = flag("", "LIBERO: folder of its assets (default: LIBERO_ASSETS, else from the hub)")
@@ -160,6 +161,12 @@ def update(policy, reference, optimizer, batch: policies.Batch, s: Settings) -> 
                            lambda rows: n_rollouts * len(rows) / total, loss, s.max_norm, s.target_kl)     # expectation: the whole batch's gradient
 
 
+def keep_seen(episode: rollouts.Episode, encoder) -> None:
+    """Of a rollout that has ended, for `rollouts.play`: all frames but those that the world model will see go (512 at 256 pixels: 100 MB)."""
+    episode.images = [] if encoder is None else list(encoder.seen(episode.video))
+    episode.between = []
+
+
 def score(episodes: list[rollouts.Episode], encoder, s: Settings) -> tuple[np.ndarray, rewards.ProgressRecord | None]:
     """Reward of each rollout of all ranks, float64 (N,), and the record of how it came about (None for 0/1 rewards)."""
     success = np.array(parallel.gather([e.success for e in episodes]))
@@ -205,13 +212,13 @@ def train(s: Settings, suite: rollouts.Suite, out: Path, step: int, policy, aver
             states = [pool[i] for i in rng.choice(len(pool), s.groups, replace=s.groups > len(pool))]
             starts = [state for state in parallel.share(states) for _ in range(s.group_size)]
             with parallel.gathered(policy):
-                played = rollouts.play(policies.sampler(policy, now.temperature, key), workers, starts, suite=suite,
-                                       every=s.video_every if s.reward == "srpo" else envs.CHUNK)
+                played = rollouts.play(policies.sampler(policy, now.temperature, key), workers, starts, partial(keep_seen, encoder=encoder), suite,
+                                       s.video_every if s.reward == "srpo" else envs.CHUNK)
             rolled = time.perf_counter()
 
             reward, record = score(played, encoder, s)                                  # 2. rewards
             # Of all ranks, without what only their own updates need
-            episodes = parallel.gather([replace(e, images=[], between=[], records=[call.entropy for call in e.records]) for e in played])
+            episodes = parallel.gather([replace(e, images=[], records=[call.entropy for call in e.records]) for e in played])
             first = sum(parallel.gather([len(played)])[:parallel.rank()])
             scored = time.perf_counter()
 

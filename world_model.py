@@ -110,6 +110,10 @@ class WorldModel:
         self.config.frame_resize = self.resize
         self.model.save_pretrained(path)
 
+    def seen(self, video: np.ndarray) -> np.ndarray:
+        """The frames of a video (T, H, W, 3) that `encode` looks at, each once: (min(T, clip), H, W, 3), with the same latent."""
+        return video[np.unique(sample_frames(len(video), self.config.frames_per_clip))]
+
     def pixels(self, videos: list, first: int = 0) -> torch.Tensor:
         """Videos -> (N, clip, 3, crop, crop) float32 on the device; see `encode`. Errors count videos from `first`."""
         clips = []

@@ -6,6 +6,7 @@ import re
 import shutil
 import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,9 +26,11 @@ import plan
 import policies
 import reflection_rollouts
 import reflection_srpo as rs
+import rollouts
 import vla
 import vla_srpo
 import vlm
+import world_model
 from conftest import tiny_qwen3
 
 TEXT = vla.TINY["text_config"] | {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 6}
@@ -200,6 +203,28 @@ def test_openvla_s_peaks(changes, tmp_path):
     assert planned.update / plan.MARGIN == pytest.approx(live.of(update), rel=0.15)
     act = policies.sampler(model, 1.0, "unit")
     assert planned.rollout / plan.MARGIN == pytest.approx(live.of(lambda: act(np.zeros((4, 256, 256, 3), np.uint8), ["go"] * 4)), rel=0.15)
+
+
+@pytest.mark.parametrize("reward, every", [("srpo", 8), ("srpo", 2), ("binary", 8)])
+def test_images_of_a_step_are_those_of_a_step(openvla, every, reward):
+    """Rollouts that all fail hold what the plan says, to the byte: of a policy call its image, of the video the world model's frames."""
+    torch.manual_seed(0)
+    s = vla_srpo.Settings(model=str(openvla), suite="tabletop", reward=reward, groups=1, group_size=3, video_every=every)
+    model, world = policies.load_policy(openvla), world_model.WorldModel.from_pretrained(world_model.SHIPPED)
+    model.prompt_ids = lambda texts: (torch.full((len(texts), 8), 5), torch.ones(len(texts), 8).long())
+    workers = rollouts.tabletop().workers(1, policies.camera_size(model), 3)
+    try:
+        episodes = rollouts.play(policies.sampler(model, 1.0, "tabletop"), workers, [rollouts.Start(0, i) for i in range(3)],
+                                 partial(vla_srpo.keep_seen, encoder=world if reward == "srpo" else None), every=every)
+    finally:
+        workers.close()
+    assert not any(e.success or e.between for e in episodes)
+    held = sum(image.nbytes for e in episodes for image in [*e.images, *(call.frame for call in e.records)])
+    held += policies.collate(episodes, torch.ones(3)).frames.numel()
+    given = plan.read_checkpoint(openvla)[1:]
+    assert held == plan.images(s, given[0], (world.config.to_dict(), 0))
+    more = plan.host(replace(s, groups=5), *given, 2, (world.config.to_dict(), 0))[0] - plan.host(s, *given, 2, (world.config.to_dict(), 0))[0]
+    assert more == 4 * held / 2
 
 
 @pytest.mark.parametrize("changes", PEAKS)

@@ -243,6 +243,9 @@ def test_target_kl_ends_the_updates(policy, batch):
 class Blind:
     """A world model whose latent is the mean colour of a rollout's last frame."""
 
+    def seen(self, video):
+        return video[-1:]
+
     def encode(self, videos):
         assert all(v.dtype == np.uint8 and v.ndim == 4 for v in videos)
         return torch.tensor(np.stack([v[-1].reshape(-1, 3).mean(0) for v in videos]), dtype=torch.float32)
@@ -299,7 +302,7 @@ class Pretend:
     def close(self):
         pass
 
-    def play(self, act, workers, starts, suite, every):
+    def play(self, act, workers, starts, finished, suite, every):
         self.starts.append(starts)
         self.every = every
         self.fault(len(self.starts))
@@ -314,6 +317,7 @@ class Pretend:
             win = bool(self.outcome(i, start, bins))
             last = np.full((64, 64, 3), int(bins.sum()) % 256, np.uint8)
             episodes.append(Episode(start, [*images[i], last], [calls[0][i], calls[1][i]], [8, 5 if win else 8], win))
+            finished(episodes[-1])
         return episodes
 
 

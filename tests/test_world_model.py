@@ -107,6 +107,14 @@ def test_batch_size_and_neighbours_do_not_matter(small):
         torch.testing.assert_close(got, alone, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("frames", [1, 3, 7, 8, 9, 21, 100])
+def test_the_frames_that_are_seen_have_the_latent_of_the_video(small, frames):
+    video = np.random.default_rng(frames).integers(0, 256, (frames, 32, 32, 3), np.uint8)
+    kept = small.seen(video)
+    assert len(kept) == min(frames, small.config.frames_per_clip)
+    assert torch.equal(small.encode([kept]), small.encode([video]))
+
+
 def test_half_precision_is_near_and_returns_float32(small):
     videos = list(squares(4))
     half = wm.WorldModel(small.model, "exact", dtype=torch.bfloat16, device="cpu").encode(videos)
