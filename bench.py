@@ -11,7 +11,7 @@ Each case runs in a process of its own, through the functions that train: `sampl
 Left out: the simulator (python envs.py measures it), reading data, several GPUs. bench_trl.py measures a step side by side with TRL's.
 
     python bench.py                             # small models on the CPU, some minutes -> runs/bench/small.json
-    python bench.py --plan                      # 7B by plan.py, from the shapes alone
+    python bench.py --plan                      # 7B by memory.py, from the shapes alone
     python bench.py --model openvla-7b          # on a GPU; or qwen2.5-vl-7b, vjepa2-vitg -> runs/bench/MODEL.json
 """
 import argparse
@@ -37,8 +37,8 @@ from transformers.utils import logging
 
 import arrows
 import grpo
+import memory
 import parallel
-import plan
 import policies
 import reflection_rollouts
 import reflection_srpo
@@ -111,22 +111,22 @@ def qwen_config(name: str) -> Qwen2_5_VLConfig:
 
 
 def needed(case: Case, device: str) -> float:
-    """Bytes by plan.py, from the shapes alone."""
+    """Bytes by memory.py, from the shapes alone."""
     s, model = build(case, "meta")
     if s is None:
-        return plan.MARGIN * sum(plan.encoder_bytes(model.config.to_dict(), sum(p.numel() for p in model.parameters()), case.rows))
+        return memory.MARGIN * sum(memory.encoder_bytes(model.config.to_dict(), sum(p.numel() for p in model.parameters()), case.rows))
     s.dtype = "bfloat16" if device != "cpu" else "float32"
-    return plan.needs(s, *described(model)).peak
+    return memory.needs(s, *described(model)).peak
 
 
 def described(model) -> tuple[dict, dict[str, tuple[int, ...]]]:
-    """(config.json, shapes of the tensors), as plan.py takes them."""
+    """(config.json, shapes of the tensors), as memory.py takes them."""
     config = model.config | {"text_config": model.language_model.config.to_dict()} if isinstance(model, vla.OpenVLA) else model.config.to_dict()
     return config, {name: tuple(x.shape) for name, x in model.state_dict().items()}
 
 
 def planned() -> dict[str, float]:
-    """{command: bytes by plan.py} of both papers' RL on one GPU, and of what makes it smaller, from the shapes alone."""
+    """{command: bytes by memory.py} of both papers' RL on one GPU, and of what makes it smaller, from the shapes alone."""
     (_, policy), (_, model), (_, encoder) = (build(Case(name), "meta") for name in LARGE)
     video = encoder.config.to_dict(), sum(p.numel() for p in encoder.parameters())
     result = {}
@@ -137,7 +137,7 @@ def planned() -> dict[str, float]:
         flags: dict = {}
         for more in ({}, *smaller):
             flags |= more
-            result[" ".join([script, "--paper", *(f"--{name} {value}" for name, value in flags.items())])] = plan.needs(replace(s, **flags), *given).peak
+            result[" ".join([script, "--paper", *(f"--{name} {value}" for name, value in flags.items())])] = memory.needs(replace(s, **flags), *given).peak
     return result
 
 
@@ -212,7 +212,7 @@ def measure(case: Case) -> dict:
             clocks.append(clock)
         if clocks:
             seconds = min(clock.seconds for clock in clocks[1:])
-            result[name] = {"per_second": n / seconds, "seconds": seconds, "peak_gib": max(c.peak for c in clocks) / plan.GiB,
+            result[name] = {"per_second": n / seconds, "seconds": seconds, "peak_gib": max(c.peak for c in clocks) / memory.GiB,
                             "mfu": total / seconds / peak}
     return result
 
@@ -269,11 +269,11 @@ def cases(name: str, rows: int, threads: int) -> list[Case]:
 
 
 def run(case: Case) -> dict:
-    """In a process of its own, if plan.py says that it fits."""
-    need, (free, what) = needed(case, parallel.device()), plan.free_memory()
-    row = asdict(case) | {"measured": False, "plan_gib": need / plan.GiB, "command": f"python bench.py --model {case.model} --rows {case.rows}"}
+    """In a process of its own, if memory.py says that it fits."""
+    need, (free, what) = needed(case, parallel.device()), memory.free_memory()
+    row = asdict(case) | {"measured": False, "plan_gib": need / memory.GiB, "command": f"python bench.py --model {case.model} --rows {case.rows}"}
     if need > free:
-        return row | {"why": f"needs {need / plan.GiB:.1f} GiB by plan, {free / plan.GiB:.1f} are free ({what})"}
+        return row | {"why": f"needs {need / memory.GiB:.1f} GiB by plan, {free / memory.GiB:.1f} are free ({what})"}
     try:
         return row | {"measured": True, "device": what, **child(case)}
     except RuntimeError as error:
@@ -309,11 +309,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="torch threads on the CPU")
     parser.add_argument("--out", default="", help="JSON (default: runs/bench/MODEL.json or small.json)")
     parser.add_argument("--case", help=argparse.SUPPRESS)
-    parser.add_argument("--plan", action="store_true", help="only what both papers' runs at 7B need of a GPU by plan.py, from the shapes alone; other flags do not count")
+    parser.add_argument("--plan", action="store_true", help="only what both papers' runs at 7B need of a GPU by memory.py, from the shapes alone; other flags do not count")
     args = parser.parse_args(argv)
     logging.disable_progress_bar()
     if args.plan:
-        print("\n".join(f"{need / plan.GiB:6.1f} GiB  {command}" for command, need in planned().items()))
+        print("\n".join(f"{need / memory.GiB:6.1f} GiB  {command}" for command, need in planned().items()))
         return 0
     if args.case:
         case = Case(**json.loads(args.case))
@@ -326,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
             print(show(rows[-1]), flush=True)
     if not args.model:
         for case in (case for name in LARGE for case in cases(name, 0, args.threads)):
-            rows.append(asdict(case) | {"measured": False, "why": "this is the small run", "plan_gib": needed(case, "cuda") / plan.GiB,
+            rows.append(asdict(case) | {"measured": False, "why": "this is the small run", "plan_gib": needed(case, "cuda") / memory.GiB,
                                         "command": f"python bench.py --model {case.model}"})
             print(show(rows[-1]))
     write(Path(args.out or f"runs/bench/{args.model or 'small'}.json"), {"rows": rows})

@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 import arrows
 import grpo
-import plan
+import memory
 import reflection_rollouts
 import reflection_srpo
 import vlm
@@ -126,8 +126,8 @@ def measure_steps(case: Case, side: str, folder: Path) -> dict:
     register_optimizer_step_post_hook(lambda *_: updates.append(1))
     clocks, generated, trained = (our_steps if side == "ours" else trl_steps)(case, folder)
     fastest, peak = min(clocks[1:], key=lambda clock: clock.seconds), max(clock.peak for clock in clocks)
-    return {"seconds": fastest.seconds, "seconds_rollout": fastest.sampled - fastest.began, "peak_gib": peak / plan.GiB,
-            "steps_gib": (peak - clocks[0].before) / plan.GiB, "generated": generated, "trained": trained, "updates": len(updates)}
+    return {"seconds": fastest.seconds, "seconds_rollout": fastest.sampled - fastest.began, "peak_gib": peak / memory.GiB,
+            "steps_gib": (peak - clocks[0].before) / memory.GiB, "generated": generated, "trained": trained, "updates": len(updates)}
 
 
 def agreement(case: Case, folder: Path) -> dict:
@@ -170,7 +170,7 @@ def compare(case: Case, out: Path, repetitions: int = 3) -> None:
     print(f"log-probabilities of {tokens} tokens differ by at most {equal['logp_difference']:.1e}, the gradient's norm is "
           f"{equal['gradient_norms'][0]:.6f}, TRL's {equal['gradient_norms'][1]:.6f}")
     assert equal["logp_difference"] < 1e-4 and math.isclose(*equal["gradient_norms"], rel_tol=1e-3), "these should be equal"
-    bench.write(out, {"trl": version("trl"), "transformers": version("transformers"), "device": plan.free_memory()[1],
+    bench.write(out, {"trl": version("trl"), "transformers": version("transformers"), "device": memory.free_memory()[1],
                       "command": f"python bench_trl.py --rows {case.rows} --threads {case.threads}",
                       "case": asdict(case), "prompts": case.rows // GROUP, "group_size": GROUP, "ratios": ratios, **equal, "pairs": pairs})
 

@@ -208,20 +208,27 @@ def draw_reflection_curves(runs: dict[str, list[list[dict]]], out: str | Path) -
 
 
 def seeds_table(runs: dict[str, list[list[dict]]], keys: list[str], threshold: float = 0.8) -> str:
-    """The last value of each key: mean over a label's seeds, its 95% interval (Student's t over seeds) and the seeds' values; then the
-    steps at which the first key reached the threshold, and where a step's seconds went."""
+    """The last value of each key: mean over a label's seeds, its 95% interval (Student's t over seeds) and the seeds' values; then, of each seed, the
+    first key's mean over the last three evaluations and the step at which it reached the threshold, and the success of rollouts that sample in the
+    first and the last ten steps; then the median seconds of a step and of its parts."""
     from scipy.stats import t as student
-    lines = []
+    lines, values_of = [], lambda rows, key: [r[key] for r in rows if r.get(key) is not None]
     for label, seeds in runs.items():
         for key in keys:
-            values = np.array([([math.nan] + [r[key] for r in rows if r.get(key) is not None])[-1] for rows in seeds])
-            half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+            values = np.array([(values_of(rows, key) or [math.nan])[-1] for rows in seeds])
             one = (lambda x: f"{x:.1%}") if not key.endswith("tokens") else (lambda x: f"{x:.1f}")
-            lines.append(f"{label:16} {key.removeprefix('heldout_'):16} {one(values.mean()):>7} +- {one(half):>6}   seeds {', '.join(map(one, values))}")
+            half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else None
+            lines.append(f"{label:16} {key.removeprefix('heldout_'):16} {one(values.mean()):>7} "
+                         + ("one seed" if half is None else f"+- {one(half):>6}   seeds {', '.join(map(one, values))}"))
         reached = [next((str(r["step"]) for r in rows if r.get(keys[0]) is not None and r[keys[0]] >= threshold), "never") for rows in seeds]
-        trained = [r for rows in seeds for r in rows if "seconds_rollout" in r]
-        seconds = ", ".join(f"{part} {np.mean([r[f'seconds_{part}'] for r in trained] or [0]):.2f}" for part in ("rollout", "reward", "update"))
-        lines.append(f"{'':16} steps to {threshold:.0%}: {', '.join(reached)}" + (f"; seconds per step: {seconds}" if trained else ""))
+        three = [f"{np.mean(values_of(rows, keys[0])[-3:] or math.nan):.1%}" for rows in seeds]
+        lines.append(f"{'':16} last three {', '.join(three)}; steps to {threshold:.0%}: {', '.join(reached)}")
+        sampled = [f"{np.mean(x[:10]):.0%} -> {np.mean(x[-10:]):.0%}" for rows in seeds if (x := values_of(rows, "success"))]
+        trained = np.array([[r[f"seconds_{part}"] for part in ("rollout", "reward", "update")] for rows in seeds for r in rows if "seconds_rollout" in r])
+        if len(trained):
+            whole, (rollout, reward, update) = np.median(trained.sum(1)), np.median(trained, 0)
+            lines.append(f"{'':16} " + f"sampled {', '.join(sampled)}; " * bool(sampled)
+                         + f"median seconds of a step {whole:.2f}: rollout {rollout:.2f}, reward {reward:.2f}, update {update:.2f}")
     return "\n".join(lines)
 
 

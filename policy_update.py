@@ -1,10 +1,11 @@
-"""The update of both papers: clipped steps over a step's rows, on one rank or many.
+"""The update of both papers (arXiv 2506.01713, 2511.15605): clipped steps over a step's rows, on one rank or many.
 
 1. Each epoch the rows of all ranks, numbered by rank, are shuffled and cut into minibatches: where a row is computed changes nothing.
 2. A rank sends its rows of a minibatch through in micro-batches; who has fewer fills up with passes that count for nothing (parallel.py).
 3. A minibatch with a non-finite loss or gradient is skipped and counted. With a target KL the updates end when the policy has moved that far.
 
-What the rows are, their log-probabilities and the loss's normaliser come from vla_srpo.py and reflection_srpo.py; the loss is grpo.py's.
+SRPO-VLA passes once over its rows; further epochs and the target KL are ours. What the rows are, their log-probabilities and the loss's normaliser
+come from vla_srpo.py and reflection_srpo.py; the loss is grpo.py's.
 """
 import math
 from collections.abc import Callable, Sequence

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 import eval as evaluation
 import grpo
+import memory
 import parallel
-import plan
 import reflection_data
 import rewards
 import vlm
@@ -61,8 +61,8 @@ def encode(rows: list[Row], s, processor: vlm.Processor, rejected: Rejections, s
 
 
 def micro_batches(lengths: list[tuple[int, int]], s):
-    """`vlm.micro_batches` within what plan.py counts on."""
-    return vlm.micro_batches(lengths, s.micro_tokens, plan.completion_tokens(s))
+    """`vlm.micro_batches` within what memory.py counts on."""
+    return vlm.micro_batches(lengths, s.micro_tokens, memory.completion_tokens(s))
 
 
 def generate(model, processor: vlm.Processor, prompts: list[vlm.Prompt], s, temperature: float) -> list[vlm.Completion]:

@@ -60,7 +60,7 @@ def write_rows(folder: Path, n: int) -> Path:
     return folder / "rows.jsonl"
 
 
-# A tiny vision-language model
+# Tiny models
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
@@ -69,6 +69,28 @@ def base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     arrows.tiny_vlm(folder, width=32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def openvla(tmp_path_factory) -> Path:
+    """An OpenVLA-OFT of random weights for the tabletop, whose tokenizer knows no words, to be read only."""
+    import vla
+    from tokenizers import Tokenizer, models
+    folder, text = tmp_path_factory.mktemp("openvla") / "checkpoint", {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 6}
+    torch.manual_seed(0)
+    config = vla.TINY | {"text_config": vla.TINY["text_config"] | text, "norm_stats": {"tabletop": vla.TINY["norm_stats"]["unit"]}}
+    vla.OpenVLA(config, (32, 5, 128), (48, 6, 192)).save_pretrained(folder)
+    Tokenizer(models.WordLevel({"<s>": 1, "</s>": 2, "▁": vla.SPACE}, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory) -> Path:
+    """As `base`, of six layers."""
+    import arrows
+    torch.manual_seed(0)
+    arrows.tiny_vlm(folder := tmp_path_factory.mktemp("qwen"), width=64, layers=6)
     return folder
 
 

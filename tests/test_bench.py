@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import bench
-import plan
+import memory
 
 
 @pytest.mark.parametrize("name, parameters", [("openvla-7b", 7.541e9), ("qwen2.5-vl-7b", 8.292e9), ("vjepa2-vitg", 1.034e9)])
@@ -18,8 +18,8 @@ def test_large_models_have_the_published_sizes(name, parameters):
 
 def test_plan_of_a_large_case_is_plan_py_s():
     """bf16 weights, gradients, masters and moments of 7.54B parameters are 112 GiB; adapters need a fraction."""
-    full, lora = (bench.needed(bench.Case("openvla-7b", lora_rank=rank, gradient_checkpointing=True, rows=1), "cuda") / plan.GiB for rank in (0, 32))
-    assert 112 * plan.MARGIN < full < 125 and 14 < lora < 25
+    full, lora = (bench.needed(bench.Case("openvla-7b", lora_rank=rank, gradient_checkpointing=True, rows=1), "cuda") / memory.GiB for rank in (0, 32))
+    assert 112 * memory.MARGIN < full < 125 and 14 < lora < 25
 
 
 def test_readme_says_what_is_planned(capsys):
@@ -67,7 +67,7 @@ def test_a_small_case_is_measured(tmp_path):
 
 
 def test_what_does_not_fit_is_marked_with_its_command(monkeypatch, capsys):
-    monkeypatch.setattr(plan, "free_memory", lambda: (plan.GiB, "a small GPU"))
+    monkeypatch.setattr(memory, "free_memory", lambda: (memory.GiB, "a small GPU"))
     row = bench.run(bench.Case("openvla-7b"))
     assert not row["measured"] and "a small GPU" in row["why"] and math.isfinite(row["plan_gib"])
     assert "not measured" in bench.show(row) and "python bench.py --model openvla-7b" in bench.show(row)

@@ -373,12 +373,18 @@ def test_all_of_it_is_checked_before_the_first_episode(checkpoint, tmp_path, mon
 
 
 def test_seeds_table_by_hand():
-    """Three seeds .9, .8, .79: mean .83, sd .0608, t(0.975, 2) = 4.303, so +- .151; 80% is first reached at steps 10, 20, never."""
-    runs = {"srpo": [[{"step": 0, "heldout": 0.5}, {"step": 10, "heldout": a, "seconds_rollout": 1.0, "seconds_reward": 2.0, "seconds_update": 3.0},
-                      {"step": 20, "heldout": b}] for a, b in ((0.8, 0.9), (0.7, 0.8), (0.1, 0.79))]}
+    """Three seeds .9, .8, .79: mean .83, sd .0608, t(0.975, 2) = 4.303, so +- .151; 80% is first reached at steps 10, 20, never. A pause of a minute
+    in one of twelve steps moves no median; the ten steps at either end leave out two of twelve."""
+    trained = [{"step": i + 1, "success": (i + 1) / 20, "seconds_rollout": 60.0 if i == 5 else 1.0 + i % 2, "seconds_reward": 2.0 - i % 2, "seconds_update": 3.0}
+               for i in range(12)]
+    runs = {"srpo": [[{"step": 0, "heldout": 0.5}, {"step": 10, "heldout": a}, {"step": 20, "heldout": b}] + trained * (b == 0.9)
+                     for a, b in ((0.8, 0.9), (0.7, 0.8), (0.1, 0.79))]}
     lines = evaluation.seeds_table(runs, ["heldout"]).splitlines()
     assert "83.0% +-  15.1%" in lines[0] and "90.0%, 80.0%, 79.0%" in lines[0]
-    assert lines[1].strip() == "steps to 80%: 10, 20, never; seconds per step: rollout 1.00, reward 2.00, update 3.00"
+    assert lines[1].strip() == "last three 73.3%, 66.7%, 46.3%; steps to 80%: 10, 20, never"
+    assert lines[2].strip() == "sampled 28% -> 38%; median seconds of a step 6.00: rollout 1.50, reward 1.50, update 3.00" and len(lines) == 3
+    lines = evaluation.seeds_table({"base": [[{"step": 0, "heldout": 0.5}]]}, ["heldout"]).splitlines()
+    assert len(lines) == 2 and lines[0].split() == ["base", "heldout", "50.0%", "one", "seed"]
 
 
 def test_curves_command(tmp_path, monkeypatch):
