@@ -6,9 +6,9 @@
     python eval.py vla --checkpoint FOLDER_OR_ID --suite libero_plus --plus FOLDER      # LIBERO-Plus: a line per dimension
     python eval.py vla --checkpoint out/libero/policy --suite libero_object --videos    # then: python world_model.py --videos .../videos.npz
     python eval.py paper --checkpoint libero_spatial=FOLDER_OR_ID libero_object=FOLDER_OR_ID    # the paper's table, and ours below
-    python eval.py curves runs/tabletop/*/metrics.jsonl --out runs/tabletop/curves.png
-    python eval.py curves runs/reflection/*/metrics.jsonl --kind reflection --out runs/reflection/curves.png
-    python eval.py reasoning --model FOLDER_OR_ID --benchmark mathvista --out out/reasoning     # reasoning_eval.py
+    python eval.py curves results/tabletop/*/metrics.jsonl --out results/tabletop/curves.png
+    python eval.py curves results/reflection/*/metrics.jsonl --kind reflection --out results/reflection/curves.png
+    python eval.py reasoning --model FOLDER_OR_ID --benchmark mathvista --out out/reasoning     # reasoning/benchmarks.py
 
 Policies act greedily, as in the papers' evaluations. Every initial state of a task is played once; 95% intervals are Wilson's.
 The papers train and evaluate on the same 50 initial states of LIBERO (`--split all`); here `heldout` states never occur in training.
@@ -32,14 +32,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import checkpoints
-import envs
-import libero_envs
-import libero_files
-import policies
-import reasoning_eval
-import rollouts
-import vla
+from plumbing import checkpoint as checkpoints
+from robots import tabletop as envs
+from robots import libero as libero_envs
+from robots import libero_files
+from robots import policy as policies
+from reasoning import benchmarks as reasoning_eval
+from robots import rollouts
+from robots import openvla as vla
 
 # Success in percent: libero_spatial, _object, _goal, _10 and their mean (arXiv 2511.15605, from notes on the paper; SimpleVLA-RL, RLinf: theirs)
 PAPER = {"OpenVLA-OFT, one demonstration a task": (63.6, 54.9, 59.6, 17.3, 48.9), "+ offline SRPO": (92.5, 96.8, 92.0, 88.7, 92.5),

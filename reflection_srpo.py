@@ -1,13 +1,13 @@
 """Reflection-aware SRPO for multimodal reasoning (arXiv 2506.01713): a model learns to answer, reflect, and answer again.
 
-Stage 1, cold start (reflection_sft.py): fine-tuning on first answers, a teacher's reflections and corrected answers (reflection_teacher.py makes them).
+Stage 1, cold start (reasoning/sft.py): fine-tuning on first answers, a teacher's reflections and corrected answers (reasoning/teacher.py makes them).
 Stage 2, one step, numbered as in `train`:
   1. Sample G responses <think> <answer> <reflection> <think> <answer> to each of P prompts.
   2. Reward: format, first answer, what the reflection made of it, a well-formed reflection, length (rewards.py).
   3. Advantages are normalised within the G responses to a prompt; groups whose rewards are all equal are dropped.
   4. A clipped policy-gradient update on the tokens of the responses (grpo.py).
 
-Without arguments both stages run on small pictures of arrows (arrows.py) with a Qwen2.5-VL of 0.2 M parameters from random weights. The same file
+Without arguments both stages run on small pictures of arrows (reasoning/arrows.py) with a Qwen2.5-VL of 0.2 M parameters from random weights. The same file
 trains the real one; --paper sets the paper's values, other flags override them. Left out: vLLM (generation is transformers'), sequence
 packing, a value network.
 
@@ -15,7 +15,7 @@ packing, a value network.
     python reflection_srpo.py --resume out/reflection                   # go on after Ctrl-C or a crash
     python reflection_srpo.py sft --paper --model Qwen/Qwen2.5-VL-7B-Instruct --data data/reflections.jsonl --out out/sft
     python reflection_srpo.py rl --paper --model out/sft/policy --data rows.jsonl --images DIR --out out/rl
-    torchrun --nproc-per-node 8 reflection_srpo.py rl --paper ...       # sft and rl on 8 GPUs: parallel.py
+    torchrun --nproc-per-node 8 reflection_srpo.py rl --paper ...       # sft and rl on 8 GPUs: plumbing/ranks.py
 """
 import json
 import math
@@ -34,21 +34,21 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
-import answers
-import arrows
+from reasoning import answers
+from reasoning import arrows
 import eval as evaluation
 import grpo
-import job
-import parallel
-import plan
-import reflection_data
+from plumbing import run as job
+from plumbing import ranks as parallel
+from plumbing import plan
+from reasoning import rows as reflection_data
 import rewards
-import vlm
-from job import flag
-from policy_update import check_update, clipped_updates
-from reflection_data import Row
-from reflection_rollouts import Rejections, behaviour, encode, evaluate, frozen_logprobs, generate, logprobs, micro_batches, reference_logprobs, score, table
-from reflection_sft import fine_tune, total_steps
+from reasoning import qwen as vlm
+from plumbing.run import flag
+from plumbing.update import check_update, clipped_updates
+from reasoning.rows import Row
+from reasoning.responses import Rejections, behaviour, encode, evaluate, frozen_logprobs, generate, logprobs, micro_batches, reference_logprobs, score, table
+from reasoning.sft import fine_tune, total_steps
 
 REWARDS = ("paper", "openrlhf", "verl", "outcome", "no_length")
 
@@ -56,7 +56,7 @@ REWARDS = ("paper", "openrlhf", "verl", "outcome", "no_length")
 @dataclass
 class Settings:
     model: str = flag("", "folder or hub id of a vision-language model (default: a tiny Qwen2.5-VL with random weights)")
-    data: str = flag("arrows", "arrows, or rows as reflection_data.py reads them: JSONL, parquet, dataset of the hub; for sft with targets")
+    data: str = flag("arrows", "arrows, or rows as reasoning/rows.py reads them: JSONL, parquet, dataset of the hub; for sft with targets")
     images: str = flag("", "folder the rows' image paths start from (default: the data's own)")
     columns: list[str] = flag([], "the data's own names: query=problem image=images")
     eval_data: str = flag("", "held-out rows (default: of arrows 400 new ones, of other data none)")

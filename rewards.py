@@ -257,7 +257,7 @@ def reflection_reward(response: str, answer: str, *, variant: str = "paper",
 
     response: the decoded completion alone. answer: the ground truth. variant: "paper", or "openrlhf" for the published
     srpo_reward_func.py, or "verl" for srpo_rm.py. count_tokens: text -> length, such as lambda t: len(tokenizer.encode(t)).
-    verify: (prediction, answer) -> right or not, None for an unreadable answer; answers.py's if not given.
+    verify: (prediction, answer) -> right or not, None for an unreadable answer; reasoning/answers.py's if not given.
     Raises ValueError for an unknown variant or a response or answer that is not a string.
 
     >>> fixed = "<think>a</think><answer>8</answer><reflection>b</reflection><think>c</think><answer>7</answer>"
@@ -271,7 +271,7 @@ def reflection_reward(response: str, answer: str, *, variant: str = "paper",
         if not isinstance(value, str):
             raise ValueError(f"{name} must be a string, got {type(value).__name__} {value!r}: pass str({name})")
     if verify is None:
-        from answers import default_verify as verify        # here, so that the paper's variant can be copied alone, with a verifier of your own
+        from reasoning.answers import default_verify as verify        # here, so that the paper's variant can be copied alone, with a verifier of your own
     response = response.strip()
     record = ReflectionRecord(variant)
     if variant == "verl":
@@ -307,7 +307,7 @@ def reflection_reward(response: str, answer: str, *, variant: str = "paper",
 
 
 def _score_openrlhf(record: ReflectionRecord, response: str, answer: str, unreadable: bool) -> None:
-    from answers import normalise
+    from reasoning.answers import normalise
     record.format = 0.5 if format_holds(response, published=True) else 0.0
     # Paper / code differ: a corrected answer earns more than being right twice, so faking a wrong first answer pays.
     table = {(True, True): 0.75, (False, True): 1.0, (True, False): 0.25, (False, False): 0.0}
@@ -324,7 +324,7 @@ def _score_openrlhf(record: ReflectionRecord, response: str, answer: str, unread
 
 def _score_verl(record: ReflectionRecord, response: str, answer: str, count_tokens: Callable[[str], int],
                 verify: Callable[[str, str], bool | None]) -> None:
-    from answers import boxed
+    from reasoning.answers import boxed
     response = re.sub(r"\s*([<>/])\s*", r"\1", response)  # code: blanks round these characters go first
     record.n_tokens = count_tokens(response)
     record.format = 0.5 if format_holds(response, published=True) else 0.0

@@ -13,7 +13,7 @@ if ! cat requirements.txt requirements-libero.txt | cmp -s - .venv/installed.txt
   .venv/bin/python -m pip install --quiet --no-deps -r requirements-libero.txt
   cat requirements.txt requirements-libero.txt > .venv/installed.txt
 fi
-renders() { .venv/bin/python -c 'import envs; envs.Tabletop().reset()' 2>&1; }
+renders() { .venv/bin/python -c 'from robots.tabletop import Tabletop; Tabletop().reset()' 2>&1; }
 if [ "$(uname)" = Linux ] && ! renders >/dev/null; then
   if [ "${MUJOCO_GL:-egl}" = osmesa ]; then packages=libosmesa6; else packages="libegl1 libgl1-mesa-dri libopengl0"; fi
   echo "OpenGL is missing, installing: $packages"

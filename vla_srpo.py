@@ -8,7 +8,7 @@ One step, numbered as in the code of `train`:
      and are dropped.
   4. A clipped policy-gradient update over the executed tokens, a few passes in minibatches, stopped early if the policy
      has moved too far (grpo.py).
-Before that the policy is fine-tuned on a few demonstrations (vla_sft.py); that one is shipped in weights/.
+Before that the policy is fine-tuned on a few demonstrations (studies/demonstrate.py); that one is shipped in weights/.
 
 Beyond the paper, for a policy of 0.4 M parameters: what is evaluated is a running average of the weights, the temperature falls during
 the run, two passes over a step's rollouts, fewer groups. Left out: a value network, entropy bonus, dynamic sampling (refilling dropped groups), asynchronous rollouts.
@@ -18,7 +18,7 @@ Paper and published code differ; where they do, the line says so. `--reward bina
     python vla_srpo.py --steps 200 --reward binary --seed 1      # plain GRPO, to compare with
     python vla_srpo.py --resume out/srpo                         # go on after Ctrl-C, a crash or a power cut
     python vla_srpo.py --paper --suite libero_object --model Haozhan72/Openvla-oft-SFT-libero-object-traj1     # the paper's run, 7B on one 141 GB GPU
-    torchrun --nproc-per-node 8 vla_srpo.py --paper ...          # the same on 8 GPUs: parallel.py
+    torchrun --nproc-per-node 8 vla_srpo.py --paper ...          # the same on 8 GPUs: plumbing/ranks.py
     python vla_srpo.py --suite libero_object --tasks 0 1 2 --fast_sim --model out/libero_sft --groups 8 --horizon 200     # LIBERO itself
 """
 import json
@@ -39,20 +39,20 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
-import envs
+from robots import tabletop as envs
 import eval as evaluation
 import grpo
-import job
-import libero_envs
-import libero_files
-import parallel
-import plan
-import policies
+from plumbing import run as job
+from robots import libero as libero_envs
+from robots import libero_files
+from plumbing import ranks as parallel
+from plumbing import plan
+from robots import policy as policies
 import rewards
-import rollouts
+from robots import rollouts
 import world_model
-from job import flag
-from policy_update import check_update, clipped_updates
+from plumbing.run import flag
+from plumbing.update import check_update, clipped_updates
 
 WEIGHTS = Path(__file__).parent / "weights"
 

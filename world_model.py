@@ -5,7 +5,7 @@
 3. rewards.py clusters the successes' latents and pays a failure by its distance to the nearest centre. Here that
    distance after every prefix of a video is a progress curve; `progress_metrics` scores curves as the paper's benchmark.
 4. The published encoder (ViT-g, 384 px, 64 frames) has a billion parameters. For the built-in simulator there is a tiny one of
-   the same architecture, trained from scratch by world_model_train.py.
+   the same architecture, trained from scratch by studies/train_world_model.py.
 
     python world_model.py                                                       # curves of successes and failures -> PNG
     python world_model.py compare                                               # trained, random weights, pixels: the benchmark's numbers
@@ -262,7 +262,7 @@ def read_rollouts(path: str) -> tuple[list, np.ndarray | None, np.ndarray]:
 def simulator_rollouts(episodes: int = 120, seed: int = 0) -> tuple[list, np.ndarray, np.ndarray]:
     """The simulator's expert on training initial states, a frame per 8-step chunk as vla_srpo.py sees them; in half of the
     episodes it is wrong by centimetres about where cube and plate are, and mostly fails. (videos, success, task)."""
-    import envs  # the demonstration alone needs the simulator
+    from robots import tabletop as envs  # the demonstration alone needs the simulator
     rng, env, videos, success, task = np.random.default_rng(seed), envs.Tabletop(), [], [], []
     for i in range(episodes):
         frames = [env.reset(options={"task": i % len(envs.TASKS), "index": int(rng.integers(envs.N_STATES))})[0]["image"]]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])          # for processes that tests start in other folders
 torch.set_num_threads(1)            # for what modules and their fixtures compute
 
 
@@ -31,8 +32,8 @@ STATS = {"tabletop": {"action": {"q01": [-0.5] * 3 + [0.0] * 4, "q99": [0.5] * 3
 
 def fake_episode(start, executed: list[int], seed: int):
     """An Episode of random images and records, a policy call for each number in `executed`; it succeeds if the last is below 8."""
-    import policies
-    from rollouts import Episode
+    from robots import policy as policies
+    from robots.rollouts import Episode
     rng, g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     images = list(rng.integers(0, 256, (len(executed) + 1, 64, 64, 3), np.uint8))
     records = [policies.Call(image[None], torch.randint(256, (56,), generator=g), -torch.rand(56, generator=g), 1.0) for image in images[:-1]]
@@ -65,7 +66,7 @@ def write_rows(folder: Path, n: int) -> Path:
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
     """A Qwen2.5-VL of random weights, to be read only."""
-    import arrows
+    from reasoning import arrows
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     arrows.tiny_vlm(folder, width=32)
@@ -75,7 +76,7 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def openvla(tmp_path_factory) -> Path:
     """An OpenVLA-OFT of random weights for the tabletop, whose tokenizer knows no words, to be read only."""
-    import vla
+    from robots import openvla as vla
     from tokenizers import Tokenizer, models
     folder, text = tmp_path_factory.mktemp("openvla") / "checkpoint", {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 6}
     torch.manual_seed(0)
@@ -88,7 +89,7 @@ def openvla(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def qwen(tmp_path_factory) -> Path:
     """As `base`, of six layers."""
-    import arrows
+    from reasoning import arrows
     torch.manual_seed(0)
     arrows.tiny_vlm(folder := tmp_path_factory.mktemp("qwen"), width=64, layers=6)
     return folder
@@ -142,7 +143,7 @@ def package(folder: Path, plus: bool = False) -> Path:
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
     """A stand-in LIBERO, the only one on the path."""
-    import libero_files
+    from robots import libero_files
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delenv("LIBERO_PLUS_PATH", raising=False)
     libero_files.tasks.cache_clear()
@@ -150,8 +151,8 @@ def installed(tmp_path, monkeypatch):
     libero_files.tasks.cache_clear()
 
 
-def run_bare(file: str, *command, **environment) -> subprocess.CompletedProcess:
+def run_bare(module: str, *command, **environment) -> subprocess.CompletedProcess:
     """A script of ours that is not told where LIBERO's files are, but by its arguments and the environment given here."""
     kept = {k: v for k, v in os.environ.items() if k not in ("LIBERO_ASSETS", "LIBERO_CONFIG_PATH", "LIBERO_PLUS_PATH")}
-    return subprocess.run([sys.executable, Path(__file__).parent.parent / file, *command], env=kept | environment, stdin=subprocess.DEVNULL,
+    return subprocess.run([sys.executable, "-m", module, *command], env=kept | environment, stdin=subprocess.DEVNULL,
                           capture_output=True, text=True, timeout=120)

@@ -14,17 +14,17 @@ import torch
 from PIL import Image
 from scipy.stats import binomtest
 
-import envs
+from robots import tabletop as envs
 import eval as evaluation
-import policies
-import rollouts
-import vla
+from robots import policy as policies
+from robots import rollouts
+from robots import openvla as vla
 import world_model
-from conftest import STATS
-from rollouts import Start
-from tiny_vla import TinyVLA
+from tests.conftest import STATS
+from robots.rollouts import Start
+from robots.tiny_vla import TinyVLA
 
-ROOT = Path(evaluation.__file__).parent
+ROOT = Path(__file__).parents[1]
 KEY = "tabletop"
 
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import arrows
+from reasoning import arrows
 import grpo
-import parallel
-import reflection_rollouts
+from plumbing import ranks as parallel
+from reasoning import responses as reflection_rollouts
 import reflection_srpo as rs
 import rewards
-import vlm
+from reasoning import qwen as vlm
 
-ROOT = Path(rs.__file__).parent
+ROOT = Path(__file__).parents[1]
 SMALL = ["--sft_rows", "96", "--sft_epochs", "1", "--sft_batch", "32", "--steps", "3", "--prompts", "4", "--group_size", "4", "--minibatch", "8",
          "--eval_every", "2", "--save_every", "1", "--threads", "1", "--max_new_tokens", "24"]
 
@@ -201,7 +201,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
 
 
 def write_data(folder: Path, rows: int) -> Path:
-    assert subprocess.run([sys.executable, "arrows.py", "--out", str(folder), "--rows", str(rows)], cwd=ROOT).returncode == 0
+    assert subprocess.run([sys.executable, "-m", "reasoning.arrows", "--out", str(folder), "--rows", str(rows)], cwd=ROOT).returncode == 0
     return folder / "rows.jsonl"
 
 
@@ -266,7 +266,7 @@ def test_training_with_the_flags_of_scale(base, tmp_path, capsys):
     (["--resume", "RUN", "--out", "elsewhere"], ["--resume", "drop --out"]),
     (["rl", "--model", "nowhere/at/all"], ["nowhere/at/all"]),
     (["sft", "--model", "BASE", "--data", "missing.jsonl"], ["missing.jsonl", "does not exist"]),
-    (["sft", "--model", "BASE", "--data", "ROWS"], ["no target", "reflection_teacher.py"])], ids=" ".join)
+    (["sft", "--model", "BASE", "--data", "ROWS"], ["no target", "reasoning/teacher.py"])], ids=" ".join)
 def test_bad_flags_are_one_line(argv, words, base, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     if "ROWS" in argv:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import answers
+from reasoning import answers
 import rewards
 from rewards import progress_reward, reflection_reward
 

@@ -17,20 +17,20 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import envs
+from robots import tabletop as envs
 import grpo
-import job
-import policies
-import rollouts
+from plumbing import run as job
+from robots import policy as policies
+from robots import rollouts
 import vla_srpo
 import world_model
-import world_model_train
-from conftest import STATS, fake_episode
-from rollouts import Episode, Start
-from tiny_vla import TinyVLA
+from studies import train_world_model as world_model_train
+from tests.conftest import STATS, fake_episode
+from robots.rollouts import Episode, Start
+from robots.tiny_vla import TinyVLA
 from vla_srpo import Settings
 
-ROOT = Path(vla_srpo.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
 def tiny_policy(seed: int = 0) -> TinyVLA:

@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from transformers import VJEPA2Config, VJEPA2Model
 
 import world_model as wm
-from world_model_train import TINY
+from studies.train_world_model import TINY
 
 FIXTURE = Path(__file__).parent / "fixtures" / "vjepa_tiny"
 SMALL = dict(TINY, frames_per_clip=8, crop_size=32, patch_size=8, hidden_size=24, pred_hidden_size=12, num_hidden_layers=2)

@@ -1,0 +1,105 @@
+"""The small policy of the main job: OpenVLA's interface in 0.4 M parameters, so that RL runs on a laptop's CPU.
+
+1. Three convolutions over the image and two coordinate channels. Random ViTs of this size do not learn to localise from a few thousand frames.
+2. The instruction is a sum of hashed word embeddings, which scales and shifts the features between the convolutions (FiLM).
+3. A spatial softmax: where in the image is each feature? These places and the words pass through an MLP.
+4. The 256 logits of a token are 16 numbers times a fixed cosine basis over the bins: what is learnt about one bin holds for its neighbours.
+
+studies/demonstrate.py trains it by imitation; weights/tiny_vla is what came of that.
+"""
+import zlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+from plumbing import checkpoint as checkpoints
+from robots import openvla as vla
+
+
+class TinyVLA(nn.Module):
+    """Instruction and image -> logits of 8 x 7 tokens of 256 bins.
+
+    size: pixels of the images, square; crop: (top, left, side) of the part that it looks at, None: all of it.
+    """
+
+    def __init__(self, norm_stats: dict, channels: tuple[int, int, int] = (16, 32, 32), width: int = 256, basis: int = 16,
+                 size: int = 64, crop: tuple[int, int, int] | None = None):
+        super().__init__()
+        top, left, side = crop or (0, 0, size)
+        if size % 4 or side % 4 or side < 4 or min(top, left) < 0 or max(top, left) + side > size:
+            raise ValueError(f"size={size}, crop={crop}: both sides must be multiples of 4, and the crop lie within the image")
+        self.config = {"model_type": "tiny_vla", "channels": list(channels), "width": width, "basis": basis, "size": size, "crop": crop}
+        self.norm_stats, (c1, c2, c3) = norm_stats, channels
+        self.conv1, self.conv2 = nn.Conv2d(5, c1, 5, 2, 2), nn.Conv2d(c1, c2, 3, 2, 1)
+        self.conv3 = nn.Conv2d(c2, c3, 3, 1, 1)
+        self.words, self.film = nn.EmbeddingBag(256, 64, mode="sum", padding_idx=0), nn.Linear(64, 2 * c2)
+        self.sharpness = nn.Parameter(torch.zeros(c3, 1))                           # log of the softmax's inverse temperature
+        self.fc1, self.fc2 = nn.Linear(2 * c3 + 64, width), nn.Linear(width, width)
+        self.head = nn.Linear(width, vla.ACTION_TOKENS * basis)
+        nn.init.normal_(self.head.weight, std=0.1 / width ** 0.5)
+        x = torch.linspace(0, 1, vla.BINS)
+        self.register_buffer("cosines", 3 * torch.stack([torch.cos(torch.pi * k * x) for k in range(1, basis + 1)]), False)
+        self.register_buffer("pixel_grid", self._grid(side), False)                 # (2, side, side)
+        self.register_buffer("cell_grid", self._grid(side // 4).flatten(1).T, False)  # (cells, 2)
+        self.to(memory_format=torch.channels_last)
+
+    @staticmethod
+    def _grid(n: int) -> torch.Tensor:
+        line = torch.linspace(-1, 1, n)
+        return torch.stack([line.expand(n, n), line[:, None].expand(n, n)])         # (2, n, n): x, y
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        """input_ids, attention_mask (B, L), pixel_values (B, 3, side, side) -> logits (B, 56, 256) float32."""
+        words = self.words(input_ids * attention_mask)                              # (B, 64); id 0 is padding
+        grid = self.pixel_grid.expand(len(pixel_values), -1, -1, -1)
+        x = F.relu(self.conv1(torch.cat([pixel_values, grid], 1)))                  # (B, c1, side/2, side/2)
+        scale, shift = self.film(words)[..., None, None].chunk(2, 1)                # (B, c2, 1, 1) each
+        x = F.relu(self.conv2(x) * (1 + scale) + shift)                             # (B, c2, side/4, side/4)
+        where = (self.conv3(x).flatten(2) * self.sharpness.exp()).softmax(-1)       # (B, c3, cells)
+        h = F.relu(self.fc1(torch.cat([(where @ self.cell_grid).flatten(1), words], 1)))
+        h = h + F.relu(self.fc2(h))                                                 # (B, width)
+        return (self.head(h).unflatten(1, (vla.ACTION_TOKENS, -1)) @ self.cosines).float()
+
+    def pixel_values(self, frames) -> torch.Tensor:
+        """Frames uint8 (B, 1, size, size, 3) -> what lies in the crop, (B, 3, side, side) in [-1, 1], of the weights' dtype."""
+        frames, size = torch.as_tensor(frames), self.config["size"]
+        if frames.dtype != torch.uint8 or frames.shape[1:] != (1, size, size, 3):
+            raise ValueError(f"frames must be uint8 (B, 1, {size}, {size}, 3), got {frames.dtype} {tuple(frames.shape)}")
+        top, left, side = self.config["crop"] or (0, 0, size)
+        frames = frames[:, 0, top:top + side, left:left + side]
+        pixels = frames.to(self.head.weight.device).permute(0, 3, 1, 2).float() / 127.5 - 1      # stays channels-last
+        return pixels.to(self.head.weight.dtype)
+
+    def prompt_ids(self, instructions: str | list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Instructions -> right-padded hashed words and their mask, (B, L) int64 each. Word order is lost."""
+        rows = [torch.tensor([1 + zlib.crc32(word.encode()) % 255 for word in text.lower().split()])
+                for text in ([instructions] if isinstance(instructions, str) else instructions)]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.head.weight.device)
+        return ids, (ids > 0).long()
+
+    decode, encode = vla.OpenVLA.decode, vla.OpenVLA.encode
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32, device=None) -> "TinyVLA":
+        """A folder written by `save_pretrained`; FileNotFoundError or ValueError, one line, for anything else."""
+        folder = Path(path)
+        config = checkpoints.read_json(folder / "config.json")
+        if config.pop("model_type", None) != "tiny_vla":
+            raise ValueError(f"{folder}/config.json is not a TinyVLA's; use OpenVLA.from_pretrained")
+        try:
+            model, tensors = cls(checkpoints.read_json(folder / "dataset_statistics.json"), **config), checkpoints.read_headers(folder)
+        except TypeError as error:
+            raise ValueError(f"{folder}/config.json does not describe a TinyVLA ({error}); give a complete checkpoint") from None
+        wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+        if {name: shape for name, (_, shape) in tensors.items()} != wanted:
+            raise ValueError(f"{folder}: the tensors do not fit config.json; give a complete checkpoint")
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        return model.to(device or "cpu", dtype)
+
+    def save_pretrained(self, path: str | Path, state_dict: dict | None = None) -> None:
+        """Write config.json, dataset_statistics.json and model.safetensors; they appear together or not at all."""
+        checkpoints.write_folder(Path(path), {"config.json": self.config, "dataset_statistics.json": self.norm_stats}, {},
+                                 self.state_dict() if state_dict is None else state_dict)

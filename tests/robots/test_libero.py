@@ -1,0 +1,324 @@
+"""robots/libero.py against the stock LIBERO environment; without LIBERO or its assets, on stand-in files."""
+import os
+import pickle
+import sys
+from functools import partial
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+from robots import libero as libero_envs
+from tests.conftest import needs_assets, package, run_bare
+from robots.tabletop import ActionChunk
+from robots.libero import NO_OP, SETTLE, SPLITS, Libero, main, make_suite, thin_meshes
+from robots.libero_expert import Expert
+from robots.libero_files import initial_states, prepare, tasks
+from robots.rollouts import Start
+
+
+# Without LIBERO
+
+def test_splits_never_overlap():
+    train, heldout = set(SPLITS["train"]), set(SPLITS["heldout"])
+    assert not train & heldout and train | heldout == set(SPLITS["all"]) == set(range(50)) and len(train) == 25
+    assert "papers' own protocol" in libero_envs.SPLIT_NAMES["all"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"suite": "libero_objects"}, "unknown suite 'libero_objects'; there are libero_spatial.*camera"),
+    ({"suite": "libero_plus:colour"}, "unknown suite 'libero_plus:colour'"),
+    ({"suite": "libero_plus:camera:libero_9"}, "unknown suite .*libero_plus:DIMENSION:SUITE"),
+    ({"suite": "libero_plus"}, "unknown suite 'libero_plus'"),
+    ({"task": 2}, "unknown task 2; libero_spatial has 0..1: pick up the bowl; pick up the plate"),
+    ({"task": "fly"}, "unknown task 'fly'"),
+    ({"split": "test"}, "split='test': use 'train', 'heldout', 'all'"),
+    ({"protocol": "lerobot"}, "protocol='lerobot': use 'openvla-oft' or 'simplevla'"),
+    ({"size": 4}, "size=4")])
+def test_bad_settings(installed, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Libero(**{"suite": "libero_spatial"} | arguments)
+
+
+def test_bad_reset(installed):
+    env = Libero("libero_spatial")
+    with pytest.raises(ValueError, match="index=25: the train initial states are numbered 0..24"):
+        env.reset(options={"task": 0, "index": 25})
+    with pytest.raises(ValueError, match="unknown task -1"):
+        env.reset(options={"task": -1})
+    with pytest.raises(RuntimeError, match="pick_up_the_bowl.pruned_init holds no initial states"):
+        env.reset(options={"task": "pick up the bowl", "index": 49, "split": "all"})
+
+
+def test_suites_for_the_scripts(tmp_path, installed):
+    suite = make_suite("libero_spatial", (1,), protocol="simplevla")
+    assert suite.tasks == (1,) and suite.instructions == ("pick up the bowl", "pick up the plate") and suite.by_task
+    assert suite.states == {"train": 25, "heldout": 25, "all": 50} and "horizon 512 (simplevla), 10 settling" in suite.protocol
+    assert [s.index for s in suite.starts("heldout", 3)] == [0, 1, 2] and len(suite.starts("all")) == 50 and suite.labels == ()
+    made = pickle.loads(pickle.dumps(suite.make))(size=32, horizon=suite.horizon)         # as the workers get it
+    assert (made.suite, made.size, made.protocol, made.fixed_horizon) == ("libero_spatial", 32, "simplevla", None)
+    assert "horizon 99, 10" in make_suite("libero_spatial", horizon=99).protocol
+    package(tmp_path / "plus", plus=True)
+    plus = make_suite("libero_plus:background", plus=str(tmp_path / "plus"))
+    assert plus.states["all"] == 1 and plus.labels == ("libero_spatial", "libero_10")
+    assert plus.instructions == ("pick up the bowl", "turn on the stove") and plus.protocol.startswith("horizon 520")
+    light = Libero("libero_plus:light", split="heldout", plus=str(tmp_path / "plus"))
+    assert list(light.states_of("heldout")) == [0]                                  # one trial per task
+    with pytest.raises(ValueError, match="unknown task 7"):
+        make_suite("libero_spatial", (0, 7))
+    with pytest.raises(ValueError, match="libero_plus:camera:libero_10 has no tasks in this copy"):
+        make_suite("libero_plus:camera:libero_10", plus=str(tmp_path / "plus"))
+
+
+def test_bad_flags(installed, capsys):
+    for command, message in (("--steps 0", "must be 1 or more"), ("--suite libero_x", "unknown suite 'libero_x'"),
+                             ("--tsak 1", "unrecognized arguments: --tsak"), ("--size x", "invalid int value: 'x'"),
+                             ("--suite libero_spatial --task 9", "unknown task 9; libero_spatial has 0..1")):
+        assert main(command.split()) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and message in said
+
+
+# Without LIBERO: functions
+
+def test_thin_meshes_keeps_the_shape_and_the_collisions():
+    """A finely tessellated sheet, once seen and once solid: the seen one loses triangles, no vertex moves further than its cell is wide."""
+    mujoco = pytest.importorskip("mujoco")
+    grid = np.stack([*np.meshgrid(*[np.arange(21) * 0.002] * 2, indexing="ij"), np.zeros((21, 21))], -1).reshape(-1, 3)
+    grid[:, 2] = 0.01 * np.sin(100 * grid[:, 0])
+    corner = (np.arange(20)[:, None] * 21 + np.arange(20)).reshape(-1, 1)
+    faces = np.concatenate([corner + [0, 21, 1], corner + [21, 22, 1]])
+    text = f'vertex="{" ".join(map(str, grid.ravel()))}" face="{" ".join(map(str, faces.ravel()))}" inertia="shell"'
+    model = mujoco.MjModel.from_xml_string(f"""<mujoco><asset><mesh name="seen" {text}/><mesh name="solid" {text}/></asset><worldbody>
+        <geom type="mesh" mesh="seen" contype="0" conaffinity="0"/><geom type="mesh" mesh="solid"/></worldbody></mujoco>""")
+    before, vertices = model.mesh_face.copy(), model.mesh_vert.copy()
+    thin_meshes(model, 0.005)
+    seen, solid = (slice(a, a + n) for a, n in zip(model.mesh_faceadr, model.mesh_facenum))
+    np.testing.assert_array_equal(model.mesh_face[solid], before[solid])
+    np.testing.assert_array_equal(model.mesh_vert, vertices)
+    after = model.mesh_face[seen]
+    assert 60 < len(after) < len(before) / 2 / 4 and len(set(map(tuple, np.sort(after, 1)))) == len(after)
+    assert all(len(set(face)) == 3 for face in after.tolist())
+    used = vertices[np.unique(after)]
+    assert np.linalg.norm(vertices[:len(grid), None] - used[None], axis=-1).min(1).max() < 0.005 * np.sqrt(3)
+
+
+# With LIBERO and its assets
+
+@pytest.fixture(scope="module")
+def env():
+    env = Libero("libero_object", size=64)
+    yield env
+    env.close()
+
+
+def play(env: Libero, actions, **start) -> tuple[np.ndarray, np.ndarray]:
+    """Images before and after the actions, and the whole trajectory of qpos and qvel."""
+    images, states = [env.reset(options=start)[0]["image"]], []
+    for action in actions:
+        env.advance(action)
+        states.append(np.concatenate([env.data.qpos, env.data.qvel]))
+    return np.array([*images, env.render()]), np.array(states)
+
+
+def expert_actions(env: Libero, **start) -> np.ndarray:
+    env.reset(options=start | {"image": False})
+    expert, actions, ended = Expert(env), [], False
+    while not ended:
+        actions.append(expert())
+        ended = env.advance(actions[-1])
+    assert env.success and expert.attempt == 0, start
+    return np.array(actions)
+
+
+@needs_assets
+def test_gymnasiums_checker():
+    env = Libero("libero_object", task=0, size=16, fast=True)
+    check_env(env, skip_render_check=True)
+    env.close()
+
+
+@needs_assets
+@pytest.mark.parametrize("suite, task", [("libero_object", 3), ("libero_spatial", 2)])
+def test_expert_and_exactness(suite, task):
+    """The expert solves the task; the stock environment, given its actions, goes through the same states to the last bit and shows the same
+    images where both look; so does a second episode after others, in the same simulator and in one built anew."""
+    env, start = Libero(suite, size=64, split="heldout"), {"task": task, "index": 7}
+    actions = expert_actions(env, **start)
+    images, states = play(env, actions, **start)
+    assert env.success and env.state == 15 and "held-out" in env._info()["protocol"]
+    envs = sys.modules[prepare().__module__]
+    stock = envs.ControlEnv(env.tasks[task].bddl, use_camera_obs=False, has_offscreen_renderer=False)
+    stock.seed(15)
+    stock.reset()
+    stock.set_init_state(initial_states(env.tasks[task].states)[15])
+    for _ in range(SETTLE):
+        stock.step(NO_OP)
+    for i, action in enumerate(actions):
+        _, reward, done, _ = stock.step(action)
+        np.testing.assert_array_equal(np.concatenate([stock.sim.data.qpos, stock.sim.data.qvel]), states[i])
+        assert done == (i == len(actions) - 1) == bool(reward)
+    stock.close()
+
+    chunked = ActionChunk(env)
+    chunked.reset(options=start)
+    between = chunked.step(actions[:8], every=1)[4]["between"]                      # rendered for the world model, they move nothing
+    np.testing.assert_array_equal(np.concatenate([env.data.qpos, env.data.qvel]), states[7])
+
+    stock = envs.OffScreenRenderEnv(bddl_file_name=env.tasks[task].bddl, camera_names=["agentview"], camera_heights=64, camera_widths=64)
+    stock.seed(15)
+    stock.reset()
+    stock.set_init_state(initial_states(env.tasks[task].states)[15])
+    for _ in range(SETTLE):
+        observation = stock.step(NO_OP)[0]
+    env.reset(options=start)
+    shown = []
+    for action in actions[:4]:
+        shown.append(env.render())
+        np.testing.assert_array_equal(shown[-1], observation["agentview_image"][::-1, ::-1])
+        observation = stock.step(action)[0]
+        env.advance(action)
+    np.testing.assert_array_equal(between[:3], shown[1:])
+    stock.close()
+
+    env.reset(options={"task": 1, "index": 3})                                      # another task, and back
+    soft, hard = play(env, actions[:30], **start), play(env, actions[:30], **start, hard=True)
+    for again in (soft, hard):
+        np.testing.assert_array_equal(again[1], states[:30])
+        np.testing.assert_array_equal(again[0], soft[0])
+    np.testing.assert_array_equal(soft[0][0], images[0])
+    assert images.std(0).max() > 20 and np.abs(states[-1] - states[0]).max() > 0.1     # something did move
+    env.close()
+
+
+@needs_assets
+@pytest.mark.parametrize("suite, task", [("libero_spatial", 4), ("libero_10", 9)])
+def test_images_of_opened_fixtures(suite, task):
+    """Where the task begins with something open, the stock environment's first reset draws more numbers before it places the fixtures."""
+    env = Libero(suite, task, size=64)
+    image = env.reset(options={"index": 3})[0]["image"]
+    stock = sys.modules[prepare().__module__].OffScreenRenderEnv(bddl_file_name=env.tasks[task].bddl, camera_names=["agentview"], camera_heights=64,
+                                                                camera_widths=64)
+    stock.seed(env.state)
+    stock.reset()
+    stock.set_init_state(initial_states(env.tasks[task].states)[env.state])
+    for _ in range(SETTLE):
+        observation = stock.step(NO_OP)[0]
+    np.testing.assert_array_equal(image, observation["agentview_image"][::-1, ::-1])
+    stock.close()
+    env.close()
+
+
+@needs_assets
+def test_a_killed_worker_is_replaced():
+    suite, starts, chunk = make_suite("libero_object", (2,), fast=True), [Start(2, 4), Start(2, 9)], np.random.default_rng(2).uniform(-1, 1, (3, 8, 7))
+    workers, images = suite.workers(2, 32), []
+    try:
+        for kill in (False, True):
+            workers.reset(dict(enumerate(starts)))
+            for step in range(3):
+                if kill and step == 2:
+                    workers.envs[1].processes[0].kill()
+                images.append({t: image for t, (image, *_) in workers.step(dict.fromkeys(range(2), chunk[step])).items()})
+        assert workers.replaced == 1
+        for a, b in zip(images[:3], images[3:]):
+            assert all(np.array_equal(a[t], b[t]) for t in range(2)) and not np.array_equal(a[0], a[1])
+    finally:
+        workers.close()
+
+
+@needs_assets
+def test_noise_of_libero_plus_repeats(env, monkeypatch):
+    """Its wrapper's step spoils the image by numpy's global generator; the same moment is spoilt the same way, and nothing else is moved by it."""
+    class Noisy:
+        noise = 31
+
+        def step(self, action):
+            observation, *rest = self.env.step(action)
+            return {"agentview_image": observation["agentview_image"] + np.random.randint(0, 9, (64, 64, 3))}, *rest
+
+        def close(self):
+            pass
+    clean = env.reset(options={"task": 1, "index": 2})[0]["image"]
+    own = env.wrapper
+    monkeypatch.setattr(env, "wrapper", Noisy())
+    np.random.seed(5)
+    first, after = env.render(), np.random.random()
+    np.random.seed(6)
+    np.testing.assert_array_equal(env.render(), first)
+    np.random.seed(5)
+    assert after == np.random.random() and not np.array_equal(first, clean)
+    env.advance(NO_OP)
+    assert not np.array_equal(env.render() - clean, first - clean)
+    env.wrapper = own
+
+
+@needs_assets
+def test_fast_changes_pixels_only(env):
+    fast, start = Libero("libero_object", size=64, fast=True), {"task": 4, "index": 2}
+    actions = np.random.default_rng(0).uniform(-1, 1, (10, 7))
+    (images, states), (quick, same) = play(env, actions, **start), play(fast, actions, **start)
+    np.testing.assert_array_equal(states, same)
+    assert fast.model.mesh_facenum.sum() < env.model.mesh_facenum.sum() / 2
+    assert 0.1 < np.abs(images.astype(int) - quick).mean() < 6
+    fast.close()
+
+
+@needs_assets
+def test_episodes_end_and_bad_actions(env):
+    brief = Libero("libero_object", size=16, horizon=2, split="all")
+    _, info = brief.reset(options={"task": 3, "index": 49})
+    assert (info["state"], info["instruction"], info["success"]) == (49, tasks("libero_object")[3].instruction, False)
+    assert "papers' own protocol" in info["protocol"] and "horizon 2" in info["protocol"]
+    for bad in (np.zeros(6), np.zeros((1, 7)), np.full(7, np.nan)):
+        with pytest.raises(ValueError, match="action must be 7 finite numbers, got shape"):
+            brief.step(bad)
+    assert [brief.step(NO_OP)[2:4] for _ in range(2)] == [(False, False), (False, True)]
+    brief.close()
+    assert [Libero(s, protocol=p).reset(options={"task": 0, "index": 0, "image": False})[1]["protocol"].split("horizon ")[1][:3]
+            for s, p in (("libero_object", "openvla-oft"), ("libero_object", "simplevla"))] == ["280", "512"]
+
+
+@needs_assets
+def test_workers_equal_a_single_process():
+    actions = np.random.default_rng(1).uniform(-1, 1, (3, 2, 7)).astype(np.float32)
+    script = sys.modules["__main__"]
+    file, script.__file__ = getattr(script, "__file__", None), None                 # workers need not import pytest's script
+    makers = [partial(Libero, "libero_object", task, size=32, fast=True) for task in (2, 5)]
+    workers = gymnasium.vector.AsyncVectorEnv(makers, context="forkserver")
+    script.__file__ = file
+    try:
+        observations, _ = workers.reset(options={"index": 11})
+        theirs = [observations["image"].copy(), *(workers.step(each)[0]["image"].copy() for each in actions)]
+    finally:
+        workers.close()
+    env = Libero("libero_object", size=32, fast=True)
+    for k, task in enumerate((2, 5)):
+        observation, _ = env.reset(options={"task": task, "index": 11})
+        for i, image in enumerate(theirs):
+            np.testing.assert_array_equal(image[k], observation["image"])
+            if i < len(actions):
+                observation = env.step(actions[i, k])[0]
+    env.close()
+
+
+@needs_assets
+def test_incomplete_assets_name_the_file(tmp_path):
+    """Every folder is there and one mesh is not."""
+    whole = Path(os.environ["LIBERO_ASSETS"])
+    for name in whole.iterdir():
+        (tmp_path / name.name).symlink_to(name.resolve())
+    (tmp_path / "stable_hope_objects").unlink()
+    (tmp_path / "stable_hope_objects").mkdir()
+    command = ["measure", "--tasks", "0", "--states", "1", "--out", str(tmp_path / "e.json")]
+    done = run_bare("robots.libero_expert", *command, LIBERO_ASSETS=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: LIBERO cannot build"), done.stderr
+    assert "stable_hope_objects" in done.stderr and "--assets" in done.stderr and not (tmp_path / "e.json").exists()
+    for file in (whole / "stable_hope_objects").rglob("*"):
+        if file.suffix == ".xml":                                                   # as git-lfs leaves it where it is not installed
+            (tmp_path / "stable_hope_objects" / file.parent.name).mkdir(exist_ok=True)
+            (tmp_path / "stable_hope_objects" / file.parent.name / file.name).write_text("version https://git-lfs.github.com/spec/v1\n")
+    done = run_bare("robots.libero_expert", *command, LIBERO_ASSETS=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: LIBERO cannot build"), done.stderr

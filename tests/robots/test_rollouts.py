@@ -1,0 +1,200 @@
+"""robots/rollouts.py: episodes in worker processes, some of which are killed, against tables played alone in this process."""
+import multiprocessing
+import os
+import random
+import signal
+import threading
+
+import numpy as np
+import pytest
+
+from robots import tabletop as envs
+from robots.tabletop import Expert, Tabletop
+from robots.rollouts import Episode, Start, TableBatch, Workers, play
+
+
+def at(start: Start) -> Tabletop:
+    env = Tabletop()
+    env.reset(options=vars(start))
+    return env
+
+
+def test_batch_renders_only_active_tables(monkeypatch):
+    rendered, render = [], envs.Scene.render
+    monkeypatch.setattr(envs.Scene, "render", lambda self, data, size: rendered.append(data) or render(self, data, size))
+    batch = TableBatch(4)
+    batch.reset(options={"slots": [(0, Start(0, 0)), (3, Start(1, 1))]})
+    before = batch.images.copy()
+    _, *_, info = batch.step({"chunk": np.ones((4, 8, 7)), "active": np.array([0, 0, 0, 1]), "every": 8})
+    assert [next(i for i, t in enumerate(batch.tables) if t.unwrapped.data is data) for data in rendered] == [0, 3, 3]
+    assert info["executed"].tolist() == [0, 0, 0, 8]
+    assert [np.array_equal(a, b) for a, b in zip(before, batch.images)] == [True, True, True, False]
+
+
+def alone(start: Start) -> tuple[Episode, np.ndarray, list[np.ndarray]]:
+    """A table by itself, stepped one action at a time by the expert (every third initial state: mistaken and trembling, so
+    that it misses), the chunks (calls, 8, 7) that repeat it, and the frame after each step; what follows success in the last chunk must
+    not be executed."""
+    env, episode, chunks, ended = at(start), Episode(start), [], False
+    rng, misses = np.random.default_rng([start.task, start.index]), start.index % 3 == 0
+    expert = Expert(env, error=0.1 * misses, rng=rng)
+    frames = [env.render()]
+    while not ended:
+        episode.images.append(frames[-1])
+        chunk = []
+        while len(chunk) < 8 and not ended:
+            chunk.append(expert() + misses * np.array([*rng.normal(0, 0.5, 3), 0, 0, 0, 0]))
+            ended = env.advance(chunk[-1])
+            frames.append(env.render())
+        episode.executed.append(len(chunk))
+        chunks.append(np.array(chunk + [np.ones(7)] * (8 - len(chunk))))
+    episode.images.append(frames[-1])
+    episode.success = env.success
+    return episode, np.array(chunks), frames
+
+
+class Script:
+    """act() for `play` that knows what to do from the image alone: KeyError if an image differs in one bit."""
+
+    def __init__(self, starts: list[Start]):
+        self.truth = {start: alone(start) for start in starts}
+        self.chunks, self.batches = {}, []
+        for episode, chunks, _ in self.truth.values():
+            for image, chunk in zip(episode.images, chunks):
+                self.chunks[image.tobytes(), envs.TASKS[episode.start.task]] = chunk
+
+    def __call__(self, images, instructions):
+        self.batches.append(len(images))
+        return np.array([self.chunks[i.tobytes(), text] for i, text in zip(images, instructions)]), instructions
+
+    def check(self, episodes: list[Episode], starts: list[Start], every: int = 8) -> None:
+        assert [e.start for e in episodes] == starts
+        for e in episodes:
+            truth, _, frames = self.truth[e.start]
+            assert (e.executed, e.success) == (truth.executed, truth.success), e.start
+            assert e.records == [envs.TASKS[e.start.task]] * len(e.executed) and e.steps == sum(truth.executed)
+            np.testing.assert_array_equal(e.images, truth.images)
+            np.testing.assert_array_equal(e.video, [*frames[:-1:every], frames[-1]])
+
+
+STARTS = [Start(task, index, split) for index, split in ((0, "train"), (7, "heldout"), (20, "train"), (33, "heldout"))
+          for task in range(4)]
+
+
+@pytest.fixture(scope="module")
+def script() -> Script:
+    script = Script(STARTS)
+    wins = sum(e.success for e, *_ in script.truth.values())
+    assert 6 <= wins <= 12 and len({len(c) for _, c, _ in script.truth.values()}) > 1     # both outcomes, several lengths
+    assert len(script.chunks) == sum(len(c) for _, c, _ in script.truth.values())       # no two calls saw the same image
+    return script
+
+
+@pytest.fixture(scope="module")
+def workers():
+    workers = Workers(2, 5)
+    yield workers
+    workers.close()
+
+
+def test_workers_equal_a_table_alone(script, workers):
+    """Tables addressed in any order, each at its own stage of its own episode."""
+    shuffle, tables = random.Random(0), dict(zip((3, 0, 4, 1, 2), STARTS[2:7]))
+    for t, image in workers.reset(tables).items():
+        np.testing.assert_array_equal(image, script.truth[tables[t]][0].images[0])
+    stage, running = dict.fromkeys(tables, 0), list(tables)
+    while running:
+        shuffle.shuffle(running)
+        chosen = running[:shuffle.randint(1, len(running))]                     # the others wait
+        for t, (image, executed, success, ended, _) in workers.step(
+                {t: script.truth[tables[t]][1][stage[t]] for t in chosen}).items():
+            truth, chunks, _ = script.truth[tables[t]]
+            stage[t] += 1
+            last = stage[t] == len(chunks)
+            assert (executed, success, ended) == (truth.executed[stage[t] - 1], truth.success and last, last)
+            np.testing.assert_array_equal(image, truth.images[stage[t]])
+            if ended:
+                running.remove(t)
+
+
+def test_more_episodes_than_tables(script, workers):
+    done, starts = [], STARTS + STARTS[:3]                                      # 19 episodes, some twice, on 5 tables
+    random.Random(1).shuffle(starts)
+    script.batches.clear()
+    script.check(play(script, workers, starts, done.append), starts)
+    assert len(done) == 19 and workers.replaced == 0 and workers.history == {}     # nothing is kept of episodes that ended
+    assert script.batches[0] == 5 and sum(script.batches) == sum(len(script.truth[s][1]) for s in starts)
+
+
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_frames_between_those_that_the_policy_sees(script, workers, every):
+    script.check(play(script, workers, STARTS[:8], every=every), STARTS[:8], every)
+
+
+def test_dead_workers_are_replaced(script):
+    """Killed before a call, in the middle of one, both at once, and between two batches of episodes."""
+    workers, calls, script.batches = Workers(2, 9), [], []
+
+    def process(k):
+        return workers.envs[k].processes[0]
+
+    def act(images, instructions):
+        calls.append(len(images))
+        if len(calls) == 2:                             # gone before the call: its pipe is broken
+            process(0).kill(), process(0).join()
+        if len(calls) == 4:                             # gone while the call waits for its answer
+            os.kill(process(1).pid, signal.SIGSTOP)
+            threading.Timer(0.2, process(1).kill).start()
+        if len(calls) == 7:                             # with tables that started at different times
+            process(0).kill(), process(1).kill()
+        return script(images, instructions)
+    try:
+        script.check(play(act, workers, STARTS, every=2), STARTS, 2)
+        assert len(calls) > 7 and workers.replaced == 4
+        process(1).kill(), process(1).join()
+        script.check(play(script, workers, STARTS[:4]), STARTS[:4])
+        assert workers.replaced == 5
+    finally:
+        workers.close()
+
+
+class Dying(TableBatch):
+    def step(self, action):
+        if multiprocessing.parent_process():
+            os._exit(1)
+
+
+@pytest.mark.filterwarnings("ignore:.*Calling `close` while waiting")
+def test_worker_that_always_dies():
+    workers = Workers(1, 1, Dying)
+    try:
+        workers.reset({0: Start(0, 0)})
+        with pytest.raises(RuntimeError, match="^worker process 0 died 4 times in a row"):
+            workers.step({0: np.zeros((8, 7))})
+    finally:
+        workers.close()
+
+
+class Refusing(TableBatch):
+    def step(self, action):
+        raise (ValueError if action["active"][0] else FileNotFoundError)("no such mesh")
+
+
+@pytest.mark.parametrize("table, error, message", [(0, ValueError, "no such mesh"), (1, RuntimeError, "FileNotFoundError: no such mesh")])
+def test_an_error_in_a_worker_is_raised_as_it_is(recwarn, table, error, message):
+    """Its message alone, for one line; where it happened stands in its notes, which Python prints with a traceback. A file that the worker misses
+    does not pass for its death."""
+    workers = Workers(1, 2, Refusing)
+    try:
+        workers.reset({table: Start(0, 0)})
+        with pytest.raises(error, match="no such mesh") as caught:
+            workers.step({table: np.zeros((8, 7))})
+        assert workers.replaced == 0 and str(caught.value) == message and "in step" in caught.value.__notes__[0] and not [w for w in recwarn if "mesh" in str(w.message)]
+    finally:
+        workers.close()
+
+
+def test_workers_and_tables_must_match():
+    for processes, tables in ((0, 4), (3, 2)):
+        with pytest.raises(ValueError, match=f"{tables} tables over {processes} processes"):
+            Workers(processes, tables)
