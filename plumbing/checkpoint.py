@@ -1,129 +1,232 @@
-"""A policy's checkpoint folder, from here or from the hub.
+"""Files that appear whole or not at all, and the checkpoints of a run.
 
-1. `local_folder`, `read_json`, `read_headers`: small files and the tensors' shapes, before any weight is loaded.
-2. `write_folder`: a new folder, whole or not at all.
-3. `read_tokenizer`, `misfits`, `tower_size`: whether it holds what an OpenVLA-OFT needs, said in one line if not.
+1. `whole`: a file or folder is written under another name, flushed to disk, and renamed.
+2. `save`, `load`: what a run needs to go on. One process writes safetensors; several write a folder
+   of torch.distributed.checkpoint, each rank its own shards, that any number of ranks reads.
+3. `read_json`: a small file, or one line that names it.
+
+A kill at any moment leaves the previous checkpoint or the new one, in FOLDER or FOLDER.old.
 """
 import json
 import os
+import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
-from robots import openvla as vla
+from plumbing import optimizer as optimizers
+from plumbing import ranks
+from plumbing.flags import jsonable
 
 
-def local_folder(path: str | Path, weights: bool = True) -> Path:
-    """A folder as it is; anything that looks like a hub id (owner/name) is downloaded, with the hub's own cache, its weights
-    only if asked. FileNotFoundError if it is neither, or the hub does not give it."""
-    if Path(path).is_dir():
-        return Path(path)
-    owner, _, name = str(path).partition("/")
-    if not owner or owner.startswith((".", "~")) or not name or "/" in name or Path(path).exists():
-        raise FileNotFoundError(f"{path} is neither a checkpoint folder nor a hub id (owner/name); give one of them")
-    from huggingface_hub import snapshot_download
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A path to write a file or a folder at, which takes the place of `path` when the block ends.
+
+    Killed between any two operations, `path` or `path`.old is complete: the draft is flushed,
+    `path` is renamed to `path`.old, the draft to `path`, and `path`.old is deleted. An error
+    removes the draft and leaves `path` as it was; OSError, one line, if the disk is full."""
+    path = Path(path).absolute()
+    draft, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
+    _remove(draft)                                      # left behind by a kill
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.jinja", "*.py", "tokenizer.model", *["*.safetensors"] * weights]))
-    except (OSError, ValueError) as error:              # the hub's errors derive from these two
-        reason = " ".join(str(error).split())[:200]
-        raise FileNotFoundError(f"{path} is not a folder here, and the hub did not give it ({reason}); give the folder of a downloaded copy") from None
+        yield draft
+        for part in (*sorted(draft.rglob("*")), draft):
+            _flush(part)
+        if path.is_dir():
+            _remove(old)
+            os.rename(path, old)
+        os.replace(draft, path)
+        _flush(path.parent)
+        _remove(old)
+    except (OSError, SafetensorError) as error:
+        _remove(draft)
+        raise OSError(f"{path} cannot be written ({error}); is the disk full? "
+                      "What was there before is whole") from None
+    except BaseException:
+        _remove(draft)
+        raise
 
 
-def read_json(file: Path) -> dict:
-    """The object that a small file of a checkpoint holds. FileNotFoundError; ValueError if it holds anything else."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing; the folder is not a complete checkpoint")
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():               # Windows cannot open a folder
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); copy it again") from None
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: str | Path, content) -> None:
+    """JSON, whole or not at all; NaN and infinities become null."""
+    with whole(path) as draft:
+        draft.write_text(json.dumps(jsonable(content), indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> dict:
+    """The object in a file. ValueError, one line that names it, if there is none."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; the folder is not complete") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"{path} is truncated or corrupt ({error}); use another copy") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object; copy it again")
+        raise ValueError(f"{path} holds no JSON object; use another copy")
     return content
 
 
-def action_statistics(folder: Path) -> dict:
-    """Quantiles of the training data's actions, by data set: those of fine-tuning, else the config's. Errors as `read_json`'s."""
-    file = folder / "dataset_statistics.json"
-    return read_json(file) if file.is_file() else read_json(folder / "config.json").get("norm_stats", {})
+# Checkpoints: the tensors that are trained, the optimiser's, and state.json
+
+def find(path: str | Path) -> Path:
+    """The newest complete checkpoint folder at `path`; FileNotFoundError if there is none."""
+    path = Path(path).absolute()
+    old = path.with_name(path.name + ".old")            # killed between two renames of `whole`
+    for folder in (path, old):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"no checkpoint folder at {path}")
 
 
-def read_headers(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Every tensor's file and shape, from the headers only: a bad checkpoint fails before anything is loaded.
-    FileNotFoundError: no weights, or a shard the index names is missing. ValueError: a shard or the index cannot be read."""
-    names = ["model.safetensors"]
-    if not (folder / names[0]).is_file():
-        index = folder / "model.safetensors.index.json"
-        if not index.is_file():
-            raise FileNotFoundError(f"{folder} has neither model.safetensors nor {index.name}; give a folder of weights")
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    tensors = {}
-    for file in (folder / name for name in names):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing, though the index names it; copy that shard again")
-        try:
-            with safe_open(file, "pt") as shard:
-                tensors |= {name: (file, tuple(shard.get_slice(name).get_shape())) for name in shard.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{file} is truncated or not a safetensors file ({error}); copy it again") from None
-    return tensors
+def read_state(path: str | Path) -> dict:
+    """The `state` that `save` was given: step, settings. Errors as `find` and `read_json`."""
+    return read_json(find(path) / "state.json")
 
 
-def write_folder(path: Path, jsons: dict[str, dict], files: dict[str, bytes], state: dict) -> None:
-    """Files, JSON and weights into a new folder, under another name until it is complete. ValueError if there is one with something in it."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and is not an empty folder; nothing was overwritten, choose another path")
-    partial_folder = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)           # left behind by a killed run
-    partial_folder.mkdir(parents=True)
-    for name, content in files.items():
-        (partial_folder / name).write_bytes(content)
-    for name, content in jsons.items():
-        (partial_folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial_folder / "model.safetensors",
-              metadata={"format": "pt"})
-    os.replace(partial_folder, path)
+def save(path: str | Path, tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer,
+         state: dict) -> None:
+    """Write a checkpoint folder in place of the one at `path`; every rank must call it.
+
+    tensors: what is trained, and what else is kept, by name, DTensors among them; state: plain
+    JSON. ValueError, nothing touched, if path holds something else than a checkpoint."""
+    path, trainer = Path(path), optimizers.optimizer_tensors(optimizer)
+    if path.exists() and not (path / "state.json").is_file():
+        raise ValueError(f"{path} exists and is not a checkpoint folder; choose another --out")
+    with whole(path) if ranks.rank() == 0 else _helping(path) as draft:
+        if ranks.rank() == 0:
+            draft.mkdir()
+            (draft / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False))
+        if ranks.world_size() == 1:
+            save_file(_untied(tensors), draft / "model.safetensors")
+            save_file(_untied(trainer), draft / "trainer.safetensors")
+        else:
+            ranks.barrier()
+            try:
+                dcp.save(tensors | trainer, checkpoint_id=draft)    # ends when all ranks' files do
+            except CheckpointException as error:
+                raise OSError(_cause(error)) from None
+    ranks.barrier()
 
 
-# What an OpenVLA's must hold
+@contextmanager
+def _helping(path: Path) -> Iterator[Path]:
+    """The first rank's draft, for the others: the first alone makes and renames it."""
+    yield path.absolute().with_name(path.name + ".tmp")
 
-def read_tokenizer(text: bytes) -> Tokenizer:
-    """tokenizer.json as it is (transformers 5 would rebuild Llama's by its own rules), without padding or truncation. ValueError if it is not
-    Llama-2's: its words would be other embeddings' numbers, and the policy would see another instruction."""
+
+def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, and each with memory of its own: safetensors refuses what is shared."""
+    plain, seen = {}, set()
+    for name, x in tensors.items():
+        x = x.detach().cpu().contiguous()
+        memory = x.untyped_storage().data_ptr()
+        plain[name] = x.clone() if memory in seen else x
+        seen.add(memory)
+    return plain
+
+
+@torch.no_grad()
+def load(path: str | Path, tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Fill `tensors` and the optimiser's state from a checkpoint of any number of ranks.
+
+    ValueError, one line that names the folder or file, if it is damaged or another model's."""
+    path = find(path)
+    sharded = (path / ".metadata").exists()
     try:
-        tokenizer = Tokenizer.from_str(text.decode())
-    except Exception as error:                          # the tokenizers library raises nothing more special
-        raise ValueError(f"tokenizer.json cannot be read ({error}); copy it again from the original checkpoint") from None
-    for word, number in (("<s>", vla.BOS), ("</s>", vla.EOS), ("▁", vla.SPACE)):
-        if tokenizer.token_to_id(word) != number:
-            raise ValueError(f"tokenizer.json gives {word!r} the number {tokenizer.token_to_id(word)}, OpenVLA's Llama-2 {number}; "
-                             "copy it from the original checkpoint")
-    tokenizer.no_padding(), tokenizer.no_truncation()
-    return tokenizer
+        found = _read_shards(path, tensors, optimizer) if sharded else _read_files(path, tensors)
+        for name, x in found.items():
+            if not ranks.local(x).isfinite().all():
+                raise ValueError(f"{name} holds a number that is not finite")
+        for name, x in tensors.items():
+            if found[name] is not x:
+                x.copy_(ranks.divided(found[name], x))
+        optimizers.load_optimizer_tensors(optimizer, found)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be loaded ({error}); use another checkpoint") from None
 
 
-def misfits(config: dict, shapes: dict[str, tuple[int, ...]], folder: Path) -> list[str]:
-    """A line if the tensors are not those of the OpenVLA that config.json describes, else none."""
-    sizes = [tower_size(shapes, f"vision_backbone.{tower}", folder) for tower in ("featurizer", "fused_featurizer")]
-    with torch.device("meta"):
-        wanted = {name: tuple(p.shape) for name, p in vla.OpenVLA(config, *sizes).state_dict().items()}
-    wrong = [name for name in {**wanted, **shapes} if shapes.get(name) != wanted.get(name)]
-    if not wrong:
-        return []
-    return [f"{folder}: {len(wrong)} tensors are not OpenVLA's; the first, {wrong[0]}, has shape {shapes.get(wrong[0], 'missing')} and should be "
-            f"{wanted.get(wrong[0], 'absent')}; give a complete checkpoint whose config.json fits"]
+def _read_files(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What one process wrote."""
+    found: dict[str, Tensor] = {}
+    for name in ("model.safetensors", "trainer.safetensors"):
+        try:
+            found |= load_file(path / name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{name} is missing, truncated or corrupt: {error}") from None
+    _check({name: (x.shape, x.dtype) for name, x in found.items()}, tensors)
+    return found
 
 
-def tower_size(shapes: dict[str, tuple[int, ...]], prefix: str, folder: Path) -> tuple[int, int, int]:
-    """(width, depth, mlp) of a tower; config.json does not tell them, the tensors do."""
-    patch, mlp = f"{prefix}.patch_embed.proj.weight", f"{prefix}.blocks.0.mlp.fc1.weight"
-    for name in (patch, mlp):
-        if name not in shapes:
-            raise ValueError(f"{folder} lacks the tensor {name}; give a checkpoint of OpenVLA with two towers")
-    start = f"{prefix}.blocks."
-    depth = 1 + max(int(name[len(start):].split(".")[0]) for name in shapes if name.startswith(start))
-    return shapes[patch][0], depth, shapes[mlp][0]
+def _read_shards(path: Path, tensors: dict[str, Tensor], optimizer) -> dict[str, Tensor]:
+    """What several ranks wrote: this rank's part of it, in `tensors` and new ones."""
+    found = dict(tensors)
+    try:
+        with open(path / ".metadata", "rb") as file:
+            entries = _Metadata(file).load().state_dict_metadata
+        _check({name: (x.size, x.properties.dtype) for name, x in entries.items()}, tensors)
+        for key in entries:
+            if key.startswith("optimizer."):
+                p = optimizers.parameter_of(optimizer, key)
+                found[key] = torch.zeros((), dtype=torch.int64) if key.endswith(".step") else (
+                    torch.zeros_like(p, dtype=torch.float32, device=optimizer.home(p)))
+        dcp.load(found, checkpoint_id=path)
+    except (Exception, CheckpointException) as error:       # a damaged pickle may raise any
+        raise ValueError(_cause(error)) from None
+    return found
+
+
+def _check(found: dict[str, tuple], tensors: dict[str, Tensor]) -> None:
+    for name, x in tensors.items():
+        if found.get(name) != (x.shape, x.dtype):
+            raise ValueError(f"{name} is not {tuple(x.shape)} of {x.dtype}: it is another model's")
+
+
+class _Metadata(pickle.Unpickler):
+    """torch.distributed.checkpoint's list of what the shards hold is a pickle: it may name what
+    such a list is made of, and nothing that could run code."""
+
+    def find_class(self, module: str, name: str):
+        known = name in {
+            "torch.distributed.checkpoint.metadata": (
+                "Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata",
+                "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+            "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+            "torch.serialization": ("_get_layout",), "pathlib": ("PosixPath", "WindowsPath"),
+            "torch": ("Size", "bfloat16", "float16", "float32", "float64", "int64"),
+        }.get(module, ())
+        if not known:
+            raise pickle.UnpicklingError(f".metadata names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what went wrong on some rank."""
+    cause = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0]

@@ -1,281 +1,346 @@
-"""A training job on the command line: flags, an output folder, its metrics and checkpoints, and going on after an interruption.
+"""What stands around the algorithm of a training script, so that it need not stand in it.
 
-What is here, all of it the same for both scripts
-1. `flag`, `parse`, `require`, `command`: settings are one dataclass; whatever is wrong is one line on stderr and exit code 2.
-2. `begin`: a new output folder, or --resume of one, whose settings are taken over. No run is ever overwritten.
-3. `MetricsLog`: a line of JSON for each step, which a killed run keeps.
-4. `save_checkpoint`, `load_checkpoint`: a folder that is complete at every moment; plumbing/ranks.py has the same for several ranks.
-5. `ctrl_c`: a first Ctrl-C lets the step finish.
+    run.steps(n)            the loop: seeds, going on after an interruption, Ctrl-C, saving, the bar
+    run.mine, run.gather    this rank's part of what all ranks hold; what all ranks have, joined
+    run.lap(name)           the seconds since the last lap go into the log under this name
+    run.due(every)          is this step one of every n, or the last?
+    run.log(row, line)      a line of metrics.jsonl; its gist on the bar, now and then below it
+    run.say(text)           words below the bar
+    run.keep(...)           what a checkpoint holds, filled from it if the run is resumed
+    run.write, run.read     small results in the run's folder, whole or not at all
+
+`launch` makes a Run of a command line. `Journal` is the one form of everything that is written line
+by line and gone on with: metrics, evaluations, a teacher's replies.
 """
 import json
 import math
 import os
-import shutil
+import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, field
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
 from torch import Tensor
-from transformers import HfArgumentParser
+from tqdm import tqdm
+
+from plumbing import checkpoint, plots, ranks
+from plumbing.flags import Command, check_types, ending, jsonable, printable, read_command
 
 
-# Flags
+class Journal:
+    """JSON lines that are only ever appended to, each flushed at once: a kill costs at most the
+    line it cuts, which is dropped at the next opening.
 
-def flag(default, text: str, **more):
-    """A dataclass field that HfArgumentParser makes a flag of; `default` may be a list."""
-    value = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return field(**value, metadata={"help": text, **more})
+    settings: the first line of a new file; ValueError, naming the difference, if the file was begun
+    with others. keep: rows that stay, of those that are there. `rows`: they, as they were read;
+    `new`: nothing was there. ValueError names a whole line that is no JSON object."""
 
+    def __init__(self, path: str | Path, settings: dict | None = None,
+                 keep: Callable[[dict], bool] = lambda row: True):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        found = self.path.read_text(errors="replace") if self.path.exists() else ""
+        rows, self.new = _rows(self.path, found.split("\n")), not found
+        head = [] if settings is None else [jsonable(settings)]
+        if head and rows and (begun := rows.pop(0)) != head[0]:
+            other = [f"{name} {begun.get(name)!r}, not {settings.get(name)!r}"
+                     for name in begun | settings if begun.get(name) != head[0].get(name)]
+            raise ValueError(f"{self.path} was begun with {', '.join(other)}; "
+                             "repeat that, or choose another --out")
+        self.rows = [row for row in rows if keep(row)]
+        text = "".join(map(_line, (*head, *self.rows)))
+        if text != found:
+            with checkpoint.whole(self.path) as draft:
+                draft.write_text(text)
+        self.file = open(self.path, "a")
 
-def require(s, at_least: dict[str, float], positive: tuple[str, ...] = (), why: dict[str, str] = {}) -> None:
-    """ValueError, one line, for a setting out of range or not finite; `why`: more to say of some of them."""
-    for name, low in at_least.items():
-        if not low <= getattr(s, name) < math.inf:
-            raise ValueError(f"--{name} must be at least {low}, got {getattr(s, name)}" + (f": {why[name]}" if name in why else ""))
-    for name in positive:
-        if not 0 < getattr(s, name) < math.inf:
-            raise ValueError(f"--{name} must be positive and finite, got {getattr(s, name)}")
-
-
-def parse(parser: HfArgumentParser, argv: list[str]) -> tuple[object, object, set[str]]:
-    """(settings, the parser's other flags, names of the flags given). ValueError, one line, where argparse would print its usage and exit."""
-    def refuse(message: str):
-        raise ValueError(message)
-    parser.error = refuse
-    s, *more, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)     # more: if there are such flags
-    if unknown:
-        raise ValueError(f"unknown argument {unknown[0]}; see --help")
-    return s, more[0] if more else None, {a[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for a in argv if a.startswith("--")}
-
-
-def command(work: Callable[[], int]) -> int:
-    """Exit code of work(): an error is a line on stderr and code 2, Ctrl-C is 130."""
-    try:
-        return work()
-    except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; if the run had saved a checkpoint, go on with --resume FOLDER", file=sys.stderr)
-        return 130
-
-
-# The output folder
-
-def begin(s, given: set[str], free: set[str], out: str) -> tuple[object, Path, dict | None]:
-    """Settings, output folder, and with --resume the state of its checkpoint: then the settings are those of the run, but for the `free`
-    ones, and ValueError if others given differ. `out`: the folder of a new run. Nothing is written."""
-    if not s.resume:
-        if "resume" in given:
-            raise ValueError("--resume is empty; give the folder of a run")
-        refuse_taken(Path(out))
-        return s, Path(out), None
-    if "out" in given:
-        raise ValueError(f"--resume goes on in {s.resume}; drop --out")
-    folder = Path(s.resume)
-    state = read_state(folder / "checkpoint")
-    saved = state.get("settings", {})
-    if set(saved) != set(asdict(s)):
-        raise ValueError(f"{folder}/checkpoint was written by another version of this script; start a new run with --out")
-    for name in sorted(given - free):
-        if getattr(s, name) != saved.get(name):
-            raise ValueError(f"--{name} {getattr(s, name)} differs from the run's {saved.get(name)}; drop the flag, or start a new run with --out")
-    return type(s)(**saved | {name: getattr(s, name) for name in given & free} | {"out": s.resume, "resume": s.resume}), folder, state
-
-
-def refuse_taken(out: Path) -> None:
-    """ValueError if a new run into this folder would overwrite one: its checkpoint, or metrics alone, as a record of it holds."""
-    if any((out / name / "state.json").exists() for name in ("checkpoint", "checkpoint.old")):
-        raise ValueError(f"{out} holds a run already; go on with --resume {out}, or choose another --out")
-    metrics = out / "metrics.jsonl"
-    if metrics.exists() and metrics.stat().st_size:
-        raise ValueError(f"{metrics} is of another run; choose another --out")
-
-
-def make_folder(out: Path) -> None:
-    """ValueError, one line, if nothing can be written there."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".probe").touch()
-        (out / ".probe").unlink(missing_ok=True)      # another rank may have been quicker
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written to ({error.strerror}); choose another folder") from None
-
-
-# Metrics
-
-def _jsonable(x):
-    """Tensors and numpy values become numbers or lists; NaN and infinities, which JSON does not have, null."""
-    if isinstance(x, dict):
-        return {str(k): _jsonable(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [_jsonable(v) for v in x]
-    if isinstance(x, (Tensor, np.ndarray, np.generic)):
-        return _jsonable(x.tolist())
-    return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
-class MetricsLog:
-    """A JSON-lines file of metrics, each row flushed at once, so that a killed run keeps every finished row.
-
-    With resume_step, rows of later steps (they will be done again) and a half-written last line are first removed. Raises
-    ValueError if the file has rows and resume_step is None (nothing is overwritten) or a line before the last is no row.
-    """
-
-    def __init__(self, path: str | Path, resume_step: int | None = None):
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        if lines and resume_step is None:
-            raise ValueError(f"{path} already has {len(lines)} rows: resume that run or choose another folder")
-        kept = []
-        for number, line in enumerate(lines, 1):
-            try:
-                if json.loads(line)["step"] <= resume_step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError) as e:
-                if number < len(lines):  # only the last line can be half-written
-                    raise ValueError(f"{path} line {number} is not a metrics row: {line[:60]!r}; delete that line") from e
-        if lines:
-            tmp = path.with_name(path.name + ".tmp")
-            tmp.write_text("".join(kept))
-            _fsync(tmp)
-            os.replace(tmp, path)
-        self.file = open(path, "a")
-
-    def append(self, row: dict) -> None:
-        """Write one row, which must have an integer "step"."""
-        if not isinstance(row.get("step"), int):
-            raise ValueError(f"a metrics row needs an integer 'step', got {row.get('step')!r}")
-        self.file.write(json.dumps(_jsonable(row), allow_nan=False) + "\n")
+    def add(self, row: dict) -> None:
+        self.file.write(_line(row))
         self.file.flush()
 
     def close(self) -> None:
         self.file.close()
 
 
-# Checkpoints: a folder of model.safetensors, trainer.safetensors (optimiser) and state.json
-
-def _fsync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
-        return
-    fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _line(row: dict) -> str:
+    return json.dumps(jsonable(row), allow_nan=False) + "\n"
 
 
-def save_checkpoint(path: str | Path, *, model_tensors: dict[str, Tensor], trainer_tensors: dict[str, Tensor],
-                    state: dict) -> None:
-    """Write a checkpoint folder, replacing the one at `path`. `state` is plain JSON: step, settings, ...
-
-    Killed between any two operations, `load_checkpoint` finds a complete checkpoint, the previous or the new:
-      1. <path>.tmp is written, and flushed to disk (path: previous)
-      2. path is renamed to <path>.old (no path: load reads <path>.old)
-      3. <path>.tmp is renamed to path (path: new)
-      4. <path>.old is deleted, as are leftovers of a killed save: .tmp before 1, .old only while path is complete
-    Raises ValueError, with nothing touched, if state is not JSON or path holds something other than a checkpoint.
-    """
-    path = Path(path).absolute()
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        text = json.dumps(state, indent=1, allow_nan=False)
-    except (TypeError, ValueError) as e:
-        raise ValueError(f"checkpoint state must be plain finite JSON values: {e}") from e
-    if path.exists() and not (path / "state.json").is_file():
-        raise ValueError(f"{path} exists and is not a checkpoint folder: choose another path")
-    if tmp.exists():
-        shutil.rmtree(tmp)
-    tmp.mkdir(parents=True)
-    for name, tensors in (("model", model_tensors), ("trainer", trainer_tensors)):
-        plain, seen = {}, set()
-        for key, value in tensors.items():
-            value = value.detach().cpu().contiguous()
-            memory = value.untyped_storage().data_ptr()
-            plain[key] = value.clone() if memory in seen else value  # tied weights: safetensors refuses shared memory
-            seen.add(memory)
+def _rows(path: Path, lines: list[str]) -> list[dict]:
+    rows = []
+    for number, line in enumerate(lines, 1):
         try:
-            save_file(plain, tmp / f"{name}.safetensors")
-        except SafetensorError as e:
-            raise OSError(f"{tmp} cannot be written ({e}); is the disk full? The checkpoint before it is whole") from None
-    (tmp / "state.json").write_text(text)
-    replace_folder(tmp, path)
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        elif number < len(lines):           # what a kill has cut off is not ended by a newline
+            raise ValueError(f"{path} line {number} is not a row: {line[:60]!r}; delete that line")
+    return rows
 
 
-def replace_folder(tmp: Path, path: Path) -> None:
-    """Steps 2 to 4 of `save_checkpoint`, after flushing tmp to disk."""
-    old = path.with_name(path.name + ".old")
-    for part in (*sorted(tmp.iterdir()), tmp):
-        _fsync(part)
-    if path.exists():
-        if old.exists():
-            shutil.rmtree(old)
-        os.rename(path, old)
-    os.rename(tmp, path)
-    _fsync(path.parent)
-    if old.exists():
-        shutil.rmtree(old)
+def _step(row: dict) -> float:
+    """A row's step; of a damaged one, which is dropped, infinity."""
+    return step if isinstance(step := row.get("step"), int) else math.inf
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """The newest complete checkpoint folder at `path`; FileNotFoundError if there is none."""
-    path = Path(path).absolute()
-    if not path.exists() and path.with_name(path.name + ".old").exists():
-        path = path.with_name(path.name + ".old")  # killed between steps 2 and 3 of save_checkpoint
-    if not path.is_dir():
-        raise FileNotFoundError(f"no checkpoint folder at {path}")
-    return path
+class Run:
+    """A run's settings `s`, its folder `out`, where it stands (`stage`, `step`), and its verbs."""
 
+    def __init__(self, s, out: Path, state: dict | None, script: str):
+        self.s, self.out, self.script = s, out, script
+        self.fresh, self.resumed = state is None, state is not None
+        at = state or {"stage": "", "step": 0, "ended": False}
+        self.stage, self.step, self.ended = at["stage"], at["step"], at["ended"]
+        self.interrupted, self.began = False, time.time()
+        self.mine, self.gather = ranks.share, ranks.gather
+        self.first_rank = ranks.rank() == 0
 
-def read_state(path: str | Path) -> dict:
-    """The `state` of a checkpoint folder alone; errors as `load_checkpoint`."""
-    file = find_checkpoint(path) / "state.json"
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"checkpoint {file.parent} has no {file.name}: it is incomplete, use another one") from None
-    except ValueError as e:
-        raise ValueError(f"checkpoint file {file} is truncated or corrupt, use another checkpoint ({e})") from e
+    # The loop
 
+    def steps(self, total: int, stage: str = "", log: str = "metrics.jsonl",
+              zero: dict | None = None) -> Iterator[int]:
+        """Numbers of the steps still to do, up to `total`; fewer after `end` or Ctrl-C. zero: what
+        the log says of step 0.
 
-def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
-    """(model_tensors, trainer_tensors, state) of a folder `save_checkpoint` wrote, tensors on the CPU.
+        Each step has random numbers of its own, a function of (seed, step), so a run that was
+        resumed repeats one that was not: `rng` for what all ranks decide together, torch's for what
+        each samples. A checkpoint is saved every --save_every steps, and at the end."""
+        if stage != self.stage:
+            self.stage, self.step, self.ended = stage, 0, False
+        self.total, done = total, self.step
+        self.journal = Journal(self.out / log if self.first_rank else os.devnull,
+                               keep=lambda row: 0 < done >= _step(row))
+        self.bar = tqdm(total=total, initial=done, desc=self.stage or Path(self.script).stem,
+                        unit="step", mininterval=1, dynamic_ncols=True, disable=not self.first_rank)
+        with _ctrl_c() as pressed, self.bar:
+            if done == 0:
+                if zero:
+                    self.journal.add({"step": 0, **zero})
+                self.save()
+            saved = self.step
+            while not self.finished and not any(ranks.gather(pressed)):     # on any rank
+                self.step += 1
+                self.rng = np.random.default_rng([self.s.seed, self.step])
+                torch.manual_seed(int(self.rng.integers(2**62)) + ranks.rank())
+                self.seconds: dict[str, float] = {}
+                self.clock = time.perf_counter()
+                yield self.step
+                self.bar.update()
+                if self.due(self.s.save_every):
+                    self.save()
+                    saved = self.step
+            if saved != self.step:
+                self.save()
+            self.interrupted = any(ranks.gather(pressed))
+        self.journal.close()
 
-    Raises FileNotFoundError if there is none; ValueError, naming the file, if one is missing, truncated or unreadable.
-    """
-    path, loaded = find_checkpoint(path), []
-    for file in (path / "model.safetensors", path / "trainer.safetensors"):
-        try:
-            loaded.append(load_file(file))
-        except FileNotFoundError:
-            raise ValueError(f"checkpoint {path} has no {file.name}: it is incomplete, use another one") from None
-        except SafetensorError as e:
-            raise ValueError(f"checkpoint file {file} is truncated or corrupt, use another checkpoint ({e})") from e
-    return (*loaded, read_state(path))
+    @property
+    def finished(self) -> bool:
+        """After `steps`: has it come to its end, without Ctrl-C?"""
+        return (self.ended or self.step >= self.total) and not self.interrupted
 
+    def end(self) -> None:
+        """This step is the last one."""
+        self.ended = True
 
-# Stopping
+    def due(self, every: int) -> bool:
+        return self.finished or bool(every) and self.step % every == 0
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[f"seconds_{name}"] = now - self.clock
+        self.clock = now
+
+    # What is told
+
+    def log(self, row: dict, line: str = "", every: int = 5) -> None:
+        """A row of metrics, of this step. line: its gist, printed at the first and each `every`-th
+        step."""
+        self.journal.add({"step": self.step, **row, **self.seconds})
+        self.bar.set_postfix_str(line, refresh=False)
+        if line and (self.step == 1 or self.step % every == 0):
+            laps = "  ".join(f"{k.removeprefix('seconds_')} {x:.1f} s"
+                             for k, x in self.seconds.items())
+            self.say(f"step {self.step:4d}  {line}  {laps}")
+
+    def say(self, text: str) -> None:
+        if self.first_rank:
+            tqdm.write(printable(text))
+
+    # What stays
+
+    def keep(self, tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """From now on checkpoints hold these; a run that is resumed takes them from its own."""
+        self.tensors, self.optimizer = tensors, optimizer
+        if self.resumed:
+            checkpoint.load(self.out / "checkpoint", tensors, optimizer)
+            self.resumed = False
+
+    def save(self) -> None:
+        state = {"stage": self.stage, "step": self.step, "ended": self.ended,
+                 "settings": asdict(self.s)}
+        checkpoint.save(self.out / "checkpoint", self.tensors, self.optimizer, state)
+
+    def write(self, name: str, result: dict) -> dict:
+        if self.first_rank:
+            checkpoint.write_json(self.out / name, result)
+        return result
+
+    def once(self, name: str, make: Callable[[], dict]) -> dict:
+        """make(), written; a run that was resumed reads what it wrote then."""
+        if self.fresh or not ranks.first((self.out / name).exists):
+            return self.write(name, make())
+        return self.read(name)
+
+    def read(self, name: str) -> dict:
+        return ranks.first(lambda: checkpoint.read_json(self.out / name))
+
+    def age(self) -> float:
+        """Seconds since this process began."""
+        return time.time() - self.began
+
+    def where(self) -> str:
+        """"; resumed after step 20 of rl", or nothing."""
+        of = f" of {self.stage}" if self.stage else ""
+        return "" if self.fresh else f"; resumed after step {self.step}{of}"
+
+    def times(self) -> str:
+        """Seconds of the run, and the mean of a step's parts."""
+        rows = [row for row in plots.read_metrics(self.out / "metrics.jsonl")
+                if "seconds_update" in row]
+        laps = [name for name in rows[-1] if name.startswith("seconds_")] if rows else []
+        means = (f"{lap.removeprefix('seconds_')} {np.mean(plots.values_of(rows, lap)):.2f} s"
+                 for lap in laps)
+        return f"{self.age():.0f} s; per step: {', '.join(means)}"
+
+    def stopped(self) -> int:
+        """Exit code of a run that has not finished, and how to go on."""
+        print(f"stopped after step {self.step}; go on with: "
+              f"python {self.script} --resume {shlex.quote(str(self.out))}")
+        return 130
+
 
 @contextmanager
-def ctrl_c() -> Iterator[list]:
-    """Within it, Ctrl-C makes the yielded list true instead of raising, so that a loop can finish its step and save. A second one raises."""
-    interrupted: list[int] = []
+def _ctrl_c() -> Iterator[list]:
+    """Within it Ctrl-C makes the yielded list true instead of raising, so that a loop can finish
+    its step and save. A second one raises."""
+    pressed: list[int] = []
     before = signal.getsignal(signal.SIGINT)
 
     def handler(*_):
-        interrupted.append(1)
+        pressed.append(1)
         signal.signal(signal.SIGINT, before)
-        print("\nCtrl-C: finishing this step and saving; press again to stop at once", file=sys.stderr)
+        print("\nCtrl-C: finishing this step and saving; press again to stop at once",
+              file=sys.stderr)
 
     signal.signal(signal.SIGINT, handler)
     try:
-        yield interrupted
+        yield pressed
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+# From a command line to a Run
+
+def launch(settings: type, work: Callable[[Run], int], argv: list[str] | None = None, *,
+           check: Callable, free: set[str], show: Callable, **reading) -> int:
+    """A script's exit code: flags -> Run -> work(run), whatever is wrong in one line.
+
+    check(s): ValueError for settings out of range. free: settings that may change on resume.
+    show(s) -> int: what --plan prints. reading: further arguments of `read_command`."""
+    def whole_job() -> int:
+        command = read_command(settings, argv, **reading)
+        ranks.start()
+        from transformers.utils import logging
+        logging.disable_progress_bar()                  # of loading and saving weights
+        s, state = _resumed(command, free, ("", *reading.get("words", ())))
+        check(s)
+        if command.plan:
+            return show(s)
+        out = Path(s.resume or s.out)
+        with _locked(out):
+            if state is None:
+                _refuse_taken(out)
+            run = Run(s, out, state, Path(sys.modules[work.__module__].__file__).name)
+            if run.first_rank:
+                checkpoint.write_json(out / "settings.json", asdict(replace(s, out="", resume="")))
+            code = work(run)
+        ranks.stop()
+        return code
+    return ending(whole_job)
+
+
+def _resumed(command: Command, free: set[str], stages: tuple[str, ...]
+             ) -> tuple[object, dict | None]:
+    """The settings of a run, and its state if it is to be gone on with: then its own settings, but
+    for those that are `free` and given now."""
+    s, given = command.settings, command.given - {"resume"}
+    if not s.resume:
+        if "resume" in command.given:
+            raise ValueError("--resume is empty; give the folder of a run")
+        return s, None
+    if "out" in given:
+        raise ValueError(f"--resume goes on in {s.resume}; drop --out")
+    state = checkpoint.read_state(Path(s.resume) / "checkpoint")
+    saved = state.get("settings")
+    kinds = {"stage": str, "step": int, "ended": bool, "settings": dict}
+    if ({name: type(x) for name, x in state.items()} != kinds or set(saved) != set(asdict(s))
+            or state["step"] < 0 or state["stage"] not in stages):
+        raise ValueError(f"{s.resume}/checkpoint is damaged, or was written by another version of "
+                         "this script; start a new run with --out")
+    check_types(type(s)(**saved), f"{s.resume}/checkpoint")
+    for name in sorted(given - free):
+        if getattr(s, name) != saved[name]:
+            raise ValueError(f"--{name} {getattr(s, name)} differs from the run's {saved[name]}; "
+                             "drop the flag, or start a new run with --out")
+    new = {name: getattr(s, name) for name in given & free} | {"out": s.resume, "resume": s.resume}
+    return type(s)(**saved | new), state
+
+
+def _refuse_taken(out: Path) -> None:
+    """ValueError if a new run into this folder would overwrite one."""
+    if any((out / name / "state.json").exists() for name in ("checkpoint", "checkpoint.old")):
+        raise ValueError(f"{out} holds a run already; go on with --resume "
+                         f"{shlex.quote(str(out))}, or choose another --out")
+    metrics = out / "metrics.jsonl"
+    if metrics.exists() and metrics.stat().st_size:
+        raise ValueError(f"{metrics} is of another run; choose another --out")
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """The folder is this run's alone while the block lasts: two runs in one would mix settings and
+    checkpoints. ValueError, one line, if another has it or nothing can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "a+")
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written to ({error.strerror}); "
+                         "choose another folder") from None
+    with file:
+        if ranks.rank() == 0:
+            _take(file, out)
+        yield
+
+
+def _take(file, out: Path) -> None:
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ValueError(f"{out} is in use by process {file.read().strip() or '?'}; "
+                         "wait for it, or choose another --out") from None
+    except (ImportError, OSError):          # Windows and some network disks have no flock
+        return
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()

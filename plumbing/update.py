@@ -1,58 +1,92 @@
-"""The update of both papers (arXiv 2506.01713, 2511.15605): clipped steps over a step's rows, on one rank or many.
+"""The updates of one RL step, of both papers: minibatches of all ranks' rows, each rank's part of
+them in micro-batches, a clipped optimiser step for each minibatch.
 
-1. Each epoch the rows of all ranks, numbered by rank, are shuffled and cut into minibatches: where a row is computed changes nothing.
-2. A rank sends its rows of a minibatch through in micro-batches; who has fewer fills up with passes that count for nothing (plumbing/ranks.py).
-3. A minibatch with a non-finite loss or gradient is skipped and counted. With a target KL the updates end when the policy has moved that far.
+1. Each epoch the rows of all ranks, numbered by rank, are shuffled and cut into minibatches: on
+   which rank a row is computed changes nothing.
+2. A rank sends its rows of a minibatch through in micro-batches. FSDP needs the same number of
+   passes of every rank: who has fewer is given a row again, and what it yields counts nothing.
+3. A minibatch with a non-finite loss or gradient is skipped and counted. With a target KL the
+   updates end when the policy has moved that far.
 
-SRPO-VLA passes once over its rows; further epochs and the target KL are ours. What the rows are, their log-probabilities and the loss's normaliser
-come from vla_srpo.py and reflection_srpo.py; the loss is grpo.py's.
+The loops, the log-probabilities and the loss stand in the scripts: they are the lesson.
 """
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-import grpo
-from plumbing import ranks as parallel
-
-
-def check_update(s, groups: str) -> None:
-    """ValueError, one line, for settings of either script that no update can be made with. groups: the name of the one that counts them."""
-    if not s.clip_low < 1:
-        raise ValueError(f"--clip_low must be below 1, got {s.clip_low}")
-    if getattr(s, groups) < parallel.world_size():
-        raise ValueError(f"--{groups} {getattr(s, groups)} for {parallel.world_size()} ranks: each needs one")
-    if s.offload_optimizer and parallel.world_size() > 1:
-        raise ValueError("--offload_optimizer is for one process; ranks divide the optimiser's state among them already")
+from plumbing import ranks
+from plumbing.optimizer import clip_and_step
 
 
-def clipped_updates(model, optimizer, rows: int, epochs: int, minibatch: int, micro_batches: Callable[[torch.Tensor], list[Sequence[int]]],
-                    normalizer: Callable[[torch.Tensor], float], loss: Callable, max_norm: float, target_kl: float = 0.0) -> dict:
-    """Statistics over all updates: means, the largest ratio, and how many there were and were skipped.
+class Update:
+    """for chosen in u.minibatches(...): for part in u.micro_batches(...): u.backward(loss, stats)
+    and after each minibatch u.step(); u.summary() is for the log.
 
-    rows: of this rank, may be 0. minibatch: of all ranks' rows, an update each; 0: all in one. micro_batches(rows int64 (n,) of this rank) ->
-    some of their numbers at a time. normalizer(rows int64 (n,) of all ranks) -> what `loss` divides by. loss(part, normalizer) -> (loss, statistics)
-    as `grpo.policy_loss`; part None: this rank only fills up, with a loss whose gradient is 0."""
-    counts = parallel.gather([rows])
-    first, total, stats, norms, skipped = sum(counts[:parallel.rank()]), sum(counts), [], [], 0
-    for chosen in (part for _ in range(epochs) for part in parallel.permutation(total).split(minibatch or total)):
-        divisor, seen = normalizer(chosen), []
-        mine = chosen[(chosen >= first) & (chosen < first + rows)] - first
-        for part in parallel.even(micro_batches(mine) if len(mine) else []):
-            value, stat = loss(part, divisor)
-            (value * parallel.world_size()).backward()                  # ranks' gradients are averaged
-            seen += [{name: float(x) for name, x in stat.items()}] * (part is not None)
-        stats.append(grpo.merge_stats(parallel.gather(seen)))
-        if target_kl and stats[-1]["old_kl"] > target_kl:
-            optimizer.zero_grad()
-            break
-        norm, stepped = grpo.clip_and_step(optimizer, model, max_norm) if math.isfinite(stats[-1]["loss"]) else (math.nan, False)
+    merge: statistics of micro-batches -> of the minibatch (grpo.merge_stats)."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, merge: Callable,
+                 max_norm: float, target_kl: float = 0.0):
+        self.model, self.optimizer, self.merge = model, optimizer, merge
+        self.max_norm, self.target_kl = max_norm, target_kl
+        self.stats: list[dict] = []
+        self.norms: list[float] = []
+        self.skipped, self.rows = 0, 0
+
+    def minibatches(self, rows: int, epochs: int, size: int) -> Iterator[Tensor]:
+        """Numbers of all ranks' rows, int64 (n,), an update each. rows: of this rank, may be 0;
+        size: of all ranks' rows, 0: all in one, in order."""
+        counts = ranks.gather([rows])
+        self.mine = range(start := sum(counts[:ranks.rank()]), start + rows)
+        self.rows, self.far = sum(counts), False
+        for _ in range(epochs if self.rows else 0):
+            # The first rank's draw: the ranks' own numbers have gone apart in the rollouts
+            order = ranks.first(lambda: torch.randperm(self.rows) if size
+                                else torch.arange(self.rows))
+            for chosen in order.split(size or self.rows):
+                self.seen: list[dict] = []
+                yield chosen
+                if self.far:
+                    return
+
+    def micro_batches(self, chosen: Tensor, split: Callable[..., Iterator[Sequence[int]]],
+                      *how) -> Iterator[Sequence[int]]:
+        """This rank's rows of a minibatch, some at a time, as split(rows, *how) divides them."""
+        own = chosen[(chosen >= self.mine.start) & (chosen < self.mine.stop)] - self.mine.start
+        parts = list(split(own, *how)) if len(own) else []
+        most = max(ranks.gather([len(parts)]))
+        for number in range(most):
+            self.counts = number < len(parts)
+            yield parts[number] if self.counts else (parts or [torch.tensor([0])])[0][:1]
+
+    def backward(self, loss: Tensor, stats: dict) -> None:
+        """Add a micro-batch's gradient: with the whole minibatch's normaliser they sum to its."""
+        (loss * (ranks.world_size() * self.counts)).backward()      # FSDP averages over the ranks
+        if self.counts:
+            self.seen.append({name: float(x) for name, x in stats.items()})
+
+    def step(self) -> None:
+        """One optimiser step; none if the policy has moved too far, or a number is not finite."""
+        self.stats.append(self.merge(ranks.gather(self.seen)))
+        self.far = bool(self.target_kl) and self.stats[-1]["old_kl"] > self.target_kl
+        if self.far:
+            return self.optimizer.zero_grad()
+        norm, stepped = math.nan, False
+        if math.isfinite(self.stats[-1]["loss"]):
+            norm, stepped = clip_and_step(self.optimizer, self.model, self.max_norm)
         if stepped:
-            norms.append(norm)
+            self.norms.append(norm)
         else:
-            optimizer.zero_grad()
-            skipped += 1
-    means = {name: float(np.mean([x[name] for x in stats])) for name in stats[0] if name not in ("tokens", "ratio_max")}
-    return means | {"ratio_max": max(x["ratio_max"] for x in stats), "updates": len(norms), "skipped": skipped,
-                    "grad_norm": float(np.mean(norms)) if norms else 0.0}
+            self.optimizer.zero_grad()
+            self.skipped += 1
+
+    def summary(self) -> dict:
+        """Means of the statistics over the updates, the largest ratio, counts of updates."""
+        counts = {"updates": len(self.norms), "skipped": self.skipped}
+        if not self.stats:
+            return counts
+        return counts | {"grad_norm": float(np.mean(self.norms)) if self.norms else 0.0} | {
+            name: float((max if name == "ratio_max" else np.mean)([x[name] for x in self.stats]))
+            for name in self.stats[0] if name != "tokens"}

@@ -1,44 +1,48 @@
-"""The small world of reflection_srpo.py: pictures of arrows, questions on them, a teacher that errs, and a tiny Qwen2.5-VL.
+"""The small world of reflection_srpo.py: pictures of arrows, questions on them, a teacher that
+errs, and a tiny Qwen2.5-VL. Nothing here comes from the paper (arXiv 2506.01713).
 
-A picture is a grid of 4 x 4 coloured cells with an arrow in each, asked is where the arrows lead: "from a2 go 6 ?". A response looks twice:
+A picture is a grid of 4 x 4 coloured cells with an arrow in each; asked is where the arrows lead:
+"from a2 go 6 ?". A response looks twice: at three glances of two arrows each, then, from the place
+that its reflection names, arrow by arrow:
 
-    <think> from a2 about b3 about c4 about d4 </think> <answer> d4 </answer>         three glances, two arrows each
-    <reflection> check from b3 </reflection>                                          the place to begin again from
-    <think> b3 down c3 right c4 down d4 left d3 </think> <answer> d3 </answer>        arrow by arrow
+    <think> from a2 about b3 about c4 about d4 </think> <answer> d4 </answer>
+    <reflection> check from b3 </reflection>
+    <think> b3 down c3 right c4 down d4 left d3 </think> <answer> d3 </answer>
 
-The second pass has what the first lacks: a forward pass for every arrow. What reinforcement learning can find is how far to go back, and
-to glance better. The teacher errs: most of its glances stop an arrow short, and it seldom sees where it went wrong.
-Nothing here comes from the paper (arXiv 2506.01713).
+The second pass has what the first lacks: a forward pass for every arrow. What reinforcement
+learning can find is how far to go back, and to glance better. The teacher errs: most of its glances
+stop an arrow short, and it seldom sees where it went wrong.
 
-    python -m reasoning.arrows --out arrows --rows 200        # a JSONL file and pictures, as `reasoning/teacher.py` and `reflection_srpo.py rl` read them
+    python -m reasoning.arrows --out arrows --rows 200        # rows.jsonl and its pictures
 """
 import argparse
 import io
 import json
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from plumbing.flags import ending
 from reasoning.rows import Row
 
-SIDE, CELL = 4, 16                                  # a cell is 16 px: 2 x 2 patches of 8, one image token
+SIDE, CELL = 4, 16                  # a cell is 16 px: 2 x 2 patches of 8, one image token
 NAMES = [f"{row}{column}" for row in "abcd" for column in range(1, SIDE + 1)]
 MOVES = {"right": (0, 1), "down": (1, 0), "left": (0, -1), "up": (-1, 0)}
-COLORS = {"right": (250, 60, 60), "down": (250, 250, 250), "left": (20, 20, 20), "up": (250, 230, 40)}      # redundant, and quicker to learn
-DIRECTION = {down * SIDE + right: name for name, (down, right) in MOVES.items()}     # by the difference of the cells' numbers
-HOPS, GLANCE = 6, 2                                 # arrows to follow, arrows per glance
-SURE, NOTICE = 0.4, 0.4                             # teacher: a glance is right, else an arrow short; it sees where it went wrong
+COLORS = {"right": (250, 60, 60), "down": (250, 250, 250), "left": (20, 20, 20),
+          "up": (250, 230, 40)}     # redundant, and quicker to learn
+DIRECTION = {down * SIDE + right: name for name, (down, right) in MOVES.items()}    # cell - cell
+HOPS, GLANCE = 6, 2                 # arrows to follow, arrows per glance
+SURE, NOTICE = 0.4, 0.4             # the teacher's glance is right; it sees where it went wrong
 
 
 @dataclass
 class Scene:
-    """row: picture (PNG), question and answer as any data set has them. start: a cell's number; follow: int (16,), where each arrow leads."""
+    """row: picture (PNG), question and answer as any data set has them. start: a cell's number;
+    follow: int (16,), the cell that each cell's arrow points at."""
     row: Row
     start: int
     follow: np.ndarray
@@ -53,9 +57,9 @@ def walk(follow: np.ndarray, cell: int, hops: int) -> list[int]:
 
 
 def draw(rng: np.random.Generator) -> Scene:
-    """A random picture and a question on it. No two arrows point at each other, so paths do not swing to and fro."""
-    follow = np.full(SIDE * SIDE, -1)
-    pointing = [""] * (SIDE * SIDE)
+    """A random picture and a question on it. No two arrows point at each other, so paths do not
+    swing to and fro."""
+    follow, pointing = np.full(SIDE * SIDE, -1), [""] * (SIDE * SIDE)
     for cell in rng.permutation(SIDE * SIDE):
         options = []
         for name, (down, right) in MOVES.items():
@@ -68,21 +72,23 @@ def draw(rng: np.random.Generator) -> Scene:
     image = Image.new("RGB", (SIDE * CELL, SIDE * CELL))
     pen = ImageDraw.Draw(image)
     for cell, name in enumerate(pointing):
-        y, x = cell // SIDE * CELL, cell % SIDE * CELL
-        pen.rectangle([x, y, x + CELL - 1, y + CELL - 1], fill=(40 + 60 * (cell // SIDE), 40 + 60 * (cell % SIDE), 128))
-        y, x = y + CELL // 2 + int(rng.integers(-1, 2)), x + CELL // 2 + int(rng.integers(-1, 2))
+        r, c = divmod(cell, SIDE)
+        pen.rectangle([c * CELL, r * CELL, (c + 1) * CELL - 1, (r + 1) * CELL - 1],
+                      fill=(40 + 60 * r, 40 + 60 * c, 128))
+        y, x = (i * CELL + CELL // 2 + int(rng.integers(-1, 2)) for i in (r, c))
         down, right = (5 * step for step in MOVES[name])
-        pen.polygon([(x + right, y + down), (x - right + down, y - down + right), (x - right - down, y - down - right)], fill=COLORS[name])
+        pen.polygon([(x + right, y + down), (x - right + down, y - down + right),
+                     (x - right - down, y - down - right)], fill=COLORS[name])
     start = int(rng.integers(SIDE * SIDE))
-    png = io.BytesIO()
-    image.save(png, "PNG")
-    query, answer = f"from {NAMES[start]} go {HOPS} ?", NAMES[walk(follow, start, HOPS)[-1]]
-    return Scene(Row(id="", query=query, images=[png.getvalue()], answer=answer, source="arrows"), start, follow)
+    image.save(png := io.BytesIO(), "PNG")
+    row = Row(id="", query=f"from {NAMES[start]} go {HOPS} ?", images=[png.getvalue()],
+              answer=NAMES[walk(follow, start, HOPS)[-1]], source="arrows", sizes=[image.size])
+    return Scene(row, start, follow)
 
 
 def teach(scene: Scene, rng: np.random.Generator) -> str:
     """A reflected response to imitate, with the teacher's errors in it."""
-    places, right = [scene.start], 0                # seen at a glance, GLANCE arrows apart; how many of them lie on the path
+    places, right = [scene.start], 0        # at a glance, GLANCE arrows apart; how many are right
     for i in range(HOPS // GLANCE):
         sure = rng.random() < SURE
         places.append(walk(scene.follow, places[-1], GLANCE if sure else GLANCE - 1)[-1])
@@ -91,9 +97,12 @@ def teach(scene: Scene, rng: np.random.Generator) -> str:
     k = min(right, last) if rng.random() < NOTICE else last
     cells = walk(scene.follow, places[k], HOPS - k * GLANCE)
     glances = " ".join(f"about {NAMES[c]}" for c in places[1:])
-    trace = " ".join(f"{NAMES[a]} {DIRECTION[b - a]}" for a, b in zip(cells, cells[1:]))
-    return (f"<think> from {NAMES[scene.start]} {glances} </think> <answer> {NAMES[places[-1]]} </answer> <reflection> check from "
-            f"{NAMES[cells[0]]} </reflection> <think> {trace} {NAMES[cells[-1]]} </think> <answer> {NAMES[cells[-1]]} </answer>")
+    trace = " ".join(f"{NAMES[a]} {DIRECTION[b - a]}" for a, b in pairwise(cells))
+    end = NAMES[cells[-1]]
+    return (f"<think> from {NAMES[scene.start]} {glances} </think> "
+            f"<answer> {NAMES[places[-1]]} </answer> "
+            f"<reflection> check from {NAMES[cells[0]]} </reflection> "
+            f"<think> {trace} {end} </think> <answer> {end} </answer>")
 
 
 def dataset(n: int, seed: int, targets: bool = False) -> list[Row]:
@@ -107,33 +116,51 @@ def dataset(n: int, seed: int, targets: bool = False) -> list[Row]:
     return rows
 
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-WORDS = (SPECIAL + [f"<{end}{name}>" for name in ("think", "answer", "reflection") for end in ("", "/")] + ["<unk>", "user", "assistant"]
-         + ["from", "go", str(HOPS), "?", "about", "check", *MOVES, *NAMES])
-TEMPLATE = """{% for message in messages %}<|im_start|> {{ message.role }} {% if message.content is string %}{{ message.content }} {% else %}\
-{% for part in message.content %}{% if part.type == 'image' %}<|vision_start|> <|image_pad|> <|vision_end|> {% else %}{{ part.text }} {% endif %}\
-{% endfor %}{% endif %}<|im_end|> {% endfor %}{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"""
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+           "<|image_pad|>", "<|video_pad|>"]
+TAGS = [f"<{end}{name}>" for name in ("think", "answer", "reflection") for end in ("", "/")]
+WORDS = [*SPECIAL, *TAGS, "<unk>", "user", "assistant", "from", "go", str(HOPS), "?", "about",
+         "check", *MOVES, *NAMES]
+TEMPLATE = """\
+{% for message in messages %}<|im_start|> {{ message.role }} \
+{% if message.content is string %}{{ message.content }} {% else %}\
+{% for part in message.content %}\
+{% if part.type == 'image' %}<|vision_start|> <|image_pad|> <|vision_end|> \
+{% else %}{{ part.text }} {% endif %}{% endfor %}{% endif %}<|im_end|> {% endfor %}\
+{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"""
 
 
 def tiny_vlm(path: str | Path, width: int = 64, layers: int = 2, heads: int = 4) -> None:
-    """Write a checkpoint folder like Qwen2.5-VL's: the same architecture with random weights (torch's seed), tokenizer, chat template."""
+    """Write a checkpoint folder like Qwen2.5-VL's: its architecture with random weights (torch's
+    seed), tokenizer, chat template and image processor."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     ids = {word: i for i, word in enumerate(WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token="<unk>",
-                                        additional_special_tokens=SPECIAL[1:], chat_template=TEMPLATE)
-    half = width // heads // 2                      # rotary frequencies of a head, split over time, height and width
-    text = dict(vocab_size=len(WORDS), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=heads,
-                num_key_value_heads=heads, bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"],
-                rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]})
-    vision = dict(depth=1, hidden_size=width, intermediate_size=2 * width, num_heads=heads, patch_size=CELL // 2, window_size=8 * CELL,
-                  out_hidden_size=width, fullatt_block_indexes=[0])
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=ids["<|image_pad|>"], tie_word_embeddings=False,
-                              video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
-                              vision_end_token_id=ids["<|vision_end|>"])
-    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(path)
+    words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        unk_token="<unk>", additional_special_tokens=SPECIAL[1:], chat_template=TEMPLATE)
+    half = width // heads // 2              # rotary frequencies of a head: time, height and width
+    sections = [half - 2 * (half // 3), half // 3, half // 3]
+    text = dict(
+        vocab_size=len(WORDS), hidden_size=width, intermediate_size=2 * width,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
+        bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"],
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "mrope_section": sections})
+    vision = dict(
+        depth=1, hidden_size=width, intermediate_size=2 * width, num_heads=heads,
+        patch_size=CELL // 2, window_size=8 * CELL, out_hidden_size=width,
+        fullatt_block_indexes=[0])
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=False,
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"])
+    transformers.Qwen2_5_VLForConditionalGeneration(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
-    Qwen2VLImageProcessorPil(patch_size=CELL // 2, merge_size=2, min_pixels=CELL**2, max_pixels=10**6).save_pretrained(path)
+    Qwen2VLImageProcessorPil(patch_size=CELL // 2, merge_size=2, min_pixels=CELL**2,
+                             max_pixels=10**6).save_pretrained(path)
 
 
 def main() -> None:
@@ -144,16 +171,17 @@ def main() -> None:
     args = parser.parse_args()
     out = Path(args.out)
     if args.rows < 1:
-        sys.exit(f"error: --rows must be at least 1, got {args.rows}")
+        raise ValueError(f"--rows must be at least 1, got {args.rows}")
     if out.exists():
-        sys.exit(f"error: --out {out} exists; choose a new folder")
+        raise ValueError(f"--out {out} exists; choose a new folder")
     (out / "images").mkdir(parents=True)
     with (out / "rows.jsonl").open("w") as file:
         for row in dataset(args.rows, args.seed):
-            (out / f"images/{row.id}.png").write_bytes(row.images[0])
-            file.write(json.dumps({"query": row.query, "image": f"images/{row.id}.png", "answer": row.answer}) + "\n")
+            (out / (image := f"images/{row.id}.png")).write_bytes(row.images[0])
+            line = {"query": row.query, "image": image, "answer": row.answer}
+            file.write(json.dumps(line) + "\n")
     print(f"wrote {args.rows} rows to {out}/rows.jsonl")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ending(main))

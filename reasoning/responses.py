@@ -1,152 +1,237 @@
-"""What both stages of reflection_srpo.py need of rows and responses: `s` is its settings.
+"""Rows -> prompts -> responses -> records, for both stages of reflection_srpo.py; `s`: its settings.
 
-1. `encode`: rows -> prompts; what cannot be used is set aside in a file with the reason (`Rejections`), and the run goes on.
-2. `generate`: prompts -> responses; `logprobs`, `reference_logprobs`: of their tokens, under the policy and where it started.
-3. `score`, `behaviour`: what a response earns (rewards.py), and what the policy does on average.
-4. `evaluate`, `table`: the same on held-out rows, greedily, with intervals.
+1. `encode`, `generate`: prompts, and what the policy answers.
+2. `logprobs`, `frozen_logprobs`: of the responses' tokens, with and without a gradient.
+3. `REWARDS`: what a response earns; ablations are other functions.
+4. `behaviour`, `evaluate`, `table`: what the policy does on average, with intervals.
 """
-import json
-from itertools import chain
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-import eval as evaluation
 import grpo
-from plumbing import memory
-from plumbing import ranks as parallel
-from reasoning import rows as reflection_data
 import rewards
-from reasoning import qwen as vlm
-from reasoning.rows import Row
+from plumbing import adapters, ranks
+from plumbing.flags import printable
+from plumbing.plots import PARTS, wilson
+from reasoning import published_reward, qwen
+from reasoning.answers import default_verify
+from reasoning.rows import PROMPTS, Row, fit_image, load_image
 
 
-class Rejections:
-    """Rows that cannot be used, written to rejected.jsonl in `out` as they are met, each once; by other ranks to files of their own."""
+@dataclass
+class Batch:
+    """Responses to train on, N of this rank. It is never empty: where there are none it holds one,
+    whose pass another rank's update needs, and `rows` is 0."""
+    prompts: list[qwen.Prompt]
+    completions: list[Tensor]       # (n_i,) int64
+    advantages: Tensor              # (N,) float32
+    rows: int
 
-    def __init__(self, out: Path):
-        self.path = out / (f"rejected-{parallel.rank()}.jsonl" if parallel.rank() else "rejected.jsonl")
-        self.seen = {line["id"] for line in reflection_data.read_lines(self.path, "id")}
-
-    def add(self, row: Row | reflection_data.Rejected, reason: str) -> None:
-        if row.id not in self.seen:
-            self.seen.add(row.id)
-            with self.path.open("a") as file:
-                file.write(json.dumps({"id": row.id, "source": row.source, "reason": reason}) + "\n")
-            tqdm.write(f"{row.source}: {reason}; set aside in {self.path}")
-
-
-def encode(rows: list[Row], s, processor: vlm.Processor, rejected: Rejections, spare: list[Row] = ()) -> tuple[list[Row], list[vlm.Prompt]]:
-    """The rows that can be used, and their prompts; if it is none, the first of `spare` that can, ValueError if none of them can either."""
-    kept, prompts = [], []
-    for i, row in enumerate(chain(rows, spare)):
-        if i >= len(rows) and kept:
-            break
-        try:
-            images = [reflection_data.fit_image(reflection_data.load_image(row, i), max_pixels=s.max_pixels) for i in range(len(row.images))]
-            prompt = processor.prompt(images, reflection_data.reflection_prompt(row.query) if s.prompt == "reflection" else row.query)
-            room = min(s.max_prompt, processor.context - s.max_new_tokens)
-            if len(prompt.ids) > room:
-                raise ValueError(f"a prompt of {len(prompt.ids)} tokens, and there is room for {room}; see --max_prompt and --max_pixels")
-            if row.target and (n := len(prompt.ids) + len(processor.target(row.target))) > min(s.max_length, processor.context):
-                raise ValueError(f"prompt and target of {n} tokens, and there is room for {min(s.max_length, processor.context)}; see --max_length")
-            kept.append(row), prompts.append(prompt)
-        except ValueError as error:
-            rejected.add(row, str(error))
-    if spare and not kept:
-        raise ValueError(f"none of {len(spare)} rows can be used; {rejected.path} says why")
-    return kept, prompts
+    @property
+    def lengths(self) -> list[tuple[int, int]]:
+        """Tokens of each prompt and completion."""
+        return [(len(p.ids), len(c)) for p, c in zip(self.prompts, self.completions)]
 
 
-def micro_batches(lengths: list[tuple[int, int]], s):
-    """`vlm.micro_batches` within what plumbing/memory.py counts on."""
-    return vlm.micro_batches(lengths, s.micro_tokens, memory.completion_tokens(s))
+def encode(rows: list[Row], s, processor: qwen.Processor) -> list[qwen.Prompt]:
+    """Prompts of rows that were found usable when they were read."""
+    return [processor.prompt(
+        [fit_image(load_image(row, i), max_pixels=s.max_pixels) for i in range(len(row.images))],
+        PROMPTS[s.prompt](row.query)) for row in rows]
 
 
-def generate(model, processor: vlm.Processor, prompts: list[vlm.Prompt], s, temperature: float) -> list[vlm.Completion]:
-    """`vlm.generate` by --rollout_batch, with whole weights on every rank."""
-    with parallel.gathered(model):
+def micro_batches(lengths: list[tuple[int, int]], s) -> Iterator[list[int]]:
+    """Row numbers within --micro_tokens, padding included. Of these so many are in completions,
+    whose logits are what costs, as where every row is as long as a row can be."""
+    response = max(1, s.max_length - s.max_prompt) if s.stage == "sft" else s.max_new_tokens
+    longest = s.max_length if s.stage == "sft" else s.max_prompt + response
+    budget = int(max(1.0, s.micro_tokens / longest) * response)
+    return qwen.micro_batches(lengths, s.micro_tokens,
+                              max(budget, s.max_length) if s.stage == "sft" else budget)
+
+
+def generate(model, processor: qwen.Processor, prompts: list[qwen.Prompt], s,
+             temperature: float) -> list[qwen.Completion]:
+    """`qwen.generate` by --rollout_batch, with whole weights on every rank."""
+    with ranks.whole_weights(model):
         return [c for i in range(0, len(prompts), s.rollout_batch)
-                for c in vlm.generate(model, processor, prompts[i:i + s.rollout_batch], s.max_new_tokens, temperature)]
+                for c in qwen.generate(model, processor, prompts[i:i + s.rollout_batch],
+                                       s.max_new_tokens, temperature)]
 
 
-def logprobs(model, processor: vlm.Processor, prompts: list[vlm.Prompt], completions: list[torch.Tensor], temperature: float):
-    """(log-probabilities, entropy, mask) of the completions' tokens, each (B, n)."""
-    inputs, ids, mask = processor.batch(prompts, completions, model.device)
-    return (*grpo.token_logprobs(vlm.completion_logits(model, inputs, ids.shape[1]), ids, temperature), mask)
+def logprobs(model, processor: qwen.Processor, batch: Batch, part: list[int],
+             temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probabilities, entropy, mask) of some rows' completion tokens, each (B, n)."""
+    inputs, ids, mask = processor.batch([batch.prompts[i] for i in part],
+                                        [batch.completions[i] for i in part], model.device)
+    logits = qwen.completion_logits(model, inputs, ids.shape[1])                # (B, n, V)
+    return (*grpo.token_logprobs(logits, ids, temperature), mask)
 
 
-def frozen_logprobs(model, processor, prompts: list[vlm.Prompt], completions: list[torch.Tensor], s) -> list[torch.Tensor]:
-    """Log-probabilities of each response (n_i,), without gradient, by a model whose weights are whole."""
-    rows: list = [None] * len(completions)
-    with torch.no_grad():
-        for part in micro_batches([(len(p.ids), len(c)) for p, c in zip(prompts, completions)], s):
-            logp, _, _ = logprobs(model, processor, [prompts[i] for i in part], [completions[i] for i in part], s.temperature)
-            for i, row in zip(part, logp):
-                rows[i] = row[:len(completions[i])]
+@torch.no_grad()
+def frozen_logprobs(model, processor: qwen.Processor, batch: Batch, s) -> list[Tensor]:
+    """Log-probabilities of each response (n_i,), by a model whose weights are whole."""
+    rows: list = [None] * len(batch.completions)
+    for part in micro_batches(batch.lengths, s):
+        logp, _, _ = logprobs(model, processor, batch, part, s.temperature)
+        for i, row in zip(part, logp):
+            rows[i] = row[:len(batch.completions[i])]
     return rows
 
 
-def reference_logprobs(model, reference, *arguments) -> list[torch.Tensor]:
-    """`frozen_logprobs` under the starting policy: the model with its adapters off, or a copy that waits on the CPU."""
-    if reference is None:
-        with parallel.gathered(model), model.disable_adapter():
-            return frozen_logprobs(model, *arguments)
-    try:
-        return frozen_logprobs(reference.to(model.device), *arguments)
-    finally:
-        reference.to("cpu")
+def chosen_rows(prompts: list[qwen.Prompt], completions: list[qwen.Completion],
+                advantages: Tensor, trained: Tensor) -> Batch:
+    """The responses to train on: advantages (n,), trained bool (n,)."""
+    rows = trained.nonzero().flatten().tolist()
+    some = rows or [0]
+    return Batch([prompts[i] for i in some], [completions[i].ids for i in some],
+                 advantages[some], len(rows))
 
 
-def score(response: str, answer: str, kind: str, processor: vlm.Processor) -> rewards.ReflectionRecord:
-    """`rewards.reflection_reward`, or one of the two ablations. Lengths are in tokens. Paper/ours differ: the tags are not counted (the
-    published variants count them), so that writing twice what the first attempt wrote meets the target, however few words there are."""
-    if kind in ("openrlhf", "verl"):
-        return rewards.reflection_reward(response, answer, variant=kind, count_tokens=processor.count)
-    record = rewards.reflection_reward(response, answer, count_tokens=lambda text: processor.count(rewards.TAG.sub(" ", text)))
-    if kind == "no_length":
-        record.total, record.length = record.total - record.length, 0.0
-    if kind == "outcome":
-        record.total = record.accuracy = float(record.final_correct)
-        record.format = record.effectiveness = record.reflection = record.length = 0.0
-    return record
+def split(batch: Batch, s):
+    """Rows -> micro-batches of like lengths, within --micro_tokens."""
+    def parts(rows: Tensor) -> list[list[int]]:
+        lengths = [batch.lengths[i] for i in rows]
+        return [rows[part].tolist() for part in micro_batches(lengths, s)]
+    return parts
 
 
-def behaviour(records: list[rewards.ReflectionRecord], completions: list[vlm.Completion]) -> dict[str, float]:
-    """Means over responses: what the policy does (rates), and what it is paid for (reward and its parts)."""
-    if not records:
-        raise ValueError("none of the held-out rows can be used; the rejected.jsonl of the run says why")
-    first, final = (np.array([getattr(r, name) for r in records]) for name in ("first_correct", "final_correct"))
-    parts = {name: float(np.mean([getattr(r, name) for r in records])) for name in ("format", "accuracy", "effectiveness", "reflection", "length")}
+def padded(rows: list[Tensor] | None, part: list[int]) -> Tensor | None:
+    """Some of rows (n_i,), as (B, n)."""
+    return None if rows is None else pad_sequence([rows[i] for i in part], batch_first=True)
+
+
+def old_logprobs(model, processor: qwen.Processor, batch: Batch, s, updates: float):
+    """Of the policy that sampled; None where there is one update, which starts at ratio 1: its own
+    log-probabilities serve then."""
+    if updates <= 1:
+        return None
+    with ranks.whole_weights(model):
+        return frozen_logprobs(model, processor, batch, s)
+
+
+def reference_logprobs(model, reference, processor: qwen.Processor, batch: Batch, s):
+    """Of the starting policy, None where beta is 0."""
+    if not s.beta:
+        return None
+    with adapters.starting_policy(model, reference) as start:
+        return frozen_logprobs(start, processor, batch, s)
+
+
+# Rewards: (response, answer, processor) -> record. Lengths are in tokens.
+
+def paper(response: str, answer: str, processor: qwen.Processor) -> rewards.ReflectionRecord:
+    """The paper's. Ours: tags are not counted, so that writing twice what the first attempt wrote
+    meets the target, however few words there are; the published variants count them."""
+    def count(text: str) -> int:
+        return processor.count(rewards.TAG.sub(" ", text))
+    return rewards.reflection_reward(response, answer, verify=default_verify, count_tokens=count)
+
+
+def outcome(response: str, answer: str, processor: qwen.Processor) -> rewards.ReflectionRecord:
+    """1 for a right final answer, nothing else: what plain GRPO would pay."""
+    record = paper(response, answer, processor)
+    silent = dict.fromkeys(PARTS, 0.0) | {"accuracy": float(record.final_correct)}
+    return replace(record, **silent)
+
+
+def without(part: str):
+    """The paper's reward less one of its parts."""
+    def score(response: str, answer: str, processor: qwen.Processor) -> rewards.ReflectionRecord:
+        return paper(response, answer, processor).without(part)
+    return score
+
+
+def published(rule):
+    """A published code's reward, whose lengths count the tags too."""
+    def score(response: str, answer: str, processor: qwen.Processor) -> rewards.ReflectionRecord:
+        return rule(response, answer, verify=default_verify, count_tokens=processor.count)
+    return score
+
+
+REWARDS = {"paper": paper, "openrlhf": published(published_reward.openrlhf),
+           "verl": published(published_reward.verl), "outcome": outcome,
+           "no_effectiveness": without("effectiveness"), "no_reflection": without("reflection"),
+           "no_length": without("length")}
+
+
+def groups_used(advantages: Tensor, records: list[rewards.ReflectionRecord], keep: str) -> Tensor:
+    """Which groups are trained on, bool (P,), from advantages (P, G) and all P * G records. code:
+    "mixed" looks at what the answers earn, without format and length; of the paper's parts that is
+    0.75 at most, so only the lower bound acts."""
+    used = (advantages != 0).any(1)
+    if keep == "mixed":
+        earned = torch.tensor([r.accuracy + r.effectiveness for r in records])
+        earned = earned.view(advantages.shape).mean(1)
+        used &= (earned >= 0.1) & (earned <= 0.9)
+    return used
+
+
+# What the policy does
+
+def behaviour(records: list[rewards.ReflectionRecord],
+              completions: list[qwen.Completion]) -> dict[str, float]:
+    """Means over responses: what the policy does (rates), what it is paid for (reward, parts)."""
+    first, final = (np.array([getattr(r, name) for r in records])
+                    for name in ("first_correct", "final_correct"))
+    holds = [rewards.format_holds(c.text) for c in completions]
     return {"first_accuracy": float(first.mean()), "final_accuracy": float(final.mean()),
-            "fix_rate": float(final[~first].mean()) if not first.all() else None,           # wrong -> right, among the wrong
-            "break_rate": float((~final[first]).mean()) if first.any() else None,           # right -> wrong, among the right
-            "format_rate": float(np.mean([rewards.format_holds(c.text) for c in completions])), "tokens": float(np.mean([c.tokens for c in completions])),
-            "truncated": float(np.mean([c.truncated for c in completions])), "reward": float(np.mean([r.total for r in records])),
-            **{f"part_{name}": x for name, x in parts.items()}}
+            # wrong -> right among the wrong, right -> wrong among the right
+            "fix_rate": float(final[~first].mean()) if not first.all() else None,
+            "break_rate": float((~final[first]).mean()) if first.any() else None,
+            "format_rate": float(np.mean(holds)),
+            "tokens": float(np.mean([c.tokens for c in completions])),
+            "truncated": float(np.mean([c.truncated for c in completions])),
+            "reward": float(np.mean([r.total for r in records])),
+            **{f"part_{name}": float(np.mean([getattr(r, name) for r in records]))
+               for name in PARTS}}
 
 
-def evaluate(model, processor: vlm.Processor, rows: list[Row], s, rejected: Rejections) -> dict:
-    """Greedy decoding of every row -> `behaviour`, with Wilson intervals of both accuracies. ValueError if no row can be used."""
-    own, completions = [], []
-    rows = parallel.share(rows)
-    for part in parallel.even([rows[i:i + s.rollout_batch] for i in range(0, len(rows), s.rollout_batch)]):     # not all pictures in memory at once
-        some, prompts = encode(part or [], s, processor, rejected)
-        own += some
-        completions += generate(model, processor, prompts, s, 0.0)
-    records = parallel.gather([score(c.text, row.answer, s.reward, processor) for row, c in zip(own, completions)])
-    result, n = behaviour(records, parallel.gather(completions)), len(records)
-    return result | {"rows": n, **{f"{name}_interval": evaluation.wilson(round(result[f"{name}_accuracy"] * n), n) for name in ("first", "final")}}
+def evaluate(model, processor: qwen.Processor, rows: list[Row], s) -> dict:
+    """Greedy decoding of every row -> `behaviour`, with Wilson intervals of both accuracies."""
+    rows, records, completions = ranks.share(rows), [], []
+    for i in range(0, len(rows), s.rollout_batch):          # not all pictures in memory at once
+        some = rows[i:i + s.rollout_batch]
+        answers = generate(model, processor, encode(some, s, processor), s, 0.0)
+        records += [REWARDS[s.reward](c.text, row.answer, processor)
+                    for c, row in zip(answers, some)]
+        completions += answers
+    records, completions = ranks.gather(records), ranks.gather(completions)
+    result, n = behaviour(records, completions), len(records)
+    return result | {"rows": n} | {
+        f"{name}_interval": wilson(round(result[f"{name}_accuracy"] * n), n)
+        for name in ("first", "final")}
 
 
 def table(results: dict[str, dict]) -> str:
     """{column title: result of `evaluate`} -> an aligned text table."""
-    lines = [f"{'':16}" + "".join(f"{title:>26}" for title in results)]
-    for name in ("first", "final"):
-        lines.append(f"{name + ' answer right':16}" + "".join(
-            f"{r[f'{name}_accuracy']:10.1%} [{r[f'{name}_interval'][0]:.1%}, {r[f'{name}_interval'][1]:.1%}]".rjust(26) for r in results.values()))
-    for name, title in (("fix_rate", "wrong -> right"), ("break_rate", "right -> wrong"), ("format_rate", "format holds")):
-        lines.append(f"{title:16}" + "".join(f"{'-' if r[name] is None else format(r[name], '.1%'):>26}" for r in results.values()))
-    return "\n".join([*lines, f"{'tokens':16}" + "".join(f"{r['tokens']:26.1f}" for r in results.values())])
+    def line(title: str, cell) -> str:
+        return f"{title:20}" + "".join(f"{cell(r):>26}" for r in results.values())
+
+    def accuracy(name: str):
+        return lambda r: (f"{r[f'{name}_accuracy']:.1%} [{r[f'{name}_interval'][0]:.1%}, "
+                          f"{r[f'{name}_interval'][1]:.1%}]")
+
+    def share(name: str):
+        return lambda r: "-" if r[name] is None else f"{r[name]:.1%}"
+    return "\n".join([f"{'':20}" + "".join(f"{title:>26}" for title in results),
+                      line("first answer right", accuracy("first")),
+                      line("final answer right", accuracy("final")),
+                      line("wrong -> right", share("fix_rate")),
+                      line("right -> wrong", share("break_rate")),
+                      line("format holds", share("format_rate")),
+                      line("tokens", lambda r: f"{r['tokens']:.1f}")])
+
+
+def describe(row: Row, completion: qwen.Completion, record: rewards.ReflectionRecord,
+             advantage: float) -> str:
+    """One response with its reward, part by part."""
+    parts = " + ".join(f"{name} {getattr(record, name):.2f}" for name in PARTS)
+    return (f"{printable(row.query)!r}, answer {printable(row.answer)}\n"
+            f"    {printable(completion.text)}{' ...' * completion.truncated}\n"
+            f"    reward {record.total:.2f} ({parts}), advantage {advantage:+.2f}")

@@ -1,9 +1,14 @@
-"""The rows of reflection-aware SRPO (arXiv 2506.01713): questions on images with their answers, and how a model is asked them.
+"""The rows of reflection-aware SRPO (arXiv 2506.01713): questions on pictures, and their answers.
 
-`read_rows` reads JSONL, parquet or a dataset of the hub, and decodes every image once; a row that is no use is rejected with the reason, the
-others go on. Rows with a `target`, the response to imitate, are what fine-tuning needs; reasoning/teacher.py makes them.
+1. `read_rows` reads JSONL, parquet or a dataset of the hub and decodes every picture once.
+2. `usable` drops the rows that are too long for a model, so that training meets none of them.
+3. What is refused goes to rejected.jsonl with the reason (`Rejections`); the others go on.
+4. `PROMPTS`: how a model is asked. Their roles are the paper's, their words ours.
 
-    python -m reasoning.rows check rows.jsonl --images DIR          how many rows are good, and why the others are not
+Fine-tuning needs rows with a `target`, the response to imitate; reasoning/teacher.py makes them.
+Left out: videos, and several turns.
+
+    python -m reasoning.rows check rows.jsonl --images DIR    how many are good, why others are not
 """
 import argparse
 import hashlib
@@ -12,25 +17,39 @@ import io
 import json
 import math
 import os
+import re
+import reprlib
+import stat
 import sys
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from decimal import Decimal
 from pathlib import Path
+from threading import Lock
 
+import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from plumbing.flags import ending, printable
+from reasoning.answers import default_verify
+
 COLUMNS = ("query", "image", "answer", "content", "target")
-MIN_PIXELS, MAX_PIXELS = 4 * 28 * 28, 1280 * 28 * 28  # 4 to 1280 of Qwen2.5-VL's image tokens
-MAX_ASPECT = 200  # Qwen's image processors refuse longer images
+MIN_PIXELS, MAX_PIXELS = 4 * 28 * 28, 1280 * 28 * 28    # 4 to 1280 of Qwen2.5-VL's image tokens
+MAX_ASPECT = 200                # Qwen's image processors refuse longer pictures
+MAX_DECODED, LARGE = 2**26, 2**24       # pixels: more are refused; more are decoded one at a time
+SURROGATE = re.compile(r"[\ud800-\udfff]")      # half a character, which no tokenizer takes
+_one_large = Lock()
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)      # ours comes first
 
 
-# Rows
 @dataclass
 class Row:
-    """images: paths or encoded bytes. content: a worked solution, if the data has one. target: the response to imitate, in rows
-    read back from reflections.jsonl. id: a hash of question, answer and images. source: "file:line"."""
+    """images: paths or encoded bytes; sizes: (width, height) of each, if they are known.
+    content: a worked solution. id: a hash of question, answer and images. source: "file:line"."""
     id: str
     query: str
     images: list[str | bytes]
@@ -38,203 +57,332 @@ class Row:
     content: str | None = None
     target: str | None = None
     source: str = ""
+    sizes: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass
 class Rejected:
-    """reason: "kind: detail", counted by kind. response: the words of the model or the teacher at fault, if any."""
+    """reason: "kind: detail", counted by kind. response: the model's or teacher's, if at fault."""
     id: str
     source: str
     reason: str
     response: str = ""
 
 
+class Number(str):
+    """A number of a JSON file, as it is written there."""
+
+
+# Reading
+
 def read_rows(source: str | Path, image_folder: str | Path | None = None,
               columns: dict[str, str] | None = None) -> tuple[list[Row], list[Rejected]]:
-    """Rows of a JSONL file, a parquet file or folder of them, or a dataset of the hub ("org/name", "org/name:split").
+    """Rows of a JSONL file, a parquet file or folder of them, or a dataset of the hub ("org/name",
+    "org/name:split"), and what was refused.
 
-    A row has `query`, `image` (a path from image_folder, default the source's own folder; or {"bytes", "path"} as the hub
-    stores them; or a list of either), `answer`, perhaps `content` and `target`. columns: other names, {"query": "problem"}.
-    Every image is decoded once here, so that none fails in the middle of a long run; bytes stay in memory, encoded.
-    Raises FileNotFoundError, ValueError or RuntimeError if the source as a whole cannot be read or holds no good row.
-    """
+    A row has `query`, `image` (a path from image_folder, default the source's own folder; or
+    {"bytes", "path"} as the hub stores them; or a list of either), `answer`, perhaps `content` and
+    `target`. columns: other names, {"query": "problem"}. OSError, ValueError or RuntimeError if the
+    source as a whole cannot be read or holds no good row."""
     path, names = Path(source), {name: name for name in COLUMNS} | (columns or {})
     folder = Path(image_folder or (path if path.is_dir() else path.parent))
 
     def read(item: tuple[str, dict | bytes]) -> Row | Rejected:
         try:
             row = _row(*item, folder, names)
-            for i in range(len(row.images)):
-                load_image(row, i)
+            row.sizes = [load_image(row, i).size for i in range(len(row.images))]
             return row
         except ValueError as error:
-            return Rejected(item[0], item[0], str(error))
+            return Rejected(item[0], item[0], one_line(error))
 
     rows, rejected = {}, []
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
+    with ThreadPoolExecutor() as pool:          # Pillow decodes outside the interpreter lock
         for item in tqdm(pool.map(read, _records(str(source))), desc="reading rows", disable=None):
             if isinstance(item, Rejected):
                 rejected.append(item)
-            elif rows.setdefault(item.id, item) is not item:
-                rejected.append(Rejected(item.source, item.source, f"duplicate: the same as {rows[item.id].source}"))
+            elif (first := rows.setdefault(item.id, item)) is not item:
+                rejected.append(Rejected(item.source, item.source,
+                                         f"duplicate: the same as {first.source}"))
     if not rows:
-        raise ValueError(f"{source}: no good row; " + (f"{rejected[0].source}: {rejected[0].reason}" if rejected else "it is empty"))
+        why = f"{rejected[0].source}: {rejected[0].reason}" if rejected else "it is empty"
+        raise ValueError(f"{source}: no good row; {why}")
     return list(rows.values()), rejected
 
 
 def _records(source: str) -> Iterator[tuple[str, dict | bytes]]:
     """("file:line", what stands there)."""
     path = Path(source)
-    if not path.exists() and (path.suffix in (".jsonl", ".json", ".parquet") or source.count("/") != 1):
-        raise FileNotFoundError(f"{source} does not exist")
+    local = path.is_file() or path.is_dir()
+    if not local and (path.exists() or path.suffix in (".jsonl", ".json", ".parquet")
+                      or source.count("/") != 1):
+        raise FileNotFoundError(f"{source} does not exist, or is no file and no folder")
     if path.is_file() and path.suffix != ".parquet":
         with path.open("rb") as file:
-            yield from ((f"{path.name}:{n}", line) for n, line in enumerate(file, 1) if line.strip())
+            if re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{", file.peek(99)):
+                raise ValueError(f"{source} is a JSON array; rows are JSON lines, one object each: "
+                                 "jq -c '.[]' makes them")
+            yield from ((f"{printable(path.name)}:{number}", line)
+                        for number, line in enumerate(file, 1) if line.strip())
         return
+    need(*("pyarrow", f"to read {source}") if local else
+         ("datasets", f"there is no file {source}; to read it as a dataset of the hub"))
     try:
-        if path.exists():
-            need("pyarrow", f"to read {source}")
+        if local:
             from pyarrow.parquet import ParquetFile
             files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
             tables = ((file.name, ParquetFile(file).iter_batches(64)) for file in files)
         else:
-            need("datasets", f"there is no file {source}; to read it as a dataset of the hub")
             import datasets
             name, _, split = source.partition(":")
             dataset = datasets.load_dataset(name, split=split or "train")
-            tables = [(source, dataset.with_format("arrow").iter(64))]  # in arrow format images stay encoded
+            tables = [(source, dataset.with_format("arrow").iter(64))]      # images stay encoded
         for name, batches in tables:
-            yield from ((f"{name}:{n}", record) for n, record in enumerate((r for batch in batches for r in batch.to_pylist()), 1))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source} cannot be read: {error}") from None
+            records = (record for batch in batches for record in _wide(batch).to_pylist())
+            yield from ((f"{printable(name)}:{n}", record) for n, record in enumerate(records, 1))
+    except Exception as error:          # what pyarrow and datasets raise has no common class
+        raise ValueError(f"{source} cannot be read: {one_line(error)}") from None
+
+
+def _wide(batch):
+    """An Arrow table or batch, its 32-bit floats as they print: 0.1, not 0.10000000149011612."""
+    for i, column in enumerate(batch.schema):
+        if str(column.type) == "float":
+            values = batch.column(i).cast("string").cast("double")
+            batch = batch.set_column(i, column.name, values)
+    return batch
+
+
+def one_line(text: object, longest: int = 300) -> str:
+    """Foreign text as it may be printed."""
+    text = " ".join(str(text).split())
+    return printable(text if len(text) <= longest else text[:longest] + " ...")
 
 
 def need(package: str, purpose: str) -> None:
-    """RuntimeError, one line, if a package that is no requirement is not installed."""
+    """RuntimeError, one line, if a package that not everyone has is not installed."""
     if importlib.util.find_spec(package) is None:
         raise RuntimeError(f"{purpose}: pip install {package}")
 
 
 def _row(where: str, record: dict | bytes, folder: Path, names: dict[str, str]) -> Row:
     try:
-        if not isinstance(record := json.loads(record) if isinstance(record, bytes) else record, dict):
+        if isinstance(record, bytes):
+            record = json.loads(record, parse_int=Number, parse_float=Number)
+        if not isinstance(record, dict):
             raise ValueError(f"an object is needed, not {type(record).__name__}")
-        query, image, answer, content, target = (record.get(names[name]) for name in COLUMNS)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"broken JSON line: {error}") from None
-    if isinstance(query, str):
-        query = query.replace("<image>", "").strip()  # chat templates place images themselves
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        answer = str(answer) if math.isfinite(answer) else None
+    query, image, answer, content, target = (record.get(names[name]) for name in COLUMNS)
+    if type(query) is str:
+        query = query.replace("<image>", "").strip()    # chat templates place images themselves
+    answer = _in_full(answer)
     images = [(item.get("bytes") or item.get("path")) if isinstance(item, dict) else item
               for item in (image if isinstance(image, list) and image else [image])]
-    for kind, name, value, good in (("empty question", "query", query, isinstance(query, str) and query.strip()),
-                                    ("no answer", "answer", answer, isinstance(answer, str) and answer.strip()),
-                                    ("no image", "image", image, all(item and isinstance(item, (str, bytes)) for item in images)),
-                                    ("no text", "content", content, isinstance(content, str | None)),
-                                    ("no text", "target", target, isinstance(target, str | None))):
+    pictured = all(item and isinstance(item, (str, bytes)) for item in images)
+    for kind, name, value, good in (
+            ("empty question", "query", query, type(query) is str and query.strip()),
+            ("no answer", "answer", answer, type(answer) is str and answer.strip()),
+            ("no image", "image", image, pictured),
+            ("no text", "content", content, content is None or type(content) is str),
+            ("no text", "target", target, target is None or type(target) is str)):
         if not good:
-            raise ValueError(f"{kind}: `{names[name]}` is {value!r:.40}; the row's columns are {', '.join(record)}")
-    digest = hashlib.sha1(b"\0".join(part.encode() if isinstance(part, str) else part for part in (query, answer, *images)))
-    images = [str((folder / item).absolute()) if isinstance(item, str) else item for item in images]
-    return Row(digest.hexdigest()[:16], query, images, answer.strip(), content or None, target or None, where)
+            raise ValueError(f"{kind}: `{names[name]}` is {reprlib.repr(value)}; "
+                             f"the row's columns are {', '.join(record)}")
+        for text in images if name == "image" else [value]:
+            if isinstance(text, str) and (half := SURROGATE.search(text)):
+                raise ValueError(f"half a character: `{names[name]}` holds {ascii(half[0])} alone")
+    parts = (part.encode() if isinstance(part, str) else part for part in (query, answer, *images))
+    images = [str((folder / x).absolute()) if isinstance(x, str) else x for x in images]
+    return Row(hashlib.sha1(b"\0".join(parts)).hexdigest()[:16], query, images, answer.strip(),
+               content or None, target or None, where)
 
+
+def _in_full(answer):
+    """A finite number as text: JSON's as written, a column's without exponent."""
+    if isinstance(answer, bool) or not isinstance(answer, (Number, int, float, Decimal)):
+        return answer
+    text = str(answer) if isinstance(answer, Number) else format(Decimal(str(answer)), "f")
+    return text if math.isfinite(float(text)) else answer
+
+
+# Pictures
 
 def load_image(row: Row, i: int = 0) -> Image.Image:
-    """`open_image` of the row's i-th image."""
     return open_image(row.images[i], f"image {i + 1}")
 
 
 def open_image(image: str | bytes, name: str) -> Image.Image:
-    """A path, or encoded bytes called `name`, decoded: RGB, upright, white where it was transparent. Raises ValueError if it cannot be."""
+    """A path, or encoded bytes called `name`, decoded: RGB, upright, transparency made white.
+    ValueError if it is missing, no regular file, corrupt, too large or too long a strip."""
     name = image if isinstance(image, str) else name
     try:
-        picture = ImageOps.exif_transpose(Image.open(image if isinstance(image, str) else io.BytesIO(image)))
-        if picture.has_transparency_data:  # else black lines on nothing become black on black
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        if max(picture.size) >= MAX_ASPECT * min(picture.size):
-            raise ValueError(f"{picture.width} x {picture.height} pixels are too long a strip for Qwen's image processors")
-        return picture.convert("RGB")
+        if isinstance(image, str) and not stat.S_ISREG(os.stat(image).st_mode):
+            raise ValueError("it is no regular file")
+        with Image.open(image if isinstance(image, str) else io.BytesIO(image)) as picture:
+            size, area = f"{picture.width} x {picture.height} pixels", math.prod(picture.size)
+            if area > MAX_DECODED:
+                raise ValueError(f"{size} are more than {MAX_DECODED / 1e6:.0f} million")
+            if any(max(s) >= MAX_ASPECT * min(s) for s in (picture.size, fit_size(picture.size))):
+                raise ValueError(f"{size} are too long a strip for Qwen's image processors")
+            with _one_large if area > LARGE else nullcontext():
+                return _rgb(picture)
     except FileNotFoundError:
         raise ValueError(f"missing image: {name}") from None
-    except Exception as error:  # what Pillow raises on broken files has no common class
+    except Exception as error:          # what Pillow raises on broken files has no common class
         raise ValueError(f"corrupt image: {name}: {error}") from None
 
 
-def fit_image(image: Image.Image, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image scaled to an area within [min_pixels, max_pixels], its aspect kept but for whole pixels."""
-    area = image.width * image.height
+def _rgb(picture: Image.Image) -> Image.Image:
+    ImageOps.exif_transpose(picture, in_place=True)
+    if picture.mode[0] in "IF":         # grey of 16 or 32 bits, which Pillow would clip at 255
+        grey = np.nan_to_num(np.asarray(picture, np.float32), posinf=0, neginf=0)       # (H, W)
+        ranges = {"I": (255, 65535), "F": (1, 255, 65535)}.get(picture.mode, (65535,))
+        low, high = float(grey.min()), float(grey.max())
+        if low >= 0:
+            low, high = 0, next((top for top in ranges if high <= top), high)
+        grey = (grey - low) * (255 / (high - low or 1))
+        picture = Image.fromarray(np.rint(grey).astype(np.uint8))
+    if picture.has_transparency_data:   # else black lines on nothing become black on black
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def fit_size(size: tuple[int, int], min_pixels: int = MIN_PIXELS,
+             max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) scaled to an area within the limits, the aspect kept but for whole pixels."""
+    area = math.prod(size)
     if min_pixels <= area <= max_pixels:
-        return image
+        return size
     rounded, wanted = (math.ceil, min_pixels) if area < min_pixels else (math.floor, max_pixels)
-    size = [max(1, rounded(side * math.sqrt(wanted / area))) for side in image.size]
-    return image.resize(size, Image.Resampling.BICUBIC)
+    width, height = (max(1, rounded(side * math.sqrt(wanted / area))) for side in size)
+    return width, height
 
 
-# Prompts: the roles are the paper's, the words ours (the teacher's: reasoning/teacher.py)
+def fit_image(image: Image.Image, min_pixels: int = MIN_PIXELS,
+              max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image itself, or resized to `fit_size`."""
+    size = fit_size(image.size, min_pixels, max_pixels)
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+# Prompts
+
 def first_prompt(query: str) -> str:
     """Asks for one attempt: think, then answer."""
-    return (f"{query}\n\nStudy the image and reason step by step inside <think> and </think>. Then give the final answer inside "
-            "<answer> and </answer>, like this:\n<think>your reasoning</think><answer>$\\boxed{your answer}$</answer>")
+    return (f"{query}\n\nStudy the image and reason step by step inside <think> and </think>. Then "
+            "give the final answer inside <answer> and </answer>, like this:\n"
+            "<think>your reasoning</think><answer>$\\boxed{your answer}$</answer>")
 
 
 def reflection_prompt(query: str) -> str:
     """Asks for the whole pattern: the prompt of fine-tuning and of reinforcement learning."""
-    return (f"{query}\n\nStudy the image and answer in two attempts with a reflection between them, exactly in this form and with "
-            "nothing outside the tags:\n<think>reasoning, step by step</think><answer>$\\boxed{first answer}$</answer>"
-            "<reflection>is the first attempt right? name its mistake, or what it could have left out</reflection>"
-            "<think>reasoning again, with the reflection in mind</think><answer>$\\boxed{final answer}$</answer>")
+    return (f"{query}\n\nStudy the image and answer in two attempts with a reflection between "
+            "them, exactly in this form and with nothing outside the tags:\n"
+            "<think>reasoning, step by step</think><answer>$\\boxed{first answer}$</answer>"
+            "<reflection>is the first attempt right? name its mistake, or what it could have left "
+            "out</reflection><think>reasoning again, with the reflection in mind</think>"
+            "<answer>$\\boxed{final answer}$</answer>")
 
 
-def read_lines(path: Path, *needed: str) -> list[dict]:
-    """The objects of a JSONL file, [] if there is none. A last line that a crash cut off is dropped, from the file too. ValueError names
-    a line that is broken or lacks a key `needed`."""
-    data = path.read_bytes() if path.exists() else b""
-    whole = data[:data.rfind(b"\n") + 1]
-    if whole != data:
-        os.truncate(path, len(whole))
-    lines = []
-    for number, line in enumerate(whole.splitlines(), 1):
+PROMPTS = {"query": str, "reflection": reflection_prompt}       # question -> what is asked
+
+
+# Refusing
+
+class Rejections:
+    """Rows that are no use, each once, in `folder`/rejected.jsonl; seen: their reasons by id.
+    torchrun's ranks all refuse the same rows; the first alone reads and writes the file."""
+
+    def __init__(self, folder: str | Path, loud: bool = True):
+        self.path, self.loud = Path(folder) / "rejected.jsonl", loud
+        self.seen: dict[str, str] = {}
+        self.first, self.lock, self.journal = os.environ.get("RANK", "0") == "0", Lock(), None
+        if self.first and self.path.exists():
+            self.journal = open_journal(self.path, id=str, reason=str)
+            self.seen = {row["id"]: row["reason"] for row in self.journal.rows}
+
+    def add(self, row: Row | Rejected, reason: object, response: str = "") -> None:
+        with self.lock:
+            if row.id in self.seen:
+                return
+            self.seen[row.id] = reason = one_line(reason)
+            if self.first:
+                self.journal = self.journal or open_journal(self.path)
+                self.journal.add(asdict(Rejected(row.id, row.source, reason, response)))
+        if self.first and self.loud:
+            tqdm.write(f"{row.source}: {reason}; set aside in {self.path}")
+
+
+def open_journal(path: Path, **kinds: type):
+    """A `plumbing.run.Journal` without the rows in which one of these is not of its type: they are
+    damaged, and will be done again."""
+    from plumbing.run import Journal
+    return Journal(path, keep=lambda row: all(isinstance(row.get(name), kind)
+                                              for name, kind in kinds.items()))
+
+
+def usable(rows: list[Row], rejected: list[Rejected], processor, limits,
+           rejections: Rejections) -> list[Row]:
+    """Those of `read_rows`'s rows that a model can be trained on, by their text and their pictures'
+    sizes; the others, and `rejected`, go to `rejections`.
+
+    processor: a reasoning.qwen.Processor. limits: settings with prompt (a key of `PROMPTS`),
+    max_pixels (larger pictures are scaled down), and in tokens, image tokens included, max_prompt,
+    max_new_tokens, and max_length of prompt and target. ValueError if no row is left."""
+    for item in rejected:
+        rejections.add(item, item.reason)
+    look, blank, kept = processor.image_processor, Image.new("RGB", (64, 64)), []
+    room = min(limits.max_prompt, processor.context - limits.max_new_tokens)
+    whole = min(limits.max_length, processor.context)
+
+    def tokens(size: tuple[int, int]) -> int:
+        return look.get_number_of_image_patches(size[1], size[0], {}) // look.merge_size**2
+
+    for row in tqdm(rows, desc="measuring rows", disable=None):
         try:
-            lines.append(json.loads(line))
-            [lines[-1][name] for name in needed]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} line {number} is broken ({type(error).__name__}: {error}); delete that line") from None
-    return lines
+            if default_verify(row.answer, row.answer) is None:
+                raise ValueError(f"unreadable ground truth: {row.answer[:80]!r}")
+            sizes = row.sizes or [load_image(row, i).size for i in range(len(row.images))]
+            ids = processor.prompt([blank] * len(sizes), PROMPTS[limits.prompt](row.query)).ids
+            n = len(ids) + sum(tokens(fit_size(size, max_pixels=limits.max_pixels))
+                               - tokens(blank.size) for size in sizes)
+            if n > room:
+                raise ValueError(f"too long: a prompt of {n} tokens, and there is room for {room}; "
+                                 "see --max_prompt and --max_pixels")
+            if row.target and (n := n + len(processor.target(row.target))) > whole:
+                raise ValueError(f"too long: prompt and target of {n} tokens, and there is room "
+                                 f"for {whole}; see --max_length")
+            kept.append(row)
+        except ValueError as error:
+            rejections.add(row, error)
+    if not kept:
+        raise ValueError(f"none of {len(rows)} rows can be used; {rejections.path} says why")
+    return kept
 
 
 # Command line
-def add_row_arguments(parser: argparse.ArgumentParser, name: str, **more) -> None:
-    parser.add_argument(name, help="JSONL file, parquet file or folder of them, or a dataset of the hub, org/name:split", **more)
-    parser.add_argument("--images", help="folder the rows' image paths start from (default: the file's own)")
-    parser.add_argument("--columns", nargs="*", default=[], metavar="NAME=COLUMN", help="other column names: query=problem image=images")
-
 
 def column_names(pairs: list[str]) -> dict[str, str]:
-    """["query=problem"] -> {"query": "problem"}. Raises ValueError for any other form or name."""
+    """["query=problem"] -> {"query": "problem"}. ValueError for any other form or name."""
     names = dict(pair.partition("=")[::2] for pair in pairs)
     for name, column in names.items():
         if name not in COLUMNS or not column:
-            raise ValueError(f"--columns {name}={column}: it takes NAME=COLUMN, where NAME is one of {', '.join(COLUMNS)}")
+            raise ValueError(f"--columns {name}={column}: it takes NAME=COLUMN, where NAME is one "
+                             f"of {', '.join(COLUMNS)}")
     return names
 
 
-def read_given(args: argparse.Namespace) -> tuple[list[Row], list[Rejected]]:
-    """`read_rows` by the flags of `add_row_arguments`."""
-    return read_rows(args.rows, args.images, column_names(args.columns))
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Tell how many rows are good, and why the others are not")
-    parser.add_argument("command", choices=["check"])
-    add_row_arguments(parser, "rows")
+    parser = argparse.ArgumentParser(description="How many rows are good, and why others are not")
+    add = parser.add_argument
+    add("command", choices=["check"])
+    add("rows", help="JSONL, parquet, a folder of it, or a hub's dataset, org/name:split")
+    add("--images", help="folder that the rows' image paths start from (default: the file's own)")
+    add("--columns", nargs="*", default=[], metavar="NAME=COLUMN",
+        help="other column names: query=problem image=images")
     args = parser.parse_args(argv)
-    try:
-        rows, rejected = read_given(args)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    rows, rejected = read_rows(args.rows, args.images, column_names(args.columns))
     for item in rejected:
         print(f"{item.source}: {item.reason}")
     print(f"{len(rows)} of {len(rows) + len(rejected)} rows are good")
@@ -242,4 +390,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending(main))

@@ -1,19 +1,20 @@
-r"""Cold-start data for reflection-aware SRPO (arXiv 2506.01713, stage 1): questions on images become reflected responses.
+r"""Cold-start data for reflection-aware SRPO (arXiv 2506.01713, stage 1): rows become reflections.
 
   1. Read rows (reasoning/rows.py).
   2. The model to be trained answers each question once: <think>..</think><answer>..</answer>.
   3. A verifier compares that answer with the ground truth.
-  4. A stronger teacher sees question, image, first response and ground truth and writes a reflection: a right response is to
-     be tightened, a wrong one revised. The teacher is a server that speaks OpenAI's chat API, or the local model.
-  5. First response, reflection and ground truth make one fine-tuning target, appended to OUT/reflections.jsonl at once.
+  4. A stronger teacher, a server that speaks OpenAI's chat API or the local model, sees question,
+     picture, response and ground truth and writes a reflection: a right response is to be
+     tightened, a wrong one revised.
+  5. Response, reflection and ground truth make one target, in OUT/reflections.jsonl at once.
 
-The same command again goes on where the last one stopped. OUT holds settings.json, first_answers.jsonl, reflections.jsonl,
-which `read_rows` reads back, target included, and rejected.jsonl; delete the last to try its rows once more.
-Left out: the paper's quality filter by a text model; its criteria are not published.
+The same command goes on where the last one stopped. `read_rows` reads reflections.jsonl, target
+included; delete OUT/rejected.jsonl to try its rows once more. Left out: the paper's quality filter
+by a text model, whose criteria are not published.
 
-    python -m reasoning.teacher --model Qwen/Qwen2.5-VL-7B-Instruct --rows rows.jsonl --images DIR --out OUT --teacher-url http://localhost:8000/v1 --teacher-model NAME
+    python -m reasoning.teacher --model Qwen/Qwen2.5-VL-7B-Instruct --rows rows.jsonl \
+        --images DIR --out OUT --teacher-url http://localhost:8000/v1 --teacher-model NAME
 """
-import argparse
 import base64
 import io
 import json
@@ -21,159 +22,289 @@ import math
 import os
 import re
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from threading import Event, Lock, Thread
+from urllib.parse import unquote, urlsplit
 
-import torch
 from tqdm import tqdm
 
-from reasoning import qwen as vlm
+from plumbing.flags import ending, flag, read_command, require
+from reasoning import rows as data
 from reasoning.answers import default_verify
-from plumbing.run import command
-from reasoning.rows import MAX_PIXELS, Rejected, Row, add_row_arguments, first_prompt, fit_image, load_image, need, read_given, read_lines
-from rewards import TAG
+from reasoning.rows import Rejected, Row, fit_image, load_image, one_line
 
 FORMS = ("paper", "release")
-TRIES = 3  # the teacher is asked at most so often for a reply that can be read
-PATIENCE = 8  # after so many rows in a row without a reply the fault is the teacher's, not the rows'
-Generate = Callable[[list[Row], list[str]], list[str]]  # rows for their images, a prompt each -> a text each
+TRIES = 3           # the teacher is asked at most so often for a reply that can be read
+PATIENCE = 8        # after so many rows in a row without a reply the fault is the teacher's
+TAG = re.compile(r"</?(?:think|answer|reflection)>")            # as rewards.py reads them
+Generate = Callable[[list[Row], list[str]], list[str]]          # rows, a prompt each -> texts
+
+
+@dataclass
+class Settings:
+    model: str = flag("", "folder or hub id: it gives the first answers")
+    rows: str = flag("", "JSONL file, parquet file or folder of them, or dataset of the hub")
+    images: str = flag("", "folder that the rows' image paths start from (the file's own)")
+    columns: list[str] = flag([], "other column names: query=problem image=images")
+    out: str = flag("", "folder to write to, or to go on in")
+    form: str = flag("paper", "targets with a second think, or the published code's", choices=FORMS)
+    right_share: float = flag(None, "cap on the share of right first answers (paper: about 0.3)")
+    dtype: str = flag("bfloat16", "of the model's weights", choices=["float32", "bfloat16"])
+    max_new_tokens: int = flag(1024, "the model's longest response")
+    max_pixels: int = flag(data.MAX_PIXELS, "larger pictures are scaled down for the model")
+    temperature: float = flag(0.0, "of the first answers; 0: greedy")
+    batch: int = flag(8, "rows per batch of the model")
+    teacher_url: str = flag("", "OpenAI-compatible server (the model itself is the teacher)")
+    teacher_model: str = flag("", "the teacher's name on that server")
+    teacher_key: str = flag("OPENAI_API_KEY", "environment variable that holds the server's key")
+    teacher_tokens: int = flag(8192, "longest reply, the teacher's own thoughts included")
+    in_flight: int = flag(8, "requests to the teacher at a time")
+    retries: int = flag(5, "of a failed request, with growing pauses")
+    timeout: float = flag(120.0, "seconds a request may take")
+
+    def __post_init__(self):
+        require(self, dict(batch=1, in_flight=1, teacher_tokens=1, max_new_tokens=1, retries=0,
+                           max_pixels=data.MIN_PIXELS, temperature=0), ("timeout",))
+        if self.form not in FORMS or not 0 <= (self.right_share or 0) < 1:
+            raise ValueError(f"--form {self.form} must be paper or release, and "
+                             f"--right-share {self.right_share} in [0, 1)")
+        if bool(self.teacher_url) != bool(self.teacher_model):
+            raise ValueError("--teacher-url and --teacher-model go together; give both, or neither "
+                             "for the local model")
+
+    def fixed(self) -> dict:
+        """What a folder is begun with."""
+        names = ("model", "dtype", "max_new_tokens", "temperature", "max_pixels", "columns", "form")
+        return {name: getattr(self, name) for name in names} | {
+            "right_share": self.right_share, "rows": Path(self.rows).name,
+            "teacher": self.teacher_model or None}
 
 
 # The teacher's prompt: its role is the paper's, the words ours
-def teacher_prompt(row: Row, response: str, correct: bool, form: str = "paper") -> str:
-    """Asks for JSON with a reflection on a first response and, in form "paper", the second think.
 
-    Paper / code differ: the published code has one prompt, the paper an aim for right responses and one for wrong ones.
-    """
-    if correct:
-        task = ("The attempt reaches the correct answer. Reflect on how to tighten it: which steps carry the answer, which are "
-                "repeated or idle, and how a shorter reasoning would run.")
-    else:
-        task = ("The attempt reaches a wrong answer. Reflect on how to revise it: the first place where it goes wrong (something "
-                "misread in the image, a false fact, a slip in the logic or the arithmetic) and what to do there instead.")
+def teacher_prompt(row: Row, response: str, correct: bool, form: str = "paper") -> str:
+    """Asks for JSON with a reflection on a response and, in form "paper", the second think."""
+    # code: one prompt for all; paper: an aim for right responses and one for wrong ones
+    task = ("The attempt reaches the correct answer. Reflect on how to tighten it: which steps "
+            "carry the answer, which are repeated or idle, and how a shorter reasoning would run."
+            ) if correct else (
+            "The attempt reaches a wrong answer. Reflect on how to revise it: the first place "
+            "where it goes wrong (something misread in the image, a false fact, a slip in the "
+            "logic or the arithmetic) and what to do there instead.")
     fields = {"reflection": "the reflection, two to five sentences"}
     if form == "paper":
-        fields["think"] = "the reasoning of a second attempt, which follows the reflection and arrives at the correct answer"
+        fields["think"] = ("the reasoning of a second attempt, which follows the reflection and "
+                           "arrives at the correct answer")
     solution = f"\n\nA worked solution:\n{row.content}" if row.content else ""
-    return (f"Below are a question about the image, its correct answer, and a student's attempt.\n\nQuestion:\n{row.query}\n\n"
-            f"Correct answer:\n{row.answer}{solution}\n\nAttempt:\n{response}\n\n{task}\n\nWrite in the first person, as the student "
-            "rereading the attempt, and never mention that the correct answer or a solution was given. Use no tags such as <think> "
-            f"or <answer>. Reply with one JSON object and nothing else:\n{json.dumps(fields)}")
+    return ("Below are a question about the image, its correct answer, and a student's attempt.\n\n"
+            f"Question:\n{row.query}\n\nCorrect answer:\n{row.answer}{solution}\n\nAttempt:\n"
+            f"{response}\n\n{task}\n\nWrite in the first person, as the student rereading the "
+            "attempt, and never mention that the correct answer or a solution was given. Use no "
+            "tags such as <think> or <answer>. Reply with one JSON object and nothing else:\n"
+            f"{json.dumps(fields)}")
 
 
 # Fine-tuning targets
+
 def split_first(response: str) -> tuple[str, str]:
-    """(think, answer) of a first response. Raises ValueError if it is not <think>..</think><answer>..</answer> and no more."""
-    match = re.fullmatch(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", response, re.DOTALL)
-    if match is None or any(TAG.search(part) or not part.strip() for part in match.groups()):
-        raise ValueError("first answer without tags: it must be <think>..</think><answer>..</answer>; was it cut off?")
-    return match[1].strip(), match[2].strip()
+    """(think, answer) of a first response; ValueError if it has another form."""
+    parts = [part.strip() for part in TAG.split(response)]
+    if (TAG.findall(response) != ["<think>", "</think>", "<answer>", "</answer>"]
+            or [bool(part) for part in parts] != [False, True, False, True, False]):
+        raise ValueError("first answer without tags: it must be <think>..</think>"
+                         "<answer>..</answer>; was it cut off?")
+    return parts[1], parts[3]
 
 
-def sft_target(first_response: str, reflection: str, second_think: str | None, answer: str, form: str = "paper") -> str:
-    r"""The response to imitate: the model's own first attempt, the teacher's reflection, the ground truth in a box.
+def sft_target(first_response: str, reflection: str, second_think: str | None, answer: str,
+               form: str = "paper") -> str:
+    r"""The response to imitate: first attempt, the teacher's reflection, the ground truth in a box.
+    ValueError if a part is missing.
 
-    form "paper": the pattern reinforcement learning demands. Paper / code differ: "release", the published code's targets,
-    lack the second think (ignored here), so RL has to teach it. Raises ValueError if a part is missing.
-
-    >>> sft_target("<think>3 + 4 = 8</think> <answer>8</answer>", "3 + 4 is 7.", None, "7", form="release")
-    '<think>3 + 4 = 8</think><answer>8</answer><reflection>3 + 4 is 7.</reflection><answer>$\\boxed{7}$</answer>'
+    >>> sft_target("<think>8</think> <answer>8</answer>", "No, 7.", None, "7", "release")[16:]
+    '<answer>8</answer><reflection>No, 7.</reflection><answer>$\\boxed{7}$</answer>'
     """
+    # code: "release", without the second think, so RL has to teach it; paper: with it
     think, first = split_first(first_response)
     if form == "paper" and not second_think:
         raise ValueError("form paper needs a second think")
     second = f"<think>{second_think}</think>" if form == "paper" else ""
     if r"\boxed{" not in answer:
-        answer = r"$\boxed{%s}$" % re.sub(r"^\$([^$]+)\$$", r"\1", answer)
-    return f"<think>{think}</think><answer>{first}</answer><reflection>{reflection}</reflection>{second}<answer>{answer}</answer>"
+        answer = r"$\boxed{" + re.sub(r"^\$([^$]+)\$$", r"\1", answer) + "}$"
+    return (f"<think>{think}</think><answer>{first}</answer><reflection>{reflection}</reflection>"
+            f"{second}<answer>{answer}</answer>")
 
 
-# Teacher
+# The teacher's replies
+
+class Cut(str):
+    """A text that a limit of tokens cut off."""
+
+
+# \f, \b, \t, \r and \u are escapes in JSON, but a model that writes \frac or \times there forgot to
+# double the backslash. A single one before two letters, or before what JSON does not escape, is
+# taken for LaTeX; \n only in \ne, \neq, \nu, \neg, \nabla, \not.
+LATEX = re.compile(r'(?<!\\)((?:\\\\)*)\\(?=[a-mo-tv-zA-Z][a-zA-Z]|n(?:eq?|u|eg|abla|ot)\b'
+                   r'|u(?![0-9a-fA-F]{4})|[^"\\/bfnrtu])')
+
+
+def parse_reply(text: str, form: str = "paper",
+                content: str | None = None) -> tuple[str, str | None]:
+    """(reflection, second think) from the last JSON in a reply, fenced or after thoughts or not.
+
+    content: the row's worked solution, which stands in for a second think left out. The think is
+    None in form "release". ValueError if the reply was cut off, has no such JSON, or a field is
+    empty, holds tags, which would break the pattern, or half a character."""
+    if isinstance(text, Cut) or text.count("<think>") > text.count("</think>"):
+        raise ValueError("teacher's reply: cut off; see --teacher-tokens")
+    text, found, end = LATEX.sub(r"\1\\\\", text), {}, 0
+    starts = list(re.finditer(r'\{(?=\s*")', text))
+    for match in starts[-1000:]:                # a try may read to the end of a long reply
+        try:
+            if match.start() >= end:            # not strict: line breaks may stand in strings
+                value, end = json.JSONDecoder(strict=False).raw_decode(text, match.start())
+                found = value if "reflection" in value else found
+        except (ValueError, RecursionError):
+            continue
+    fields = {"reflection": found.get("reflection")}
+    if form == "paper":
+        fields["think"] = found.get("think") or content
+    for name, part in fields.items():
+        if not isinstance(part, str) or not part.strip():
+            raise ValueError(f"teacher's reply: no JSON with a {name}")
+        if TAG.search(part):
+            raise ValueError(f"teacher's reply: tags inside the {name}")
+        if data.SURROGATE.search(part):
+            raise ValueError(f"teacher's reply: half a character inside the {name}")
+    return fields["reflection"].strip(), fields["think"].strip() if form == "paper" else None
+
+
 class TeacherError(RuntimeError):
-    """A row got no reply. down: nor will any other; refused: the server finds fault with this request."""
+    """A row got no reply. down: nor will any other; refused: the server faults this request."""
+
     def __init__(self, message: str, down: bool = False, refused: bool = False):
         super().__init__(message)
         self.down, self.refused = down, refused
 
 
 class Teacher:
-    """A model behind OpenAI's chat API at url, which mostly ends in /v1; callable from several threads, a request per row.
+    """A model behind OpenAI's chat API at url, which mostly ends in /v1; callable from several
+    threads, a request per row.
 
-    Broken connections, time-outs (seconds, of one try), 429 and 5xx are tried again `retries` times with growing pauses, or
-    when Retry-After says. Raises RuntimeError without the openai package or if nothing listens at url, TeacherError when a row
-    gets no reply.
-    """
-    def __init__(self, url: str, model: str, key: str | None = None, *, retries: int = 5, timeout: float = 120, max_tokens: int = 8192):
-        need("openai", "a teacher behind a URL needs the openai package")
+    Broken connections, time-outs (seconds, of one try to its last byte), 429 and 5xx are tried
+    again `retries` times with growing pauses, or when Retry-After says. ValueError for a bad url,
+    RuntimeError without the openai package or if nothing listens, TeacherError when a row gets no
+    reply; messages are printable and without key and password."""
+
+    def __init__(self, url: str, model: str, key: str | None = None, *, retries: int = 5,
+                 timeout: float = 120, max_tokens: int = 8192):
+        data.need("openai", "a teacher behind a URL needs the openai package")
         import openai
-        self.url, self.model, self.timeout, self.max_tokens = url, model, timeout, max_tokens
-        self.client = openai.OpenAI(base_url=url, api_key=key or "none", max_retries=retries, timeout=timeout)
-        try:  # now rather than after hours of first answers
+        self.model, self.timeout, self.max_tokens = model, timeout, max_tokens
+        try:
+            parts, key = urlsplit(url), (key or "none").strip()
+            user = [unquote(part or "") for part in (parts.username, parts.password)]
+            self.secrets = [secret for secret in (key, user[1]) if len(secret) > 4]
+            self.url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+            if (parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
+                    or re.search("[@?#]", self.url) or not re.fullmatch("[!-~]+", key)):
+                raise ValueError
+            self.client = openai.OpenAI(
+                base_url=self.url, api_key=key, max_retries=retries, timeout=timeout,
+                http_client=_http_client(timeout, tuple(user) if parts.username else None))
+        except Exception:               # whose text may hold the password
+            raise ValueError("--teacher-url must be http://HOST:PORT/v1 or https://HOST/v1, with "
+                             "what is special in a password in percent code, and the key that "
+                             "--teacher-key names plain ASCII without blanks") from None
+        try:                            # now rather than after hours of first answers
             self.client.models.list()
         except openai.APIConnectionError as error:
-            raise RuntimeError(f"teacher {url}: cannot be reached ({error.__cause__}); start it, or give another --teacher-url") from None
-        except (openai.OpenAIError, ValueError):
-            pass  # not every server lists its models
+            raise RuntimeError(f"teacher {self.url}: cannot be reached ({self.say(error.__cause__)}"
+                               "); start it, or give another --teacher-url") from None
+        except (openai.OpenAIError, ValueError, RecursionError):
+            pass                        # not every server lists its models
+
+    def say(self, text: object) -> str:
+        text = str(text)
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
+        return one_line(text)
 
     def __call__(self, rows: list[Row], prompts: list[str]) -> list[str]:
         """A `Generate`, but of one row."""
         import openai
         [row], [prompt], content = rows, prompts, []
         for i in range(len(row.images)):
-            fit_image(load_image(row, i)).save(buffer := io.BytesIO(), "JPEG", quality=95, subsampling=0)
+            image = fit_image(load_image(row, i))
+            image.save(buffer := io.BytesIO(), "JPEG", quality=95, subsampling=0)
             url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
             content.append({"type": "image_url", "image_url": {"url": url}})
-        messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
-        try:
-            # No temperature, which reasoning models refuse, and no response_format, which small servers do not know.
-            reply = self.client.chat.completions.create(model=self.model, messages=messages, max_completion_tokens=self.max_tokens)
-            return [reply.choices[0].message.content or ""]
+        content.append({"type": "text", "text": prompt})
+        try:        # no temperature, which reasoning models refuse; not all know response_format
+            reply = self.client.chat.completions.create(
+                model=self.model, messages=[{"role": "user", "content": content}],
+                max_completion_tokens=self.max_tokens)
+            if fault := getattr(reply, "error", None):
+                raise TeacherError(f"an error in place of a reply: {self.say(fault)}")
+            return [_text(reply.choices[0])]
         except openai.APITimeoutError:
             raise TeacherError(f"no reply within {self.timeout:g} s") from None
         except openai.APIConnectionError as error:
-            raise TeacherError(f"cannot be reached ({error.__cause__})", down=True) from None
+            cause = self.say(error.__cause__)
+            raise TeacherError(f"cannot be reached ({cause})", down=True) from None
         except openai.APIStatusError as error:
-            code, text = error.status_code, " ".join(error.response.text.split())[:300]
-            hint = {401: " (is the key right?)", 403: " (is the key right?)", 404: " (are the URL and the model's name right?)"}
-            raise TeacherError(f"HTTP {code}{hint.get(code, '')} {text}", down=code in hint, refused=code in (400, 413, 422)) from None
-        except (openai.OpenAIError, ValueError, AttributeError, TypeError, IndexError):
-            raise TeacherError("the reply is no chat completion; does the URL end in /v1?") from None
+            code, text = error.status_code, self.say(error.response.text)
+            hint = {401: " (is the key right?)", 403: " (is the key right?)",
+                    404: " (are the URL and the model's name right?)"}.get(
+                        code, " (redirects are not followed)" if code < 400 else "")
+            raise TeacherError(f"HTTP {code}{hint} {text}", bool(hint), code in (400, 413, 422)
+                               ) from None
+        except (openai.OpenAIError, ValueError, AttributeError, TypeError, LookupError,
+                RecursionError):
+            raise TeacherError("the reply is no chat completion; does the URL end in /v1?"
+                               ) from None
 
 
-# \f, \b, \t, \r and \u are escapes in JSON, but a model that writes \frac or \times there forgot to double the backslash. A single
-# one before two letters, or before what JSON does not escape, is taken for LaTeX; \n only in \ne, \neq, \nu, \neg, \nabla, \not.
-LATEX = re.compile(r'(?<!\\)((?:\\\\)*)\\(?=[a-mo-tv-zA-Z][a-zA-Z]|n(?:eq?|u|eg|abla|ot)\b|u(?![0-9a-fA-F]{4})|[^"\\/bfnrtu])')
+def _http_client(seconds: float, user: tuple[str, str] | None):
+    """openai's own, but a try ends after so many seconds, however slowly bytes drip in, and no
+    redirect takes pictures and key to another host."""
+    import openai
+    base = openai.DefaultHttpxClient
+    httpx = sys.modules[base.__base__.__module__.partition(".")[0]]      # httpx2 since openai 3
+
+    class Client(base):
+        def send(self, request, **how):
+            def work() -> None:
+                try:
+                    done.set_result(super(Client, self).send(request, **how))
+                except BaseException as error:
+                    done.set_exception(error)
+            done = Future()
+            Thread(target=work, daemon=True).start()
+            try:
+                return done.result(seconds)
+            except TimeoutError:
+                raise httpx.ReadTimeout("no reply in time", request=request) from None
+    return Client(follow_redirects=False, auth=user)
 
 
-def parse_reply(text: str, form: str = "paper", content: str | None = None) -> tuple[str, str | None]:
-    """(reflection, second think) from the last JSON in a teacher's reply, maybe fenced or after the teacher's own thoughts.
-
-    content: the row's worked solution, which stands in for a second think left out. The think is None in form "release".
-    Raises ValueError if there is no such JSON, a field is empty, or holds tags, which would break the pattern.
-    """
-    text, found, end = LATEX.sub(r"\1\\\\", text), {}, 0
-    for match in re.finditer(r"\{", text):
-        try:
-            if match.start() >= end:
-                value, end = json.JSONDecoder(strict=False).raw_decode(text, match.start())  # not strict: line breaks in strings
-                found = value if "reflection" in value else found
-        except ValueError:
-            continue
-    fields = {"reflection": found.get("reflection")} | ({"think": found.get("think") or content} if form == "paper" else {})
-    for name, part in fields.items():
-        if not isinstance(part, str) or not part.strip():
-            raise ValueError(f"teacher's reply: no JSON with a {name}")
-        if TAG.search(part):
-            raise ValueError(f"teacher's reply: tags inside the {name}")
-    return fields["reflection"].strip(), fields["think"].strip() if form == "paper" else None
+def _text(choice) -> str:
+    """What a choice says; some servers send it in parts, their model's thoughts among them."""
+    content = choice.message.content or ""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part["type"] == "text")
+    if not isinstance(content, str):
+        raise TypeError
+    return Cut(content) if choice.finish_reason == "length" else content
 
 
 # The pipeline
+
 @dataclass
 class Job:
     row: Row
@@ -181,210 +312,189 @@ class Job:
     correct: bool
 
 
-def build(rows: list[Row], first_answers: Callable[[list[Row]], list[str]], teacher: Teacher | Generate, out: str | Path, *,
-          form: str = "paper", verify: Callable[[str, str], bool | None] | None = None, right_share: float | None = None,
-          batch: int = 8, in_flight: int = 8, rejected: Iterable[Rejected] = (), settings: dict | None = None) -> None:
-    """Rows to out/reflections.jsonl, the others to out/rejected.jsonl, each line as soon as it is known.
+def build(rows: list[Row], first_answers: Callable[[list[Row]], list[str]],
+          teacher: Teacher | Generate, out: str | Path, /, rejected: Iterable[Rejected] = (),
+          **options) -> tuple[dict[str, bool], dict[str, str]]:
+    """Rows to out/reflections.jsonl, the others to out/rejected.jsonl, each line as soon as it is
+    known. Returns, by id, whether the first answers of those kept were right, and why not kept.
 
-    first_answers: a batch of rows -> responses to `first_prompt`. teacher: a `Teacher`, asked by in_flight threads, or a local
-    model, asked in batches from another thread. verify: answers.default_verify if not given. right_share: cap on the share of
-    right first answers among the rows sent to the teacher (paper: about 0.3); right ones beyond it are rejected as surplus.
-    rejected: those of `read_rows`, to be saved too. settings: more for settings.json.
-    Raises ValueError for bad settings or others than out was begun with; RuntimeError if the teacher is down or left rows
-    without a reply: those are not rejected, the same call again tries them. Whatever stops a run, requests in flight are
-    waited for and kept.
-    """
-    if form not in FORMS or not (right_share is None or 0 <= right_share < 1) or min(batch, in_flight) < 1:
-        raise ValueError(f"form {form!r}, right share {right_share}, batch {batch}, in flight {in_flight}: "
-                         f"the first must be one of {FORMS}, the second in [0, 1), the others at least 1")
-    out, lock, stop, verify = Path(out), threading.Lock(), threading.Event(), verify or default_verify
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be made ({error.strerror}); choose another folder") from None
-    settings = (settings or {}) | {"form": form, "right_share": right_share}
-    begun = (read_lines(out / "settings.json") or [settings])[0]
-    for name in sorted(begun | settings):
-        if begun.get(name) != settings.get(name):
-            raise ValueError(f"{out} was begun with {name} {begun.get(name)!r}, not {settings.get(name)!r}; give that, or another --out")
-    (out / "settings.json").write_text(json.dumps(settings) + "\n")
-    kept = [line["id"] for line in read_lines(out / "reflections.jsonl", "id")]
-    done = {*kept, *(line["id"] for line in read_lines(out / "rejected.jsonl", "id"))}
-    first = {line["id"]: line["response"] for line in read_lines(out / "first_answers.jsonl", "id", "response")}
+    first_answers: a batch of rows -> responses to `first_prompt`. teacher: a `Teacher`, asked by
+    in_flight threads, or a local model, asked in batches. rejected: `read_rows`'s. options: of
+    `Settings`. ValueError for bad ones or others than out was begun with; RuntimeError if the
+    teacher is down or left rows without a reply: those are not rejected, the same call again tries
+    them. Whatever stops a run, requests in flight are waited for and kept."""
+    work = _Work(teacher, Settings(**options | {"out": str(out)}))
+    for item in rejected:
+        work.refuse(item, item.reason)
+    work.ask_model(rows, first_answers)
+    work.ask_teacher(work.judged(rows))
+    return work.kept, work.rejections.seen
 
-    def append(name: str, record: dict) -> None:
-        with lock, (out / f"{name}.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
 
-    def reject(item: Row | Rejected, reason: str, response: str = "") -> None:
-        if item.id not in done:
-            append("rejected", asdict(Rejected(item.id, item.source, reason, response)))
-            done.add(item.id)
-
-    def answered(chunk: list[Row]) -> list[tuple[Row, str]]:
+class _Work:
+    def __init__(self, teacher: Teacher | Generate, s: Settings):
+        from plumbing.run import Journal
+        self.teacher, self.s, self.out = teacher, s, Path(s.out)
+        self.server = isinstance(teacher, Teacher)
         try:
-            return list(zip(chunk, first_answers(chunk), strict=True))
-        except ValueError as error:         # one of them is more than the model takes: which?
-            if len(chunk) > 1:
-                return [pair for row in chunk for pair in answered([row])]
-            reject(chunk[0], f"cannot be asked: {error}")
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--out {s.out} cannot be made ({error.strerror}); choose another "
+                             "folder") from None
+        Journal(self.out / "settings.json", s.fixed()).close()
+        self.answers = data.open_journal(self.out / "first_answers.jsonl", id=str, response=str)
+        self.reflections = data.open_journal(self.out / "reflections.jsonl", id=str,
+                                             first_correct=bool)
+        self.rejections = data.Rejections(self.out, loud=False)
+        self.first = {line["id"]: line["response"] for line in self.answers.rows}
+        self.kept = {line["id"]: line["first_correct"] for line in self.reflections.rows}
+        self.silent, self.left = [], []         # failures since the last reply; rows without one
+        self.lock, self.stop = Lock(), Event()
+
+    def refuse(self, row: Row | Rejected, reason: object, response: str = "") -> None:
+        if row.id not in self.kept:
+            self.rejections.add(row, reason, response)
+
+    def done(self, row: Row) -> bool:
+        return row.id in self.kept or row.id in self.rejections.seen
+
+    def each(self, ask: Callable[[list], list[str]], jobs: list) -> list[tuple]:
+        """Jobs with their texts; if some are more than the local model takes, which?"""
+        try:
+            return list(zip(jobs, ask(jobs), strict=True))
+        except ValueError as error:
+            if len(jobs) > 1:
+                return [pair for job in jobs for pair in self.each(ask, [job])]
+            self.refuse(getattr(jobs[0], "row", jobs[0]), f"cannot be asked: {error}")
             return []
 
-    for item in rejected:
-        reject(item, item.reason)
-    new = [row for row in rows if row.id not in done and row.id not in first]
-    for start in tqdm(range(0, len(new), batch), desc="first answers", disable=None):
-        chunk = new[start:start + batch]
-        for row, response in answered(chunk):
-            append("first_answers", {"id": row.id, "response": response})
-            first[row.id] = response
-    jobs = []
-    for row in rows:
-        if row.id in first:  # rows done included, or what is left of a stopped run would be balanced by itself
+    def ask_model(self, rows: list[Row], first_answers: Callable) -> None:
+        new = [row for row in rows if not self.done(row) and row.id not in self.first]
+        for i in tqdm(range(0, len(new), self.s.batch), "first answers", disable=None):
+            for row, response in self.each(first_answers, new[i:i + self.s.batch]):
+                self.answers.add({"id": row.id, "response": response})
+                self.first[row.id] = response
+
+    def judged(self, rows: list[Row]) -> list[Job]:
+        """What is to be reflected on. Rows that are done count for the share of right answers too,
+        or what is left of a stopped run would be balanced by itself."""
+        jobs, share = [], self.s.right_share
+        for row in (row for row in rows if row.id in self.first):
             try:
-                correct = verify(split_first(first[row.id])[1], row.answer)
+                correct = default_verify(split_first(self.first[row.id])[1], row.answer)
                 if correct is None:
-                    raise ValueError(f"unreadable ground truth: the verifier makes nothing of {row.answer[:80]!r}")
-                jobs.append(Job(row, first[row.id], correct))
+                    raise ValueError("unreadable ground truth: the verifier makes nothing of "
+                                     f"{row.answer[:80]!r}")
+                jobs.append(Job(row, self.first[row.id], correct))
             except ValueError as error:
-                reject(row, str(error), first[row.id])
-    if right_share is not None:
-        right = [job for job in jobs if job.correct]
-        for job in right[math.floor(right_share / (1 - right_share) * (len(jobs) - len(right)) + 1e-9):]:
-            reject(job.row, f"surplus: right first answers make up {right_share:g} without it")
+                self.refuse(row, error, self.first[row.id])
+        if share is not None:
+            right = [job for job in jobs if job.correct]
+            most = math.floor(share / (1 - share) * (len(jobs) - len(right)) + 1e-9)
+            for job in right[most:]:
+                self.refuse(job.row, f"surplus: right first answers make up {share:g} without it")
+        return [job for job in jobs if not self.done(job.row)]
 
-    silent, left = [], []  # failures since the last reply; rows without one
+    def ask_teacher(self, jobs: list[Job]) -> None:
+        workers, size = (self.s.in_flight, 1) if self.server else (1, self.s.batch)
+        chunks = [jobs[i:i + size] for i in range(0, len(jobs), size)]
+        with ThreadPoolExecutor(workers) as pool:       # it waits for what is under way
+            for _ in tqdm(pool.map(self.reflect, chunks), "reflections", len(chunks), disable=None):
+                pass
+        if self.left:
+            raise RuntimeError(
+                f"teacher {self.teacher.url}: {self.left[-1]}; {len(self.kept)} reflections are "
+                f"kept in {self.out}, the same command again goes on")
 
-    def work(jobs: list[Job]) -> None:
+    def reflect(self, jobs: list[Job]) -> None:
         for attempt in range(1, TRIES + 1):
-            if stop.is_set() or not jobs:
-                return
-            prompts = [teacher_prompt(job.row, job.response, job.correct, form) for job in jobs]
-            try:
-                texts = teacher([job.row for job in jobs], prompts)
-                silent.clear()
-            except TeacherError as error:  # comes of a server, so there is one job
-                silent.append(error)
-                if error.down or len(silent) >= PATIENCE:
-                    stop.set()
-                if error.refused and kept and not stop.is_set():    # before a reply, or so often, the fault may lie with the settings rather than with the row
-                    return reject(jobs[0].row, f"refused by the teacher: {error}")
-                left.append(f"{error}; no reply for {jobs[0].row.source}")
-                return
-            except ValueError as error:
-                if isinstance(teacher, Teacher):
-                    raise
-                if len(jobs) == 1:          # more than the local model takes
-                    return reject(jobs[0].row, f"the teacher cannot be asked: {error}")
-                for job in jobs:
-                    work([job])
-                return
             again = []
-            for job, text in zip(jobs, texts, strict=True):
+            for job, text in self.replies(jobs) if jobs and not self.stop.is_set() else []:
                 try:
-                    append("reflections", _record(job, *parse_reply(text, form, job.row.content), form, out))
-                    kept.append(job.row.id)
+                    line = _line(job, *parse_reply(text, self.s.form, job.row.content), self.s)
+                    with self.lock:
+                        self.reflections.add(line)
+                        self.kept[job.row.id] = job.correct
                 except ValueError as error:
-                    if attempt == TRIES:
-                        reject(job.row, str(error), text)
                     again.append(job)
+                    if attempt == TRIES:
+                        self.refuse(job.row, error, text)
             jobs = again
 
-    jobs = [job for job in jobs if job.row.id not in done]
-    workers, size = (in_flight, 1) if isinstance(teacher, Teacher) else (1, batch)
-    chunks = [jobs[start:start + size] for start in range(0, len(jobs), size)]
-    with ThreadPoolExecutor(workers) as pool:  # if anything is raised, map cancels what is queued, and the pool waits for the rest
-        for _ in tqdm(pool.map(work, chunks), total=len(chunks), desc="reflections", disable=None):
-            pass
-    if left:
-        raise RuntimeError(f"teacher {teacher.url}: {left[-1]}; {len(kept)} reflections are kept in {out}, the same command again goes on")
+    def replies(self, jobs: list[Job]) -> list[tuple[Job, str]]:
+        def ask(jobs: list[Job]) -> list[str]:
+            return self.teacher([job.row for job in jobs], [teacher_prompt(
+                job.row, job.response, job.correct, self.s.form) for job in jobs])
+        if not self.server:
+            return self.each(ask, jobs)
+        try:
+            [text] = ask(jobs)
+            self.silent.clear()
+            return [(jobs[0], text)]
+        except TeacherError as error:
+            self.silent.append(error)
+            if error.down or len(self.silent) >= PATIENCE:
+                self.stop.set()
+            # before any reply, or so often, the fault may lie with the settings, not with the row
+            if error.refused and self.kept and not self.stop.is_set():
+                self.refuse(jobs[0].row, f"refused by the teacher: {error}")
+            else:
+                self.left.append(f"{error}; no reply for {jobs[0].row.source}")
+            return []
 
 
-def _record(job: Job, reflection: str, think: str | None, form: str, out: Path) -> dict:
+def _line(job: Job, reflection: str, think: str | None, s: Settings) -> dict:
     """A line of reflections.jsonl; images that are bytes become files beside it."""
-    row, images = job.row, []
+    row, images, folder = job.row, [], Path(s.out) / "images"
     for i, image in enumerate(row.images):
         if isinstance(image, bytes):
-            (out / "images").mkdir(exist_ok=True)
-            (out / "images" / f"{row.id}_{i}").write_bytes(image)
+            folder.mkdir(exist_ok=True)
+            (folder / f"{row.id}_{i}").write_bytes(image)
         images.append(image if isinstance(image, str) else f"images/{row.id}_{i}")
-    return {"id": row.id, "source": row.source, "query": row.query, "image": images, "answer": row.answer, "content": row.content,
-            "first_response": job.response, "first_correct": job.correct, "reflection": reflection, "think": think,
-            "target": sft_target(job.response, reflection, think, row.answer, form)}
+    return {"id": row.id, "source": row.source, "query": row.query, "image": images,
+            "answer": row.answer, "content": row.content, "first_response": job.response,
+            "first_correct": job.correct, "reflection": reflection, "think": think,
+            "target": sft_target(job.response, reflection, think, row.answer, s.form)}
 
 
 # Command line
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `run`."""
-    add = parser.add_argument
-    add_row_arguments(parser, "--rows", required=True)
-    add("--out", required=True, help="folder to write to, or to go on in")
-    add("--form", choices=FORMS, default="paper", help="targets with the second think (paper) or without (release: the published code's)")
-    add("--right-share", type=float, help="cap on the share of rows whose first answer is right (paper: about 0.3; default: none)")
-    add("--batch", type=int, default=8, help="rows per batch of the local model")
-    add("--teacher-url", help="OpenAI-compatible server, such as http://localhost:8000/v1 (default: the local model is the teacher)")
-    add("--teacher-model", help="the teacher's name on that server")
-    add("--teacher-key", default="OPENAI_API_KEY", metavar="VARIABLE", help="environment variable that holds the server's key")
-    add("--teacher-tokens", type=int, default=8192, help="longest reply, the teacher's own thoughts included")
-    add("--in-flight", type=int, default=8, help="requests to the teacher at a time")
-    add("--retries", type=int, default=5, help="of a failed request, with growing pauses")
-    add("--timeout", type=float, default=120, help="seconds a request may take")
 
+def load_model(s: Settings) -> Generate:
+    """The model to be trained, whose texts are `Cut` where no end token came."""
+    import torch
 
-def run(args: argparse.Namespace, load_model: Callable[[], Generate], settings: dict | None = None) -> int:
-    """`build` from the flags of `add_arguments`; prints how many rows were kept and rejected. Returns 0, raises what `build` does.
+    from reasoning import qwen
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, processor = qwen.load_vlm(s.model, getattr(torch, s.dtype), device)
 
-    load_model() -> generate(rows, prompts) -> texts: called once, when first needed; a resumed run may need no local model.
-    settings: what a resumed run must share besides the flags, such as the model's name.
-    """
-    for name in ("batch", "in_flight", "teacher_tokens"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if bool(args.teacher_url) != bool(args.teacher_model):
-        raise ValueError("--teacher-url and --teacher-model go together; give both, or neither for the local model")
-    load_model = cache(load_model)
-    teacher = lambda rows, prompts: load_model()(rows, prompts)
-    if args.teacher_url:
-        teacher = Teacher(args.teacher_url, args.teacher_model, os.environ.get(args.teacher_key),
-                          retries=args.retries, timeout=args.timeout, max_tokens=args.teacher_tokens)
-    rows, rejected = read_given(args)
-    build(rows, lambda some: load_model()(some, [first_prompt(row.query) for row in some]), teacher, args.out, form=args.form,
-          right_share=args.right_share, batch=args.batch, in_flight=args.in_flight, rejected=rejected,
-          settings=(settings or {}) | {"rows": Path(args.rows).name, "columns": args.columns, "teacher": args.teacher_model})
-    kept, refused = (read_lines(Path(args.out) / f"{name}.jsonl") for name in ("reflections", "rejected"))
-    right = sum(line["first_correct"] for line in kept)
-    print(f"{args.out}: {len(kept)} reflections, {right} of them on right first answers; rejected: {len(refused)}")
-    for kind, count in Counter(line["reason"].partition(":")[0] for line in refused).most_common():
-        print(f"{count:8d}  {kind}")
-    return 0
+    def generate(rows: list[Row], texts: list[str]) -> list[str]:
+        images = [[fit_image(load_image(row, i), max_pixels=s.max_pixels)
+                   for i in range(len(row.images))] for row in rows]
+        return [Cut(c.text) if c.truncated else c.text for c in qwen.complete(
+            model, processor, images, texts, s.max_new_tokens, s.temperature)]
+    return generate
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.error = lambda message: (_ for _ in ()).throw(ValueError(message))
-    parser.add_argument("--model", required=True, help="folder or hub id: it gives the first answers")
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
-    parser.add_argument("--max-new-tokens", type=int, default=1024)
-    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS)
-    parser.add_argument("--temperature", type=float, default=0.0, help="of the first answers; 0: greedy")
-    add_arguments(parser)
-
-    def work() -> int:
-        args = parser.parse_args(argv)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError("this runs as one process; start it without torchrun")
-
-        def load_model() -> Generate:
-            model, processor = vlm.load_vlm(args.model, getattr(torch, args.dtype), "cuda" if torch.cuda.is_available() else "cpu")
-
-            def generate(rows: list[Row], texts: list[str]) -> list[str]:
-                images = [[fit_image(load_image(row, i), max_pixels=args.max_pixels) for i in range(len(row.images))] for row in rows]
-                return [c.text for c in vlm.complete(model, processor, images, texts, args.max_new_tokens, args.temperature)]
-            return generate
-
-        return run(args, load_model, {name: getattr(args, name) for name in ("model", "dtype", "max_new_tokens", "temperature", "max_pixels")})
-    return command(work)
+    s = read_command(Settings, argv, about=__doc__.split("\n")[0]).settings
+    if not (s.model and s.rows and s.out):
+        raise ValueError("--model, --rows and --out are needed; see --help")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("this runs as one process; start it without torchrun")
+    model = cache(lambda: load_model(s))        # when first needed: a resumed run may need none
+    teacher = Teacher(s.teacher_url, s.teacher_model, os.environ.get(s.teacher_key),
+                      retries=s.retries, timeout=s.timeout, max_tokens=s.teacher_tokens
+                      ) if s.teacher_url else lambda rows, prompts: model()(rows, prompts)
+    rows, rejected = data.read_rows(s.rows, s.images or None, data.column_names(s.columns))
+    kept, refused = build(
+        rows, lambda some: model()(some, [data.first_prompt(row.query) for row in some]), teacher,
+        s.out, rejected, **vars(s))
+    print(f"{s.out}: {len(kept)} reflections, {sum(kept.values())} of them on right first answers; "
+          f"rejected: {len(refused)}")
+    for kind, n in Counter(reason.partition(":")[0] for reason in refused.values()).most_common():
+        print(f"{n:8d}  {kind}")
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending(main))

@@ -1,0 +1,30 @@
+"""What paper 2 needs besides the algorithm. A policy or a simulator is one class or function in a
+file of its own, and one line here."""
+from importlib import import_module
+
+from robots.suite import Suite, SuiteOptions
+
+POLICIES = {"openvla": "robots.openvla:OpenVLA",        # by model_type of config.json
+            "tiny_vla": "robots.tiny_vla:TinyVLA"}
+SUITES = {"tabletop": "robots.tabletop:suite",          # by the name's first word
+          "libero": "robots.libero:suite"}
+
+
+def _named(path: str):
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+def policy_class(model_type: str):
+    """ValueError, one line, for an unknown one."""
+    if model_type not in POLICIES:
+        raise ValueError(f"{model_type!r} is no policy here; there are {', '.join(POLICIES)}")
+    return _named(POLICIES[model_type])
+
+
+def find_suite(name: str, tasks: tuple[int, ...] = (), options: SuiteOptions | None = None) -> Suite:
+    """A suite by its name, or some of its tasks by number. ValueError, one line."""
+    if (kind := name.partition("_")[0]) not in SUITES:
+        raise ValueError(f"no suite {name!r}; there are tabletop, libero_spatial, libero_object, "
+                         "libero_goal, libero_10, libero_90 and libero_plus")
+    return _named(SUITES[kind])(name, tasks, options or SuiteOptions())

@@ -1,218 +1,280 @@
-"""LIBERO and LIBERO-Plus on disk: the installed package, its assets, its tasks and their initial states. robots/libero.py simulates them.
+"""LIBERO and LIBERO-Plus on disk: the package, its assets, its tasks and their initial states.
 
-1. `prepare` imports LIBERO without its question on stdin, finds its meshes and textures, and says in one line what is wrong and how to mend it.
-2. `tasks` lists a suite in the official order without importing anything; LIBERO-Plus reads its perturbations from the tasks' names.
-3. `initial_states` reads the 50 official ones of a task, which are pickles, without running what a pickle could run.
+1. `prepare` imports LIBERO without its question on stdin and finds its meshes and textures.
+2. `tasks` lists a suite in the official order without importing anything.
+3. `initial_states` reads the 50 official ones of a task, which are pickles, and runs none of them.
+Whatever is wrong is one line that names the file and the fix. robots/libero.py simulates.
 """
+import ast
 import hashlib
-import importlib
-import importlib.metadata
 import json
 import logging
 import os
-import pickle
+import pickletools
 import re
-import runpy
 import sys
 import types
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
+from importlib import import_module, metadata, util
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 
-from robots.tabletop import gl_help                # robots/tabletop.py also sets MUJOCO_GL, which robosuite would force; osmesa works too
+from robots.tabletop import gl_help  # robots/tabletop.py also sets MUJOCO_GL before robosuite
 
+# What the stored initial states and the published checkpoints expect (LIBERO's issues 88 and 141,
+# lerobot's 4390). From 3.3.3 libero_object is rendered darker (its floor 176 -> 120 of 255), from
+# 3.4.0 the bowl of libero_spatial's task 5 slides off the ramekin while settling (1.45 -> 3.72 cm).
+MUJOCO = "3.3.2"
 INSTALL = "pip install --no-deps -r requirements-libero.txt"
-SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")        # the papers' four; libero_90 besides
-DIMENSIONS = {"camera": "Camera Viewpoints", "robot": "Robot Initial States", "language": "Language Instructions",
-              "light": "Light Conditions", "background": "Background Textures", "noise": "Sensor Noise", "layout": "Objects Layout"}
-PERTURBATION = re.compile(r"_(view|table|tb|light|add|noise)_-?\d.*$|_level\d.*$")      # in the names of LIBERO-Plus's tasks
-ASSET_FOLDERS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures", "turbosquid_objects")
+ANEW = f"run: {INSTALL} --force-reinstall (LIBERO-Plus: clone it anew)"
+SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")    # the papers' four
+DIMENSIONS = {"camera": "Camera Viewpoints", "robot": "Robot Initial States",
+              "language": "Language Instructions", "light": "Light Conditions",
+              "background": "Background Textures", "noise": "Sensor Noise",
+              "layout": "Objects Layout"}
+PLUS_LIST = "benchmark/task_classification.json"        # LIBERO-Plus alone has it
+# What LIBERO-Plus appends to the name of the task that it changes
+SUFFIX = re.compile(r"(_moved)?_((view|table|tb|light|add|noise)_-?\d|level\d).*$")
+ASSET_FOLDERS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects",
+                 "textures", "turbosquid_objects")
+
+
+def mujoco_note() -> str | None:
+    """One line if success rates are not to be compared with published ones; None at 3.3.2, and
+    where MuJoCo is missing, which `prepare` says."""
+    if (version := mujoco_version()) in ("", MUJOCO):
+        return None
+    return (f"MuJoCo {version}, but published checkpoints and LIBERO's initial states expect "
+            f"{MUJOCO}: other colours and contacts; run: pip install mujoco=={MUJOCO}")
+
+
+def mujoco_version() -> str:
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version("mujoco")
+    return ""
 
 
 # Finding and importing LIBERO
 
 def find_package(plus: str = "") -> Path:
-    """Folder `libero/libero` of the installed LIBERO, or of the LIBERO-Plus copy at `plus`; nothing is imported. RuntimeError."""
+    """Folder `libero/libero` of the installed LIBERO, or of the copy of LIBERO-Plus at `plus`;
+    nothing is imported. RuntimeError."""
     if plus:
-        found = [p for p in (Path(plus), Path(plus) / "libero", Path(plus) / "libero/libero")
-                 if (p / "benchmark/task_classification.json").is_file()]
-        if not found:
-            raise RuntimeError(f"{plus} holds no LIBERO-Plus (no libero/libero/benchmark/task_classification.json); "
-                               f"clone it and give its folder by --plus or LIBERO_PLUS_PATH")
-        return found[0].resolve()
-    folders = dict.fromkeys(Path(entry or ".").resolve() for entry in sys.path)
-    found = [folder / "libero/libero" for folder in folders if (folder / "libero/libero/__init__.py").is_file()]
-    if len(found) > 1:
-        raise RuntimeError(f"two LIBERO packages are on the path, in {found[0].parents[1]} and {found[1].parents[1]}; "
-                           f"take one off PYTHONPATH or pip uninstall it (LIBERO-Plus is given by --plus or LIBERO_PLUS_PATH)")
-    if not found or (found[0] / "benchmark/task_classification.json").is_file():
-        raise RuntimeError(f"LIBERO is not installed{', only LIBERO-Plus' if found else ''}; run: {INSTALL}")
-    return found[0]
+        for place in (Path(plus), Path(plus) / "libero", Path(plus) / "libero/libero"):
+            if (place / PLUS_LIST).is_file():
+                return place.resolve()
+        raise RuntimeError(f"{plus} holds no LIBERO-Plus (no libero/libero/{PLUS_LIST}); clone it "
+                           "and give its folder by --plus or LIBERO_PLUS_PATH")
+    for entry in sys.path:
+        place = Path(entry or ".").resolve() / "libero/libero"
+        if (place / "__init__.py").is_file() and not (place / PLUS_LIST).is_file():
+            return place
+    raise RuntimeError(f"LIBERO is not installed; run: {INSTALL}")
 
 
 def find_assets(package: Path, assets: str = "") -> Path:
-    """LIBERO's meshes and textures: `assets`, else LIBERO_ASSETS, else inside the package, else where hf-libero keeps them, else a snapshot of
-    the hub's data set lerobot/libero-assets, downloaded on first use. LIBERO-Plus has more of its own: there the package comes before LIBERO_ASSETS.
+    """LIBERO's meshes and textures: `assets`, else LIBERO_ASSETS, else inside the package, else
+    where hf-libero keeps them, else a snapshot of the hub's data set lerobot/libero-assets, which
+    is downloaded. LIBERO-Plus has more of its own: there the package comes before LIBERO_ASSETS.
     RuntimeError if they are nowhere, or not whole."""
-    inside, plus, cached = package / "assets", (package / "benchmark/task_classification.json").is_file(), Path.home() / ".cache/libero/assets"
-    given = assets or (str(inside) if plus and inside.is_dir() else os.environ.get("LIBERO_ASSETS", ""))
-    if given or plus or inside.is_dir():
-        folder = Path(given or inside)
-    elif all((cached / name).is_dir() for name in ASSET_FOLDERS):
-        folder = cached
-    else:
+    plus, inside = (package / PLUS_LIST).is_file(), package / "assets"
+    given = (assets or not (plus and inside.is_dir()) and os.environ.get("LIBERO_ASSETS")
+             or (plus or inside.is_dir()) and inside)
+    folder, told = Path(given or Path.home() / ".cache/libero/assets"), ""
+    if not given and not all((folder / name).is_dir() for name in ASSET_FOLDERS):
         try:
             from huggingface_hub import snapshot_download
             folder = Path(snapshot_download("lerobot/libero-assets", repo_type="dataset"))
-        except Exception as e:      # no network, no access, no disk: whatever it is, the way out is the same
-            raise RuntimeError(f"LIBERO's assets cannot be had from the hub ({type(e).__name__}); put a copy of its data set "
-                               f"lerobot/libero-assets into a folder and name that by LIBERO_ASSETS or --assets") from None
-    missing = [name for name in ASSET_FOLDERS if not (folder / name).is_dir()]
-    if missing:
-        raise RuntimeError(f"LIBERO's assets in {folder} are not whole, {missing[0]}/ is missing; set LIBERO_ASSETS or --assets to "
-                           f"the folder that holds {', '.join(ASSET_FOLDERS)}")
+        except Exception as e:      # network, access, disk: the way out is the same
+            told = f" and cannot be had from the hub ({type(e).__name__})"
+    for name in ASSET_FOLDERS:
+        if not (folder / name).is_dir():
+            raise RuntimeError(f"LIBERO's assets in {folder} are not whole, {name}/ is missing"
+                               f"{told}; put a copy of the hub's data set lerobot/libero-assets "
+                               "into a folder and name that by LIBERO_ASSETS or --assets")
     return folder.resolve()
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """The old file or the new one, never half of it, though several processes write it at once."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_bytes(data)
+        os.replace(draft, path)
+    except OSError as e:
+        raise OSError(f"{path} cannot be written ({e.strerror}); is the disk full?") from None
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def write_config(package: Path, assets: Path) -> Path:
-    """LIBERO's config.yaml, without which its import asks on stdin: in LIBERO_CONFIG_PATH where that has one, else in a cache folder."""
+    """Folder, named by LIBERO_CONFIG_PATH from now on, of the config.yaml without which LIBERO's
+    import asks on stdin. It is ours, in a cache, and written anew each time."""
+    paths = {"benchmark_root": package, "bddl_files": package / "bddl_files", "assets": assets,
+             "init_states": package / "init_files", "datasets": package.parent / "datasets"}
+    text = json.dumps({key: str(path) for key, path in paths.items()})      # JSON is YAML
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(os.environ.get("LIBERO_CONFIG_PATH") or
-                  home / "libero_envs" / hashlib.sha256(f"{package} {assets}".encode()).hexdigest()[:12])
-    if not (folder / "config.yaml").is_file():
-        keys = {"benchmark_root": package, "bddl_files": package / "bddl_files", "init_states": package / "init_files",
-                "datasets": package.parent / "datasets", "assets": assets}
-        folder.mkdir(parents=True, exist_ok=True)
-        draft = folder / f"config.{os.getpid()}.tmp"            # several workers may be here at once
-        draft.write_text("".join(f"{key}: {json.dumps(str(value))}\n" for key, value in keys.items()))
-        os.replace(draft, folder / "config.yaml")
+    folder = home / "libero_envs" / hashlib.sha256(text.encode()).hexdigest()[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "config.yaml", text.encode())
     os.environ["LIBERO_CONFIG_PATH"] = str(folder)
     return folder
 
 
 @cache
 def prepare(assets: str = "", plus: str = ""):
-    """Make LIBERO ready in this process -> its class ControlEnv. Asks nothing; whatever is wrong is a RuntimeError in one line."""
-    try:
-        version = importlib.metadata.version("mujoco")
-    except importlib.metadata.PackageNotFoundError:
-        raise RuntimeError("mujoco is not installed; run: bash setup.sh") from None
+    """LIBERO's class ControlEnv, imported into this process without a question. RuntimeError."""
+    version, gl = mujoco_version(), os.environ.get("MUJOCO_GL", "")
+    if not version:
+        raise RuntimeError("mujoco is not installed; run: bash setup.sh")
     if not (3, 2) <= tuple(map(int, version.split(".")[:2])) < (3, 10):
-        raise RuntimeError(f"mujoco {version} is installed, LIBERO runs with 3.2 to 3.9; run: pip install mujoco==3.8.1")
-    if os.environ["MUJOCO_GL"] not in ("egl", "osmesa"):
-        raise RuntimeError(f"MUJOCO_GL={os.environ['MUJOCO_GL']} does not render LIBERO without a screen; set it to egl or osmesa")
-    package = find_package(plus)
-    loaded = getattr(sys.modules.get("libero"), "__path__", None)
-    if loaded and Path(next(iter(loaded))).resolve() != package.parent:
-        raise RuntimeError(f"this process holds {next(iter(loaded))} already and cannot load {package.parent} too; use a process for each")
+        raise RuntimeError(f"mujoco {version} is installed, LIBERO runs with 3.2 to 3.9; "
+                           f"run: pip install mujoco=={MUJOCO}")
+    if sys.platform == "linux" and gl not in ("egl", "osmesa"):
+        raise RuntimeError(f"MUJOCO_GL={gl} renders no LIBERO without a screen; use egl or osmesa")
+    package, name = find_package(plus), "LIBERO" + "-Plus" * bool(plus)
     folder = find_assets(package, assets)
     write_config(package, folder)
-    if not loaded:      # LIBERO-Plus is called `libero` too, and may have no __init__.py: this pins the name to the package that was meant
-        sys.modules["libero"] = types.ModuleType("libero")
-        sys.modules["libero"].__path__ = [str(package.parent)]
-    logging.disable(logging.WARNING)                            # robosuite's advice about its private macros
+    # Both packages are called `libero`, and LIBERO-Plus's may have no __init__.py: pin the name
+    libero = sys.modules.setdefault("libero", types.ModuleType("libero"))
+    libero.__path__ = own = list(getattr(libero, "__path__", ())) or [str(package.parent)]
+    assert Path(own[0]).resolve() == package.parent, "LIBERO and LIBERO-Plus in one process"
+    if plus and util.find_spec("gym") is None:
+        sys.modules["gym"] = gymnasium                          # it needs gym's class Env alone
+    logging.disable(logging.WARNING)                            # robosuite's private macros
     try:
-        importlib.import_module("libero.libero")._assets_path_cache = str(folder)       # its config's `assets` is not read
-        wrapper = importlib.import_module("libero.libero.envs.env_wrapper")
-        if plus:
-            wrapper.np = older_numpy()
-        return wrapper.ControlEnv
+        import_module("libero.libero")._assets_path_cache = str(folder)
+        wrapper = import_module("libero.libero.envs.env_wrapper")
     except ModuleNotFoundError as e:
-        raise RuntimeError(f"LIBERO{'-Plus' * bool(plus)} needs the package {e.name}; run: "
-                           + ("pip install scikit-image wand, and apt-get install -y libmagickwand-dev" if plus else "bash setup.sh")) from None
-    except (AttributeError, ImportError, OSError, RuntimeError) as e:       # all the ways in which a machine can lack OpenGL
-        if "MagickWand" in str(e):
-            raise RuntimeError("LIBERO-Plus needs ImageMagick; run: apt-get install -y libmagickwand-dev") from None
-        raise RuntimeError(f"importing LIBERO failed ({type(e).__name__}: {' '.join(str(e).split())[:120]}); if that is OpenGL for "
-                           f"MUJOCO_GL={os.environ['MUJOCO_GL']}, run: {gl_help()}") from None
+        top = str(e.name).partition(".")[0]
+        fix = {"skimage": "pip install scikit-image", "wand": "pip install wand"}
+        raise RuntimeError(f"{name} needs the package {top}; "
+                           f"run: {fix.get(top, 'bash setup.sh')}") from None
+    except (AttributeError, ImportError, OSError, RuntimeError) as e:   # many ways to lack OpenGL
+        fix = ("run: apt-get install -y libmagickwand-dev" if "MagickWand" in str(e)
+               else f"if that is OpenGL, run: {gl_help()}")
+        raise RuntimeError(f"importing {name} failed ({type(e).__name__}: "
+                           f"{' '.join(str(e).split())[:120]}); {fix}") from None
     finally:
         logging.disable(logging.NOTSET)
+    if plus:
+        wrapper.np = older_numpy()
+    return wrapper.ControlEnv
 
 
-def older_numpy() -> types.ModuleType:
+def older_numpy() -> types.SimpleNamespace:
     """numpy with what LIBERO-Plus's fog and motion blur call, and numpy 2 lacks."""
-    module = types.ModuleType("numpy")
-    module.__getattr__ = partial(getattr, np)
-    module.float_, module.fromstring = np.float64, lambda data, dtype: np.frombuffer(data, dtype).copy()
-    return module
+    more = {"float_": np.float64,
+            "fromstring": lambda data, dtype: np.frombuffer(data, dtype).copy()}
+    return types.SimpleNamespace(**{**vars(np), **more})
 
 
 # Tasks and initial states
 
 @dataclass(frozen=True)
 class Task:
-    suite: str                  # of the four or five; LIBERO-Plus tasks belong to one of them too
+    suite: str                  # LIBERO-Plus's tasks belong to one of the four too
     name: str
     instruction: str
-    bddl: str                   # path; LIBERO-Plus reads its perturbation from the name, which need not exist as a file
+    bddl: str                   # path; LIBERO-Plus reads its changes from it, so it need not exist
     states: str                 # path of the initial states
 
 
 @cache
 def tasks(suite: str, plus: str = "") -> tuple[Task, ...]:
-    """Tasks of a suite in the official order; of `libero_plus:DIMENSION`, that dimension's of all four suites, or of one:
-    `libero_plus:DIMENSION:SUITE`. ValueError, RuntimeError."""
-    plus_name, _, only = suite.removeprefix("libero_plus:").partition(":")
-    dimension = plus_name if suite.startswith("libero_plus") else ""
-    if dimension not in ("", *DIMENSIONS) or only not in ("", *SUITES) or not dimension and suite not in (*SUITES, "libero_90"):
-        raise ValueError(f"unknown suite {suite!r}; there are {', '.join(SUITES)}, libero_90 and libero_plus:" + "|".join(DIMENSIONS)
-                         + ", of one suite libero_plus:DIMENSION:SUITE")
+    """Tasks of a suite in the official order. Of LIBERO-Plus, in the folder `plus`:
+    `libero_plus:DIMENSION`, from all four suites, or `libero_plus:DIMENSION:SUITE`. ValueError for
+    an unknown one, RuntimeError if the package is not here."""
+    family, _, rest = suite.partition(":")
+    dimension, _, only = rest.partition(":")
+    if suite not in (*SUITES, "libero_90") and (
+            family != "libero_plus" or dimension not in DIMENSIONS or only not in ("", *SUITES)):
+        raise ValueError(f"unknown suite {suite!r}; there are {', '.join(SUITES)}, libero_90 and "
+                         f"libero_plus:{'|'.join(DIMENSIONS)}, of one suite "
+                         "libero_plus:DIMENSION:SUITE")
     plus = plus or os.environ.get("LIBERO_PLUS_PATH", "")
     if dimension and not plus:
-        raise RuntimeError("LIBERO-Plus is not here; clone it and give its folder by --plus or LIBERO_PLUS_PATH")
+        raise RuntimeError("LIBERO-Plus is not here; clone it and give its folder by --plus or "
+                           "LIBERO_PLUS_PATH")
     package = find_package(plus if dimension else "")
-    if not dimension:
-        path = package / "benchmark/libero_suite_task_map.py"                   # importing it would import torch
-        return tuple(make_task(package, suite, name) for name in runpy.run_path(str(path))["libero_task_map"][suite])
-    path = package / "benchmark/task_classification.json"
+    file = package / (PLUS_LIST if dimension else "benchmark/libero_suite_task_map.py")
     try:
-        rows = [(s, row["name"], row["category"]) for s in ([only] if only else SUITES) for row in json.loads(path.read_text()).get(s, ())]
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
-        raise RuntimeError(f"{path} is not LIBERO-Plus's list of tasks ({type(e).__name__}); clone LIBERO-Plus anew") from None
-    return tuple(make_task(package, s, name, dimension) for s, name, category in rows if category.lower() == DIMENSIONS[dimension].lower())
+        text = file.read_text()
+        if dimension:
+            listed, category = json.loads(text), DIMENSIONS[dimension].lower()
+            rows = [(s, row["name"]) for s in SUITES if only in ("", s)
+                    for row in listed.get(s, ()) if row["category"].lower() == category]
+        else:                   # read, because importing it would import torch
+            listed = ast.literal_eval(text.partition("=")[2].strip())
+            rows = [(suite, name) for name in listed[suite]]
+        return tuple(make_task(package, s, name, dimension) for s, name in rows)
+    except (ValueError, SyntaxError, LookupError, TypeError, AttributeError, RecursionError) as e:
+        raise RuntimeError(f"{file} is not LIBERO{'-Plus' * bool(dimension)}'s list of tasks "
+                           f"({type(e).__name__}); {ANEW}") from None
 
 
 def make_task(package: Path, suite: str, name: str, dimension: str = "") -> Task:
-    """A task of a package, from its name alone but for LIBERO-Plus's language variants; RuntimeError if their file says nothing.
+    """A task, from its name alone but for LIBERO-Plus's language variants, whose file tells it;
+    RuntimeError if that says nothing.
 
-    >>> make_task(Path("p"), "libero_10", "KITCHEN_SCENE3_turn_on_the_stove_light_7", "light").instruction
+    >>> name = "KITCHEN_SCENE3_turn_on_the_stove_moved_level1_sample7"
+    >>> make_task(Path("p"), "libero_10", name, "layout").instruction
     'turn on the stove'
     """
     bddl, states = package / "bddl_files" / suite, package / "init_files" / suite
     base = name.partition("_language_")[0]
-    if dimension:       # code: LIBERO-Plus's own evaluator leaves "... light 7" in the instruction of all but the language variants
-        base = PERTURBATION.sub("", base)
+    if dimension:       # code: its evaluator leaves "... light 7" in the instruction
+        base = SUFFIX.sub("", base)
     instruction = re.sub(r"^[A-Z_]*SCENE\d+_", "", base).replace("_", " ")
     if "_language_" in name:
         file = bddl / f"{name.partition('_view_')[0]}.bddl"
-        found = re.search(r"\(:language\s+([^)]*)\)", file.read_text()) if file.is_file() else None
-        if not found:
-            raise RuntimeError(f"{file} has no (:language ...); clone LIBERO-Plus anew")
+        text = file.read_text(errors="replace") if file.is_file() else ""
+        if not (found := re.search(r"\(:language\s+([^)]*)\)", text)):
+            raise RuntimeError(f"{file} has no (:language ...); {ANEW}")
         instruction = " ".join(found[1].lower().split())
     if dimension and re.search(r"_add_\d|_level\d", name):
         states, base = package / "init_files/libero_newobj" / suite, name
-    return Task(suite, name, instruction, str(bddl / f"{name}.bddl"), str(states / f"{base}.pruned_init"))
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads pickled numpy arrays and nothing else: a pickle from elsewhere could otherwise run any code."""
-
-    def find_class(self, module, name):
-        if (module.split(".")[0], name) in (("numpy", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")):
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-        raise pickle.UnpicklingError(f"{module}.{name} is not part of an array")
+    return Task(suite, name, instruction, str(bddl / f"{name}.bddl"),
+                str(states / f"{base}.pruned_init"))
 
 
 @cache
 def initial_states(path: str) -> np.ndarray:
-    """Official initial states of a task, float64 (50, 1 + nq + nv): time, qpos, qvel. (1, ...) for LIBERO-Plus's new layouts."""
+    """Official initial states of a task, float64 (50, 1 + nq + nv), finite: time, qpos, qvel;
+    (1, ...) for LIBERO-Plus's new layouts. ValueError, naming the file, if they are not there."""
     try:
         with zipfile.ZipFile(path) as archive:
-            with archive.open(next(n for n in archive.namelist() if n.endswith("data.pkl"))) as file:
-                states = ArrayUnpickler(file).load()
-    except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, StopIteration, EOFError) as e:
-        raise RuntimeError(f"{path} holds no initial states ({e or type(e).__name__}); run: {INSTALL} --force-reinstall") from None
-    return np.atleast_2d(np.asarray(states, np.float64))
+            name = next(n for n in archive.namelist() if n.endswith("data.pkl"))
+            return np.atleast_2d(pickled_array(archive.read(name)))
+    except Exception as e:              # zipfile alone knows a dozen ways to fail
+        why = " ".join(str(e).split())[:200] or type(e).__name__
+        raise ValueError(f"{path} holds no initial states ({why}); {ANEW}") from None
+
+
+def pickled_array(data: bytes) -> np.ndarray:
+    """The array in a pickle, whose opcodes are looked at and not run: they could call any code,
+    crash numpy, or fill the memory. All 4,300 files of LIBERO and LIBERO-Plus have this one form,
+    which numpy 1 and 2 write at protocol 2. ValueError for any other.
+
+    >>> import pickle
+    >>> pickled_array(pickle.dumps(np.array([[0.5, 2.0]]), protocol=2))
+    array([[0.5, 2. ]])
+    """
+    ops = [(op.name, value) for op, value, _ in pickletools.genops(data)]
+    numbers, texts = ([value for op, value in ops if kind in op] for kind in ("INT", "UNICODE"))
+    words = [value or op for op, value in ops if op == "GLOBAL" or op.startswith("NEW")]
+    match words, numbers, texts:        # the last NEWFALSE: rows lie one after the other
+        case [("numpy.core.multiarray _reconstruct" | "numpy._core.multiarray _reconstruct"),
+              "numpy ndarray", "_codecs encode", "numpy dtype", "NEWFALSE", "NEWTRUE", "NEWFALSE"
+              ], [0, 1, *shape, 3, -1, -1, 0], ["b", "latin1", "f8", "<", content]:
+            states = np.frombuffer(content.encode("latin1"), "<f8").reshape(shape)
+        case _:
+            raise ValueError("not a pickled array of float64")
+    if states.ndim not in (1, 2) or not states.size or not np.isfinite(states).all():
+        raise ValueError(f"shape {states.shape}, or numbers that are not finite")
+    return states

@@ -1,189 +1,142 @@
-"""A policy, whichever it is, OpenVLA or TinyVLA: loaded, asked for actions, prepared for training, saved.
+"""What any policy must do, and what is done with one: asked for actions, trained on what it did.
 
-1. `load_policy`, `camera_size`, `policy_frames`, `find_key`: what depends on which of the two a checkpoint holds.
-2. `greedy`, `sampler`: camera images and instructions -> actions for `rollouts.play`; the sampler remembers what training needs (`Call`).
-3. `collate`, `logprobs`: episodes -> the rows to train on, and their log-probabilities.
-4. `prepared`, `adapters_off`, `running_average`, `save_policy`: LoRA, checkpointing, the weights that are evaluated, a checkpoint with the adapters merged.
+A policy is a torch module with
+    model_type, camera, half_on_gpu      name in config.json; pixels of the camera images it wants;
+                                         whether it is evaluated in bf16 on a GPU, as published
+    config, norm_stats, files            of its checkpoint; action statistics by data set
+    frames(images)                       uint8 (B, S, S, 3) -> uint8 (B, 1, side, side, 3), once
+    pixel_values(frames)                 -> what forward takes
+    prompt_ids(instructions)             -> (ids, mask), both (B, L)
+    forward(ids, mask, pixels)           -> logits (B, 56, 256): 8 steps x 7 dimensions, 256 bins
+    decode(bins, key), encode(actions, key)     bins <-> the data set's units
+    set_gradient_checkpointing(on)       ValueError if it has none
+    from_pretrained(path, dtype, device), save_pretrained(path, state_dict)
+    problems(folder)                     what would stop a run with that checkpoint, a line each
+robots/openvla.py and robots/tiny_vla.py are two; a third is a class and a line in robots.POLICIES.
 """
-import shutil
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import Tensor
 
-from plumbing import checkpoint as checkpoints
-from robots import tabletop as envs
 import grpo
-from plumbing import ranks as parallel
-from robots import tiny_vla
-from robots import openvla as vla
-from robots.rollouts import Episode
-
-CAMERA = 256            # pixels of the images that an OpenVLA is shown, as in the published evaluation
-
-
-def load_policy(path: str | Path, dtype: torch.dtype = torch.float32, device=None):
-    """A checkpoint folder or hub id -> the policy its config.json names: an OpenVLA or a TinyVLA. Errors are their `from_pretrained`'s."""
-    folder = checkpoints.local_folder(path)
-    tiny = checkpoints.read_json(folder / "config.json").get("model_type") == "tiny_vla"
-    return (tiny_vla.TinyVLA if tiny else vla.OpenVLA).from_pretrained(folder, dtype, device)
+from robots import policy_class
+from robots.openvla import (
+    ACTION_DIM,
+    ACTION_TOKENS,
+    BINS,
+    local_folder,
+    read_json,
+    to_env_actions,
+)
+from robots.suite import Episode
 
 
-def camera_size(policy) -> int:
-    """Pixels of the camera images that a policy wants: OpenVLA's are rendered at 256 and resized."""
-    return CAMERA if isinstance(policy, vla.OpenVLA) else policy.config["size"]
-
-
-def policy_frames(policy, images: np.ndarray) -> np.ndarray:
-    """Upright camera images uint8 (B, size, size, 3) -> frames for `pixel_values`, (B, 1, ...): OpenVLA's through `preprocess`."""
-    return np.stack([vla.preprocess(image, rotate=False) for image in images])[:, None] if isinstance(policy, vla.OpenVLA) else images[:, None]
+def load_policy(path: str | Path, dtype: torch.dtype | None = torch.float32, device=None):
+    """A checkpoint folder or hub id -> the policy its config.json names. dtype None: as it is
+    evaluated. Errors are the policy's `from_pretrained`'s."""
+    folder = local_folder(path)
+    kind = policy_class(read_json(folder / "config.json").get("model_type"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype is None:
+        half = kind.half_on_gpu and str(device).startswith("cuda")
+        dtype = torch.bfloat16 if half else torch.float32
+    return kind.from_pretrained(folder, dtype, device)
 
 
 def find_key(norm_stats: dict, suite: str) -> str:
-    """The statistics a checkpoint has for a suite: `SUITE_no_noops` or `SUITE`; for LIBERO-Plus the only ones there are. ValueError."""
-    for key in (f"{suite}_no_noops", suite, *(norm_stats if len(norm_stats) == 1 and "plus" in suite else ())):
+    """The statistics a checkpoint has for a suite: `SUITE_no_noops` or `SUITE`; for LIBERO-Plus the
+    only ones there are. ValueError."""
+    only = norm_stats if len(norm_stats) == 1 and "plus" in suite else ()
+    for key in (f"{suite}_no_noops", suite, *only):
         if key in norm_stats:
             return key
-    raise ValueError(f"the policy has action statistics for {', '.join(sorted(norm_stats)) or 'nothing'}, not for {suite}; "
-                     f"choose a checkpoint for it (eval.py: or name one of these by --key)")
+    known = ", ".join(sorted(norm_stats)) or "nothing"
+    raise ValueError(f"the policy has action statistics for {known}, not for {suite}; choose a "
+                     "checkpoint for it (eval.py: or name one of these by --key)")
 
+
+# Acting: act(images uint8 (B, S, S, 3), instructions) -> (actions (B, 8, 7), B records)
 
 def greedy(policy, key: str):
-    """The most likely bin of every token: act() of `rollouts.play`, camera images uint8 (B, size, size, 3) and B instructions -> actions of the
-    environment, float64 (B, 8, 7), and B records, None here."""
-    def act(images, instructions):
+    """The most likely bin of every token; records are None."""
+    def act(images: np.ndarray, instructions: list[str]):
         with torch.no_grad():
-            bins = policy(*policy.prompt_ids(instructions), policy.pixel_values(policy_frames(policy, images))).argmax(-1)
-        return vla.to_env_actions(policy.decode(bins, key)), [None] * len(bins)
+            inputs = policy.prompt_ids(instructions), policy.pixel_values(policy.frames(images))
+            bins = policy(*inputs[0], inputs[1]).argmax(-1)                     # (B, 56)
+        return to_env_actions(policy.decode(bins, key)), [None] * len(bins)
     return act
 
 
 @dataclass
 class Call:
-    """What training needs of a policy call. frame: the image as the policy saw it, prepared once, uint8 (1, side, side, 3)."""
+    """What training needs of a policy call. frame: the image as the policy saw it, prepared once,
+    uint8 (1, side, side, 3)."""
     frame: np.ndarray
-    bins: torch.Tensor          # (56,) int64
-    logp: torch.Tensor          # (56,) float32
-    entropy: float              # mean over the tokens
+    bins: Tensor            # (56,) int64
+    logp: Tensor            # (56,) float32
+    entropy: float          # mean over the tokens
 
 
 def sampler(policy, temperature: float, key: str):
-    """The same, but every token is sampled from softmax(logits / temperature), and a record is a `Call`."""
+    """Every token is sampled from softmax(logits / temperature); a record is a `Call`."""
     def act(images: np.ndarray, instructions: list[str]):
-        frames = policy_frames(policy, images)
+        frames = policy.frames(images)
         with torch.no_grad():
-            logits = policy(*policy.prompt_ids(instructions), policy.pixel_values(frames))                  # (B, 56, 256)
-            cumulative = (logits / temperature).softmax(-1).cumsum(-1)
-            # inverse of the cumulative distribution: several times faster than torch.multinomial on a CPU
+            logits = policy(*policy.prompt_ids(instructions), policy.pixel_values(frames))
+            cumulative = (logits / temperature).softmax(-1).cumsum(-1)          # (B, 56, 256)
+            # Inverse of the cumulative distribution: on a CPU several times faster than
+            # torch.multinomial
             u = torch.rand(*logits.shape[:2], 1, device=logits.device) * cumulative[..., -1:]
-            bins = torch.searchsorted(cumulative, u).squeeze(-1).clamp(max=vla.BINS - 1)                # (B, 56)
+            bins = torch.searchsorted(cumulative, u).squeeze(-1).clamp(max=BINS - 1)    # (B, 56)
             logp, entropy = grpo.token_logprobs(logits, bins, temperature)
-        return vla.to_env_actions(policy.decode(bins, key)), list(map(Call, frames, bins.cpu(), logp.cpu(), entropy.mean(1).tolist()))
+        calls = map(Call, frames, bins.cpu(), logp.cpu(), entropy.mean(1).tolist())
+        return to_env_actions(policy.decode(bins, key)), list(calls)
     return act
 
 
+# Training
+
 @dataclass
 class Batch:
-    """The executed chunks of one step's rollouts that have an advantage; a row is a policy call, N of them."""
-    frames: torch.Tensor        # (N, 1, side, side, 3) uint8
+    """The executed chunks of a step's rollouts that have an advantage; a row is a policy call, N of
+    them. It is never empty: where no rollout has one it holds a row without valid tokens, whose
+    pass another rank's update needs, and `rows` is 0."""
+    frames: Tensor          # (N, 1, side, side, 3) uint8
     instructions: list[str]
-    bins: torch.Tensor          # (N, 56) int64
-    logp: torch.Tensor          # (N, 56) float32, under the policy and the temperature they were sampled at
-    mask: torch.Tensor          # (N, 56) bool: tokens of actions that ran before the episode ended
-    advantage: torch.Tensor     # (N,) float32
-    trajectory: torch.Tensor    # (N,) int64, the rollout a chunk belongs to
+    bins: Tensor            # (N, 56) int64
+    logp: Tensor            # (N, 56) float32, under the policy and temperature of sampling
+    mask: Tensor            # (N, 56) bool: tokens of actions that ran before the episode ended
+    advantage: Tensor       # (N,) float32
+    trajectory: Tensor      # (N,) int64, the rollout a chunk belongs to
+
+    @property
+    def rows(self) -> int:
+        return len(self.bins) if bool(self.mask.any()) else 0
 
 
-def collate(episodes: list[Episode], advantages: torch.Tensor, instructions: tuple[str, ...] = envs.TASKS) -> Batch:
-    """Rollouts and their advantages (N,) -> the rows to train on. Old log-probabilities are those of sampling, because one
-    model does both; the published code recomputes them."""
-    rows = [(i, e, j) for i, e in enumerate(episodes) if advantages[i] != 0 for j in range(len(e.executed))]
-    if not rows:
-        empty = torch.empty(0, vla.ACTION_TOKENS)
-        return Batch(empty, [], empty.long(), empty, empty.bool(), torch.empty(0), torch.empty(0, dtype=torch.long))
+def collate(episodes: list[Episode], advantages: Tensor, instructions: tuple[str, ...]) -> Batch:
+    """Rollouts and their advantages (N,) -> the rows to train on. Old log-probabilities are those
+    of sampling, because one model does both. code: it recomputes them."""
+    chosen = [(i, e, j) for i, e in enumerate(episodes) if advantages[i] != 0
+              for j in range(len(e.executed))]
+    rows = chosen or [(0, episodes[0], 0)]
+    calls = [e.calls[j] for _, e, j in rows]
     executed = torch.tensor([e.executed[j] for _, e, j in rows])
-    return Batch(frames=torch.from_numpy(np.stack([e.records[j].frame for _, e, j in rows])),
+    steps = torch.arange(ACTION_TOKENS) // ACTION_DIM                           # (56,)
+    return Batch(frames=torch.from_numpy(np.stack([call.frame for call in calls])),
                  instructions=[instructions[e.start.task] for _, e, _ in rows],
-                 bins=torch.stack([e.records[j].bins for _, e, j in rows]),
-                 logp=torch.stack([e.records[j].logp for _, e, j in rows]),
-                 mask=torch.arange(vla.ACTION_TOKENS) // vla.ACTION_DIM < executed[:, None],
+                 bins=torch.stack([call.bins for call in calls]),
+                 logp=torch.stack([call.logp for call in calls]),
+                 mask=(steps < executed[:, None]) & bool(chosen),
                  advantage=torch.stack([advantages[i] for i, _, _ in rows]),
                  trajectory=torch.tensor([i for i, _, _ in rows]))
 
 
-def logprobs(policy, batch: Batch, part: torch.Tensor, temperature: float) -> torch.Tensor:
+def logprobs(policy, batch: Batch, part: Tensor, temperature: float) -> Tensor:
     """Of the bins of some rows, (B, 56) float32."""
-    inputs = (*policy.prompt_ids([batch.instructions[i] for i in part]), policy.pixel_values(batch.frames[part]))
-    logits = policy(*inputs)                                                                                    # (B, 56, 256)
+    prompts = policy.prompt_ids([batch.instructions[i] for i in part])
+    logits = policy(*prompts, policy.pixel_values(batch.frames[part]))          # (B, 56, 256)
     return grpo.token_logprobs(logits, batch.bins[part].to(logits.device), temperature)[0]
-
-
-def prepared(policy, s):
-    """A policy with the adapters and the checkpointing that a script's settings ask for: lora_rank, seed, gradient_checkpointing (ValueError for
-    a TinyVLA, which settings.model names)."""
-    if s.gradient_checkpointing:
-        if not hasattr(policy, "set_gradient_checkpointing"):
-            raise ValueError(f"--gradient_checkpointing is for OpenVLA; {s.model} is a TinyVLA, whose activations are small")
-        policy.set_gradient_checkpointing()
-    if s.lora_rank:
-        from peft import LoraConfig, inject_adapter_in_model
-        # All but the head, of which the policy reads rows, and what it never runs
-        layers = [name for name, m in policy.named_modules() if isinstance(m, torch.nn.Linear) and m.weight.requires_grad and "lm_head" not in name]
-        torch.manual_seed(s.seed)                               # the same adapters on every rank
-        inject_adapter_in_model(LoraConfig(r=s.lora_rank, lora_alpha=2 * s.lora_rank, target_modules=layers), policy)
-        for p in (p for p in policy.parameters() if p.requires_grad):
-            p.data = p.data.float()
-    return policy
-
-
-@contextmanager
-def adapters_off(policy):
-    """Within it a policy with adapters is the one it started as."""
-    layers = [m for m in policy.modules() if hasattr(m, "lora_A")]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-
-
-def reference_logprobs(policy, reference, batch: Batch, s) -> torch.Tensor:
-    """Of all rows under the starting policy, (N, 56), s.micro_batch at a time and at s.temperature: the policy with its adapters off, or a copy
-    that waits on the CPU."""
-    device = next(policy.parameters()).device
-    with torch.no_grad(), parallel.gathered(policy), adapters_off(policy):
-        model = policy if reference is None else reference.to(device)
-        rows = [logprobs(model, batch, part, s.temperature) for part in torch.arange(len(batch.bins)).split(s.micro_batch)]
-    if reference is not None:
-        reference.to("cpu")
-    return torch.cat(rows)
-
-
-def running_average(decay: float):
-    """For AveragedModel: an exponential average, over fewer steps at first, while the policy changes fast."""
-    return lambda averages, weights, n: get_ema_multi_avg_fn(min(decay, (1 + int(n)) / (10 + int(n))))(averages, weights, n)
-
-
-def kept(policy, average) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """What a checkpoint holds beside the optimiser: the weights that are trained, and their running average."""
-    trained = parallel.trainable(policy)
-    return trained, {} if average is None else {f"average.{name}": x for name, x in average.state_dict().items()
-                                                if name == "n_averaged" or name.removeprefix("module.") in trained}
-
-
-def save_policy(policy, out: Path) -> None:
-    """`out`/policy, adapters merged into it; these alone, as peft writes them, in policy_adapter."""
-    weights, adapters = parallel.whole_weights(policy), parallel.whole(parallel.trainable(policy)) if hasattr(policy, "peft_config") else {}
-    if parallel.rank() == 0:
-        shutil.rmtree(out / "policy", ignore_errors=True)
-        policy.save_pretrained(out / "policy", weights)
-        if adapters:
-            policy.peft_config["default"].save_pretrained(out / "policy_adapter")
-            save_file({f"base_model.model.{name.replace('.default.', '.')}": x for name, x in adapters.items()},
-                      out / "policy_adapter" / "adapter_model.safetensors")

@@ -1,14 +1,17 @@
-"""The built-in simulator behind gymnasium: a LIBERO-like tabletop in MuJoCo, chunked actions, a scripted expert.
+"""The built-in simulator behind gymnasium: a LIBERO-like tabletop in MuJoCo, a scripted expert.
 
-What is here
-1. `Tabletop`: a gripper on a gantry, two cubes, two plates, one camera. Four tasks named by an instruction, each with 50 training and 50
-   held-out initial states that never overlap. 7-dimensional actions in [-1, 1] with LIBERO's meaning: (dx, dy, dz, droll, dpitch, dyaw, gripper).
-2. `Expert`: the scripted demonstrator (reads the simulator's state, which the policy never sees).
-3. `ActionChunk`: one step = one chunk of 8 actions, cut short at success; one frame rendered per chunk instead of eight, unless more are asked for.
+1. `Tabletop`: a gripper on a gantry, two cubes, two plates, one camera. Four tasks named by an
+   instruction, each with 50 training and 50 held-out initial states that never overlap. Actions of
+   7 numbers in [-1, 1] with LIBERO's meaning: (dx, dy, dz, droll, dpitch, dyaw, gripper).
+2. `Expert`: the scripted demonstrator (reads the simulator's state, which no policy sees).
+3. `ActionChunk`: one step is a chunk of 8 actions, cut short at success; one frame is rendered per
+   chunk instead of eight, unless more are asked for.
+4. `suite`: the tasks as training and evaluation take them.
 
-Left out on purpose: domain randomisation, proprioception and wrist camera (the paper's policy sees one agent-view image and the instruction).
+Left out: domain randomisation, proprioception and wrist camera (the paper's policy sees one
+agent-view image and the instruction).
 
-    python -m robots.tabletop                      # measures speed, lets the expert play every task, writes a GIF
+    python -m robots.tabletop                       # speed, the expert at work, a GIF
     python -m robots.tabletop --gif expert.gif --episodes 50
 """
 import argparse
@@ -17,14 +20,18 @@ import gc
 import os
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 
 import gymnasium
 import numpy as np
+from gymnasium.spaces import Box, Dict
 
-os.environ.setdefault("MUJOCO_GL", "egl")           # headless by default; MUJOCO_GL=osmesa and glfw work too
-os.environ.setdefault("LP_NUM_THREADS", "1")        # Mesa's software renderer: threads only get in the workers' way
+# Headless: on macOS and Windows mujoco finds the system's own OpenGL (cgl, wgl)
+if sys.platform == "linux":
+    os.environ.setdefault("MUJOCO_GL", "egl")
+# Mesa's software renderer: threads would only get in the workers' way
+os.environ.setdefault("LP_NUM_THREADS", "1")
 
 CUBES, PLATES = ("red", "blue"), ("green", "yellow")
 TASKS = tuple(f"put the {cube} cube on the {plate} plate" for cube in CUBES for plate in PLATES)
@@ -35,20 +42,24 @@ SUBSTEPS, TIMESTEP = 8, 0.00625  # 20 Hz control
 STEP = 0.04                     # metres the hand's set point moves for an action of 1
 TURN = 0.1                      # radians, likewise
 SUCCESS_RADIUS = 0.05           # metres between the centres of cube and plate (its radius is 0.065)
-LAYOUT = {"red": (0.08, -0.09), "blue": (0.08, 0.09), "green": (-0.08, -0.10), "yellow": (-0.08, 0.10)}  # metres
+LAYOUT = {"red": (0.08, -0.09), "blue": (0.08, 0.09),       # metres
+          "green": (-0.08, -0.10), "yellow": (-0.08, 0.10)}
 JITTER = 0.02                   # metres, uniform, per object and axis
 HOME = np.array([0.0, 0.0, 0.14])
 LOW, HIGH = np.array([-0.2, -0.2, 0.005]), np.array([0.2, 0.2, 0.2])
 FINGER_OPEN = 0.044             # metres from the middle, each finger
-FINGER_STEP = 0.01              # metres a finger's set point moves per env step: like LIBERO's, the gripper needs a few steps
+FINGER_STEP = 0.01              # metres a finger's set point moves per env step
 
-RGB = {"red": "0.85 0.1 0.1", "blue": "0.1 0.2 0.9", "green": "0.1 0.65 0.2", "yellow": "0.95 0.8 0.1"}
+RGB = {"red": "0.85 0.1 0.1", "blue": "0.1 0.2 0.9",
+       "green": "0.1 0.65 0.2", "yellow": "0.95 0.8 0.1"}
 XML = f"""
 <mujoco model="tabletop">
-  <option timestep="{TIMESTEP}" integrator="implicitfast" cone="pyramidal" iterations="20" ls_iterations="10"/>
+  <option timestep="{TIMESTEP}" integrator="implicitfast" cone="pyramidal" iterations="20"
+          ls_iterations="10"/>
   <size memory="512K"/>
   <visual><quality shadowsize="0" offsamples="0"/><map znear="0.05" zfar="20"/>
-    <headlight ambient="0.5 0.5 0.5" diffuse="0.4 0.4 0.4" specular="0 0 0"/><global offwidth="256" offheight="256"/></visual>
+    <headlight ambient="0.5 0.5 0.5" diffuse="0.4 0.4 0.4" specular="0 0 0"/>
+    <global offwidth="256" offheight="256"/></visual>
   <default>
     <geom solref="0.01 1" friction="1.2" condim="3"/>
     <default class="seen"><geom contype="0" conaffinity="0"/></default>
@@ -56,21 +67,32 @@ XML = f"""
   <worldbody>
     <light pos="0.3 -0.3 1" dir="-0.3 0.3 -1" castshadow="false" diffuse="0.4 0.4 0.4"/>
     <camera name="agentview" pos="0.50 0 0.54" xyaxes="0 1 0 -0.72 0 0.69" fovy="34"/>
-    <geom name="table" type="box" size="0.6 0.6 0.02" pos="-0.2 0 -0.02" rgba="0.75 0.72 0.68 1"/>
+    <geom name="table" type="box" size="0.6 0.6 0.02" pos="-0.2 0 -0.02"
+          rgba="0.75 0.72 0.68 1"/>
     {"".join(f'''
     <body name="{c}" pos="0 0 0.02"><freejoint name="{c}"/>
-      <geom name="{c}" type="box" size="0.02 0.02 0.02" mass="0.05" rgba="{RGB[c]} 1"/></body>''' for c in CUBES)}
+      <geom name="{c}" type="box" size="0.02 0.02 0.02" mass="0.05" rgba="{RGB[c]} 1"/></body>'''
+             for c in CUBES)}
     {"".join(f'''
     <body name="{p}" mocap="true" pos="0 0 0.004">
-      <geom name="{p}" type="cylinder" size="0.065 0.004" rgba="{RGB[p]} 1"/></body>''' for p in PLATES)}
+      <geom name="{p}" type="cylinder" size="0.065 0.004" rgba="{RGB[p]} 1"/></body>'''
+             for p in PLATES)}
     <body name="hand" gravcomp="1">
-      <joint name="x" type="slide" axis="1 0 0"/><joint name="y" type="slide" axis="0 1 0"/><joint name="z" type="slide" axis="0 0 1"/>
-      <joint name="roll" type="hinge" axis="1 0 0"/><joint name="pitch" type="hinge" axis="0 1 0"/><joint name="yaw" type="hinge" axis="0 0 1"/>
-      <geom class="seen" type="box" size="0.02 0.055 0.012" pos="0 0 0.065" mass="0.4" rgba="0.25 0.25 0.28 1"/>
-      <geom class="seen" type="cylinder" size="0.02 0.06" pos="0 0 0.13" mass="0.1" rgba="0.9 0.9 0.9 1"/>
+      <joint name="x" type="slide" axis="1 0 0"/>
+      <joint name="y" type="slide" axis="0 1 0"/>
+      <joint name="z" type="slide" axis="0 0 1"/>
+      <joint name="roll" type="hinge" axis="1 0 0"/>
+      <joint name="pitch" type="hinge" axis="0 1 0"/>
+      <joint name="yaw" type="hinge" axis="0 0 1"/>
+      <geom class="seen" type="box" size="0.02 0.055 0.012" pos="0 0 0.065" mass="0.4"
+            rgba="0.25 0.25 0.28 1"/>
+      <geom class="seen" type="cylinder" size="0.02 0.06" pos="0 0 0.13" mass="0.1"
+            rgba="0.9 0.9 0.9 1"/>
       {"".join(f'''
-      <body name="{n}" gravcomp="1"><joint name="{n}" type="slide" axis="0 {s} 0" range="0 {FINGER_OPEN}" damping="2"/>
-        <geom name="{n}" type="box" size="0.015 0.006 0.03" pos="0 {s * 0.006} 0.025" mass="0.05" rgba="0.15 0.15 0.15 1"/></body>'''
+      <body name="{n}" gravcomp="1">
+        <joint name="{n}" type="slide" axis="0 {s} 0" range="0 {FINGER_OPEN}" damping="2"/>
+        <geom name="{n}" type="box" size="0.015 0.006 0.03" pos="0 {s * 0.006} 0.025" mass="0.05"
+              rgba="0.15 0.15 0.15 1"/></body>'''
               for n, s in (("left", 1), ("right", -1)))}
     </body>
   </worldbody>
@@ -78,44 +100,64 @@ XML = f"""
   <actuator>
     {"".join(f'<position joint="{j}" kp="1500" dampratio="1"/>' for j in "xyz")}
     {"".join(f'<position joint="{j}" kp="8" dampratio="1"/>' for j in ("roll", "pitch", "yaw"))}
-    {"".join(f'<position joint="{n}" kp="300" dampratio="1" forcerange="-6 6"/>' for n in ("left", "right"))}
+    {"".join(f'<position joint="{n}" kp="300" dampratio="1" forcerange="-6 6"/>'
+             for n in ("left", "right"))}
   </actuator>
 </mujoco>"""
 
 
+def backend() -> str:
+    """What MUJOCO_GL asks for, or the system's own."""
+    return os.environ.get("MUJOCO_GL") or {"darwin": "cgl", "win32": "wgl"}.get(sys.platform, "egl")
+
+
 def gl_help() -> str:
-    """The command that brings what MUJOCO_GL asks for."""
-    return "apt-get install -y --no-install-recommends " + ("libosmesa6" if os.environ["MUJOCO_GL"] == "osmesa" else "libegl1 libgl1-mesa-dri libopengl0")
+    """How to mend OpenGL on this system."""
+    if sys.platform == "linux":
+        packages = "libosmesa6" if backend() == "osmesa" else "libegl1 libgl1-mesa-dri libopengl0"
+        return f"run: apt-get install -y --no-install-recommends {packages}"
+    return "unset MUJOCO_GL and run it in a session with a display"
 
 
 def load_mujoco():
-    """Import mujoco, turning the many ways in which a machine can lack OpenGL into one line with the fix."""
-    if os.environ["MUJOCO_GL"] not in ("egl", "osmesa", "glfw"):
-        raise RuntimeError(f"MUJOCO_GL={os.environ['MUJOCO_GL']} is unknown; set it to egl, osmesa or glfw")
+    """Import mujoco; the many ways in which a machine can lack OpenGL are one line with the fix."""
+    if (name := backend()) not in (known := ("egl", "osmesa", "glfw", "cgl", "wgl")):
+        raise RuntimeError(f"MUJOCO_GL={name} is unknown; set it to one of {', '.join(known)}")
     try:
         import mujoco
         return mujoco
     except (AttributeError, ImportError, OSError, RuntimeError) as e:
-        raise RuntimeError(f"no OpenGL for MUJOCO_GL={os.environ['MUJOCO_GL']} ({type(e).__name__}); run: {gl_help()}") from None
+        raise RuntimeError(f"no OpenGL for MUJOCO_GL={name} ({type(e).__name__}); "
+                           f"{gl_help()}") from None
+
+
+@contextmanager
+def _silently():
+    """Half-made renderers complain as they are deleted; here nobody listens."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
 
 
 def make_renderer(mujoco, model, size: int):
-    """mujoco.Renderer for square images of `size` pixels; RuntimeError, one line, where OpenGL does not work."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None      # a half-made context complains as it is deleted
-    try:
+    """mujoco.Renderer for square images of `size` pixels; RuntimeError, one line, where OpenGL does
+    not work."""
+    with _silently():
         try:
             return mujoco.Renderer(model, size, size)
         except (AttributeError, ImportError, OSError, RuntimeError, mujoco.FatalError) as e:
             problem = type(e).__name__
-        gc.collect()                                                    # delete it now, while nobody listens
-    finally:
-        sys.unraisablehook = hook
-    raise RuntimeError(f"cannot make an OpenGL context with MUJOCO_GL={os.environ['MUJOCO_GL']} ({problem}); run: {gl_help()}")
+        gc.collect()
+    raise RuntimeError(f"cannot make an OpenGL context with MUJOCO_GL={backend()} ({problem}); "
+                       f"{gl_help()}")
 
 
 @cache
 def initial_states(split: str) -> np.ndarray:
-    """Jitter of every object in every initial state: (tasks, 50, 4 objects, 2) float64, metres. Fixed for ever by (split)."""
+    """Jitter of every object in every initial state: (tasks, 50, 4 objects, 2) float64, metres. A
+    function of the split alone."""
     if split not in ("train", "heldout"):
         raise ValueError(f"split={split!r}: use 'train' or 'heldout'")
     rng = np.random.default_rng([2511, 15605, split == "heldout"])
@@ -123,12 +165,14 @@ def initial_states(split: str) -> np.ndarray:
 
 
 class Scene:
-    """The MuJoCo model and the renderers: one per process, shared by all its tables (contexts do not survive fork)."""
+    """The MuJoCo model and the renderers: one per process, shared by all its tables (contexts do
+    not survive fork)."""
     _here: "Scene | None" = None
 
     def __init__(self):
         mujoco = load_mujoco()
-        self.mujoco, self.model, self.renderers = mujoco, mujoco.MjModel.from_xml_string(XML), {}
+        self.mujoco, self.renderers = mujoco, {}
+        self.model = mujoco.MjModel.from_xml_string(XML)
 
     @classmethod
     def get(cls) -> "Scene":
@@ -141,46 +185,51 @@ class Scene:
         """uint8 (size, size, 3) from the agent's camera."""
         if size not in self.renderers:
             self.renderers[size] = make_renderer(self.mujoco, self.model, size)
-            # Closed before mujoco shuts OpenGL down, which it registered just now: later, Python would print a traceback.
+            # Closed before mujoco shuts OpenGL down, which it registered just now: later, Python
+            # would print a traceback
             atexit.register(self.close)
         self.renderers[size].update_scene(data, camera="agentview")
         return self.renderers[size].render()
 
     def close(self) -> None:
-        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-        while self.renderers:
-            with suppress(Exception):           # LIBERO's simulator, if this process had one too, has shut OpenGL down already
-                self.renderers.popitem()[1].close()
-        sys.unraisablehook = hook               # a renderer that could not be closed complains once more as it is deleted
+        with _silently():
+            while self.renderers:
+                with suppress(Exception):       # another simulator has shut OpenGL down already
+                    self.renderers.popitem()[1].close()
 
 
 class Tabletop(gymnasium.Env):
-    """Pick a cube, put it on a plate. Observation {"image": uint8 (size, size, 3)}; action float (7,) in [-1, 1]; reward 1 on success.
+    """Pick a cube, put it on a plate. Observation {"image": uint8 (size, size, 3)}; action float
+    (7,) in [-1, 1]; reward 1 on success.
 
-    reset(options={"task": int or instruction, "index": 0..49, "split": ...}) chooses the initial state; what is left out is
-    drawn from `seed` (split: the constructor's).
-    info: task (int), instruction (str), index, success (bool). An episode ends at success (terminated) or after `horizon` steps (truncated).
-    """
+    reset(options={"task": int or instruction, "index": 0..49, "split": ...}) chooses the initial
+    state; what is left out is drawn from `seed` (split: the constructor's). info: task (int),
+    instruction, index, success. An episode ends at success (terminated) or after `horizon` steps
+    (truncated)."""
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
 
-    def __init__(self, split: str = "train", size: int = 64, horizon: int = HORIZON, render_mode: str | None = "rgb_array"):
+    def __init__(self, split: str = "train", size: int = 64, horizon: int = HORIZON,
+                 render_mode: str | None = "rgb_array"):
         if size < 16 or size > 256:
             raise ValueError(f"size={size}: the camera makes images of 16 to 256 pixels")
-        self.scene, self.size, self.horizon, self.split, self.render_mode = Scene.get(), size, horizon, split, render_mode
         initial_states(split)       # refuses an unknown split here rather than at the first reset
+        self.scene, self.size, self.horizon = Scene.get(), size, horizon
+        self.split, self.render_mode = split, render_mode
         self.data = self.scene.mujoco.MjData(self.scene.model)
-        self.observation_space = gymnasium.spaces.Dict({"image": gymnasium.spaces.Box(0, 255, (size, size, 3), np.uint8)})
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (7,), np.float32)
+        self.observation_space = Dict({"image": Box(0, 255, (size, size, 3), np.uint8)})
+        self.action_space = Box(-1.0, 1.0, (7,), np.float32)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         options = options or {}
-        task, index, split = options.get("task"), options.get("index"), options.get("split", self.split)
+        task, index = options.get("task"), options.get("index")
+        split = options.get("split", self.split)
         task = int(self.np_random.integers(len(TASKS))) if task is None else task_id(task)
         index = int(self.np_random.integers(N_STATES)) if index is None else int(index)
         if not 0 <= index < N_STATES:
             raise ValueError(f"index={index}: initial states are numbered 0..{N_STATES - 1}")
-        self.task, self.index, self.instruction, self.steps, self.success = task, index, TASKS[task], 0, False
+        self.task, self.index, self.instruction = task, index, TASKS[task]
+        self.steps, self.success = 0, False
         self.cube, self.plate = CUBES[task // len(PLATES)], PLATES[task % len(PLATES)]
         data, scene = self.data, self.scene
         scene.mujoco.mj_resetData(scene.model, data)
@@ -190,7 +239,8 @@ class Tabletop(gymnasium.Env):
                 data.joint(name).qpos[:3] = x, y, 0.02
             else:
                 data.mocap_pos[PLATES.index(name)] = x, y, 0.004
-        for joint, value in zip(("x", "y", "z", "left", "right"), (*HOME, FINGER_OPEN, FINGER_OPEN)):
+        fingers = (FINGER_OPEN, FINGER_OPEN)
+        for joint, value in zip(("x", "y", "z", "left", "right"), (*HOME, *fingers)):
             data.joint(joint).qpos[0] = value
         self.goal = np.array([*HOME, 0.0, 0.0, 0.0])      # set point of the hand: metres, radians
         data.ctrl[:] = [*self.goal, FINGER_OPEN, FINGER_OPEN]
@@ -206,7 +256,8 @@ class Tabletop(gymnasium.Env):
         self.goal[:3] = (self.goal[:3] + STEP * action[:3]).clip(LOW, HIGH)
         self.goal[3:] = (self.goal[3:] + TURN * action[3:6]).clip(-1.5, 1.5)
         self.data.ctrl[:6] = self.goal
-        self.data.ctrl[6:] = (self.data.ctrl[6:] - FINGER_STEP * np.sign(action[6])).clip(0, FINGER_OPEN)  # LIBERO: -1 opens
+        fingers = self.data.ctrl[6:] - FINGER_STEP * np.sign(action[6])     # LIBERO: -1 opens
+        self.data.ctrl[6:] = fingers.clip(0, FINGER_OPEN)
         self.scene.mujoco.mj_step(self.scene.model, self.data, SUBSTEPS)
         self.steps += 1
         self.success = self.solved()
@@ -214,12 +265,14 @@ class Tabletop(gymnasium.Env):
 
     def step(self, action):
         ended = self.advance(action)
-        return self.observe(), float(self.success), self.success, ended and not self.success, self._info()
+        truncated = ended and not self.success
+        return self.observe(), float(self.success), self.success, truncated, self._info()
 
     def solved(self) -> bool:
         """The named cube rests on the named plate and the fingers have let go."""
         cube, plate = self.data.body(self.cube), self.data.body(self.plate)
-        if np.linalg.norm(cube.xpos[:2] - plate.xpos[:2]) > SUCCESS_RADIUS or not 0.02 < cube.xpos[2] < 0.035:
+        away = np.linalg.norm(cube.xpos[:2] - plate.xpos[:2])
+        if away > SUCCESS_RADIUS or not 0.02 < cube.xpos[2] < 0.035:
             return False
         gap = self.data.joint("left").qpos[0] + self.data.joint("right").qpos[0]
         return bool(gap > 0.055 and np.linalg.norm(cube.cvel[3:]) < 0.05)
@@ -227,11 +280,26 @@ class Tabletop(gymnasium.Env):
     def observe(self) -> dict:
         return {"image": self.scene.render(self.data, self.size)}
 
-    def render(self):
-        return self.scene.render(self.data, self.size)
+    def render(self, size: int | None = None) -> np.ndarray:
+        """uint8 (size, size, 3); the policy's size if none is given."""
+        return self.scene.render(self.data, size or self.size)
 
     def _info(self) -> dict:
-        return {"task": self.task, "instruction": self.instruction, "index": self.index, "success": self.success}
+        return {"task": self.task, "instruction": self.instruction, "index": self.index,
+                "success": self.success}
+
+
+def suite(name: str, tasks: tuple[int, ...], options):
+    """The built-in tasks, or some of them by number, as a robots.suite.Suite."""
+    from robots.suite import Suite
+    if name != "tabletop":
+        raise ValueError(f"unknown suite {name!r}; there is tabletop")
+    if len(set(tasks)) < len(tasks):
+        raise ValueError(f"--tasks {' '.join(map(str, tasks))}: each once")
+    return Suite("tabletop", TASKS, tuple(map(task_id, tasks or range(len(TASKS)))),
+                 {"train": N_STATES, "heldout": N_STATES}, Tabletop,
+                 {"train": "training initial states", "heldout": "held-out initial states"},
+                 HORIZON, tables=128, evaluated=("train", "heldout"), slow=False)
 
 
 def task_id(task) -> int:
@@ -244,8 +312,9 @@ def task_id(task) -> int:
 
 
 class Expert:
-    """Scripted demonstrator: hover, descend, close, lift, carry, lower, open. It reads the state of a table that was just
-    reset; `error` (metres) is the standard deviation of a mistake it makes about where cube and plate are, for failures."""
+    """Scripted demonstrator: hover, descend, close, lift, carry, lower, open. It reads the state of
+    a table that was just reset; `error` (metres) is the standard deviation of a mistake it makes
+    about where cube and plate are, for failures."""
 
     def __init__(self, env: Tabletop, error: float = 0.0, rng: np.random.Generator | None = None):
         self.env, self.phase, self.wait = env, 0, 0
@@ -255,37 +324,38 @@ class Expert:
         """Next action, float64 (7,)."""
         env = self.env
         hand = env.data.body("hand").xpos
-        cube, plate = (env.data.body(name).xpos[:2] + m for name, m in zip((env.cube, env.plate), self.mistake))
+        cube, plate = (env.data.body(name).xpos[:2] + mistake
+                       for name, mistake in zip((env.cube, env.plate), self.mistake))
         grip = -1.0
-        if self.phase == 0:                                                      # hover over the cube
+        if self.phase == 0:                                  # hover over the cube
             goal = np.array([*cube, 0.07])
             if np.linalg.norm(hand[:2] - cube) < 0.008:
                 self.phase = 1
-        if self.phase == 1:                                                      # descend
+        if self.phase == 1:                                  # descend
             goal = np.array([*cube, 0.008])
             if hand[2] < 0.014:
                 self.phase, self.wait = 2, 4
-        if self.phase == 2:                                                      # close
+        if self.phase == 2:                                  # close
             goal, grip, self.wait = env.goal[:3].copy(), 1.0, self.wait - 1
             if self.wait < 0:
                 self.phase = 3
-        if self.phase == 3:                                                      # lift
+        if self.phase == 3:                                  # lift
             goal, grip = np.array([*hand[:2], 0.08]), 1.0
             if hand[2] > 0.06:
                 self.phase = 4
-        if self.phase == 4:                                                      # carry
+        if self.phase == 4:                                  # carry
             goal, grip = np.array([*plate, 0.08]), 1.0
             if np.linalg.norm(hand[:2] - plate) < 0.012:
                 self.phase = 5
-        if self.phase == 5:                                                      # lower
+        if self.phase == 5:                                  # lower
             goal, grip = np.array([*plate, 0.02]), 1.0
             if hand[2] < 0.028:
                 self.phase, self.wait = 6, 4
-        if self.phase == 6:                                                      # open
+        if self.phase == 6:                                  # open
             goal, self.wait = env.goal[:3].copy(), self.wait - 1
             if self.wait < 0:
                 self.phase = 7
-        if self.phase == 7:                                                      # rise
+        if self.phase == 7:                                  # rise
             goal = np.array([*hand[:2], 0.12])
         action = np.zeros(7)
         action[:3] = ((goal - env.goal[:3]) / STEP).clip(-0.5, 0.5)
@@ -294,21 +364,22 @@ class Expert:
 
 
 class ActionChunk(gymnasium.Wrapper):
-    """One step executes a chunk of actions, (CHUNK, 7), and stops where the episode ends; a single frame is rendered, at the end, or one
-    after every `every` actions too, for who wants a video.
+    """One step executes a chunk of actions, (CHUNK, 7), and stops where the episode ends. A single
+    frame is rendered, at the end, or one after each `every` actions too, for who wants a video.
 
-    info["executed"]: number of actions that ran before success or the horizon; the tokens of the others must not be trained on.
-    info["between"]: the frames before the last, uint8 (H, W, 3) each; (executed - 1) // every of them.
-    """
+    info["executed"]: number of actions that ran before success or the horizon; the tokens of the
+    others must not be trained on. info["between"]: the frames before the last, uint8 (H, W, 3)
+    each; (executed - 1) // every of them."""
 
     def __init__(self, env: Tabletop, chunk: int = CHUNK):
         super().__init__(env)
         self.chunk = chunk
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (chunk, 7), np.float32)
+        self.action_space = Box(-1.0, 1.0, (chunk, 7), np.float32)
 
     def step(self, action, every: int = CHUNK):
         if np.shape(action) != (self.chunk, 7):
-            raise ValueError(f"a chunk of actions has shape ({self.chunk}, 7), got {np.shape(action)}")
+            raise ValueError(f"a chunk of actions has shape ({self.chunk}, 7), "
+                             f"got {np.shape(action)}")
         env, executed, ended, between = self.env.unwrapped, 0, False, []
         while executed < self.chunk and not ended:
             if executed and executed % every == 0:
@@ -319,16 +390,19 @@ class ActionChunk(gymnasium.Wrapper):
                 {**env._info(), "executed": executed, "between": between})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Speed of the simulator, and the scripted expert at work.")
+def main(argv: list[str] | None = None) -> None:
+    from robots.evaluate import save_gif
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--episodes", type=int, default=20, help="expert episodes per task")
     parser.add_argument("--gif", default="expert.gif", help="where to write one episode per task")
-    args = parser.parse_args()
-    if args.episodes < 1 or not os.path.isdir(os.path.dirname(args.gif) or "."):
-        raise ValueError(f"--episodes {args.episodes} must be at least 1" if args.episodes < 1 else f"--gif {args.gif}: there is no such folder; make it, or choose another")
-    env, frames = Tabletop(size=128), []
-    rng = np.random.default_rng(0)
-    for every, name in ((None, "no camera"), (CHUNK, f"a 128 px frame every {CHUNK} steps"), (1, "a frame every step")):
+    args = parser.parse_args(argv)
+    if args.episodes < 1:
+        raise ValueError(f"--episodes must be at least 1, got {args.episodes}")
+    if not os.path.isdir(os.path.dirname(args.gif) or "."):
+        raise ValueError(f"--gif {args.gif}: there is no such folder; make it, or choose another")
+    env, rng, frames = Tabletop(size=128), np.random.default_rng(0), []
+    for every, name in ((None, "no camera"), (CHUNK, f"a 128 px frame every {CHUNK} steps"),
+                        (1, "a frame every step")):
         env.reset(options={"task": 0, "index": 0})
         began, n = time.perf_counter(), 480
         for i in range(n):
@@ -350,14 +424,6 @@ def main() -> None:
         print(f"{instruction}: expert solves {wins}/{args.episodes}, {np.mean(steps):.0f} steps")
     save_gif(args.gif, frames)
     print(f"wrote {args.gif}")
-
-
-def save_gif(path: str, frames: list[np.ndarray], fps: int = 10) -> None:
-    """Frames uint8 (H, W, 3) to an animated GIF, whole or not at all."""
-    from PIL import Image
-    images = [Image.fromarray(f) for f in frames]
-    images[0].save(f"{path}.partial", "GIF", save_all=True, append_images=images[1:], duration=1000 // fps, loop=0)
-    os.replace(f"{path}.partial", path)
 
 
 if __name__ == "__main__":

@@ -31,13 +31,15 @@ STATS = {"tabletop": {"action": {"q01": [-0.5] * 3 + [0.0] * 4, "q99": [0.5] * 3
 
 
 def fake_episode(start, executed: list[int], seed: int):
-    """An Episode of random images and records, a policy call for each number in `executed`; it succeeds if the last is below 8."""
-    from robots import policy as policies
-    from robots.rollouts import Episode
+    """An Episode of random images and calls, a call for each number in `executed`; it succeeds if
+    the last is below 8."""
+    from robots.policy import Call
+    from robots.suite import Episode
     rng, g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    images = list(rng.integers(0, 256, (len(executed) + 1, 64, 64, 3), np.uint8))
-    records = [policies.Call(image[None], torch.randint(256, (56,), generator=g), -torch.rand(56, generator=g), 1.0) for image in images[:-1]]
-    return Episode(start, images, records, list(executed), success=executed[-1] < 8)
+    images = rng.integers(0, 256, (len(executed) + 1, 64, 64, 3), np.uint8)
+    calls = [Call(image[None], torch.randint(256, (56,), generator=g),
+                  -torch.rand(56, generator=g), 1.0) for image in images[:-1]]
+    return Episode(start, calls, list(executed), executed[-1] < 8, images)
 
 
 def needs(*packages: str):

@@ -1,9 +1,9 @@
-"""Oracles for grpo.py: naive loops, autograd, torch.optim.AdamW, cases by hand."""
+"""Oracles for grpo.py: naive loops, autograd, cases by hand."""
+
 import math
 
 import pytest
 import torch
-from torch import nn
 
 import grpo
 
@@ -24,6 +24,7 @@ def seed():
 
 
 # advantages
+
 
 def test_what_underflow_leaves_is_no_signal():
     rewards = torch.tensor([[4e-45, 7e-40, 0.0, 1e-7], [0.0, 0.0, 0.0, 1e-4]])
@@ -55,10 +56,44 @@ def test_equal_rewards_give_exactly_zero():
 def test_two_valued_rewards_give_binary_advantages():
     binary = torch.tensor([[1.0, 0.0, 0.0, 1.0, 0.0]])
     shaped = torch.tensor([[1.0, 0.3, 0.3, 1.0, 0.3]])
-    torch.testing.assert_close(grpo.group_advantages(binary), grpo.group_advantages(shaped), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        grpo.group_advantages(binary), grpo.group_advantages(shaped), atol=1e-4, rtol=0
+    )
 
 
-@pytest.mark.parametrize("rewards", [torch.rand(4, 1), torch.rand(4), torch.tensor([[0.0, math.nan]])])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
+)
+@pytest.mark.parametrize("scale", [True, False])
+def test_advantages_of_any_dtype_are_those_of_fp32(dtype, scale):
+    """Thirds are no bf16 numbers: a mean that was rounded to bf16 would be off by 1e-3, and one of
+    integers does not exist."""
+    rewards = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1], [0, 0, 0]]).to(dtype)
+    got = grpo.group_advantages(rewards, scale=scale)
+    assert got.dtype == torch.float32 and rewards.dtype == dtype
+    assert torch.equal(got, grpo.group_advantages(rewards.float(), scale=scale))
+    third = math.sqrt(0.5) if scale else 1 / 3  # std of 1, 0, 0: sqrt(2) / 3
+    expected = torch.tensor([[2 * third, -third, -third], [third, third, -2 * third]])
+    torch.testing.assert_close(got[:2], expected, atol=1e-5, rtol=0)
+    assert (got[2:] == 0).all()
+
+
+def test_advantages_of_fp64_stay_fp64():
+    rewards = torch.tensor([[1.0, 1.0 + 1e-5, 1.0]], dtype=torch.float64)
+    got = grpo.group_advantages(rewards, eps=0.0)
+    assert got.dtype == torch.float64
+    assert got[0].tolist() == pytest.approx([-math.sqrt(0.5), math.sqrt(2), -math.sqrt(0.5)])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_bf16_rewards_that_are_not_finite_are_refused(value):
+    with pytest.raises(ValueError, match=f"^rewards must be finite, got {value}: check"):
+        grpo.group_advantages(torch.tensor([[0.0, value]], dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "rewards", [torch.rand(4, 1), torch.rand(4), torch.tensor([[0.0, math.nan]])]
+)
 def test_bad_rewards_raise_one_line(rewards):
     with pytest.raises(ValueError, match="rewards must be") as e:
         grpo.group_advantages(rewards)
@@ -66,6 +101,7 @@ def test_bad_rewards_raise_one_line(rewards):
 
 
 # log-probabilities
+
 
 @pytest.mark.parametrize("chunk", [1, 33, 2**24])
 def test_token_logprobs_equal_log_softmax_with_gradient(monkeypatch, chunk):
@@ -75,9 +111,9 @@ def test_token_logprobs_equal_log_softmax_with_gradient(monkeypatch, chunk):
     a, b = torch.randn(2, 5, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
     logq = torch.log_softmax(logits / 1.6, -1)
     logp, entropy = logq.gather(-1, tokens[..., None]).squeeze(-1), -(logq.exp() * logq).sum(-1)
-    grad, = torch.autograd.grad((a * logp + b * entropy).sum(), logits)
+    (grad,) = torch.autograd.grad((a * logp + b * entropy).sum(), logits)
     got_logp, got_entropy = grpo.token_logprobs(logits, tokens, 1.6)
-    got_grad, = torch.autograd.grad((a * got_logp + b * got_entropy).sum(), logits)
+    (got_grad,) = torch.autograd.grad((a * got_logp + b * got_entropy).sum(), logits)
     for got, expected in ((got_logp, logp), (got_entropy, entropy), (got_grad, grad)):
         torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
     assert torch.autograd.gradcheck(lambda z: grpo.token_logprobs(z, tokens, 1.6), logits)
@@ -93,9 +129,13 @@ def test_token_logprobs_of_bf16_logits_do_fp32_maths():
     got, got_entropy = grpo.token_logprobs(logits, tokens, 0.7)
     (got + got_entropy).sum().backward()
     assert got.dtype == got_entropy.dtype == torch.float32 and logits.grad.dtype == torch.bfloat16
-    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)  # log-softmax in bf16 is off by 1e-2
+    torch.testing.assert_close(
+        got.double(), expected, atol=1e-5, rtol=1e-5
+    )  # log-softmax in bf16 is off by 1e-2
     torch.testing.assert_close(got_entropy.double(), entropy, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(logits.grad.double(), exact.grad, atol=1e-6, rtol=2**-8)  # one rounding to bf16
+    torch.testing.assert_close(
+        logits.grad.double(), exact.grad, atol=1e-6, rtol=2**-8
+    )  # one rounding to bf16
 
 
 def test_token_logprobs_save_no_fp32_copy_for_the_backward():
@@ -111,40 +151,52 @@ def test_token_logprobs_allow_forbidden_tokens():
     logits = torch.tensor([[0.0, 0.0, -math.inf]], requires_grad=True)
     logp, entropy = grpo.token_logprobs(logits, torch.tensor([0]))
     (logp + entropy).sum().backward()
-    assert entropy.item() == pytest.approx(math.log(2)) and logits.grad.tolist() == [[0.5, -0.5, 0.0]]
+    assert entropy.item() == pytest.approx(math.log(2)) and logits.grad.tolist() == [
+        [0.5, -0.5, 0.0]
+    ]
 
 
 @pytest.mark.parametrize("shape, temperature", [((2, 4), 1.0), ((2, 3), 0.0), ((2, 3), math.nan)])
 def test_token_logprobs_reject(shape, temperature):
     with pytest.raises(ValueError, match="must be"):
-        grpo.token_logprobs(torch.zeros(2, 3, 5), torch.zeros(shape, dtype=torch.int64), temperature)
+        grpo.token_logprobs(
+            torch.zeros(2, 3, 5), torch.zeros(shape, dtype=torch.int64), temperature
+        )
 
 
 # the loss
+
 
 @pytest.mark.parametrize("on_policy", [True, False])
 def test_at_ratio_one_the_gradient_is_reinforce(on_policy):
     logp, _, adv, mask = batch()
     loss, stats = grpo.policy_loss(logp, None if on_policy else logp.detach().clone(), adv, mask)
-    grad, = torch.autograd.grad(loss, logp)
-    reinforce, = torch.autograd.grad(-(logp * adv[:, None] * mask).sum() / mask.sum(), logp)
+    (grad,) = torch.autograd.grad(loss, logp)
+    (reinforce,) = torch.autograd.grad(-(logp * adv[:, None] * mask).sum() / mask.sum(), logp)
     torch.testing.assert_close(grad, reinforce, atol=1e-12, rtol=1e-12)
-    assert stats["ratio_max"] == 1 and stats["old_kl"] == stats["clip_low"] == stats["clip_high"] == 0
+    assert (
+        stats["ratio_max"] == 1 and stats["old_kl"] == stats["clip_low"] == stats["clip_high"] == 0
+    )
 
 
-@pytest.mark.parametrize("ratio, adv, loss, slope, low, high", [
-    (1.5, +2.0, -2.56, 0.0, 0, 1),   # already raised enough: 1.28 * 2, no gradient
-    (1.2, +2.0, -2.40, -2.4, 0, 0),  # inside the wider upper clip
-    (0.5, +2.0, -1.00, -1.0, 0, 0),  # a good token made rarer: never clipped
-    (0.5, -2.0, +1.60, 0.0, 1, 0),   # already lowered enough: 0.8 * 2, no gradient
-    (1.5, -2.0, +3.00, +3.0, 0, 0),  # a bad token made likelier: never clipped
-])
+@pytest.mark.parametrize(
+    "ratio, adv, loss, slope, low, high",
+    [
+        (1.5, +2.0, -2.56, 0.0, 0, 1),  # already raised enough: 1.28 * 2, no gradient
+        (1.2, +2.0, -2.40, -2.4, 0, 0),  # inside the wider upper clip
+        (0.5, +2.0, -1.00, -1.0, 0, 0),  # a good token made rarer: never clipped
+        (0.5, -2.0, +1.60, 0.0, 1, 0),  # already lowered enough: 0.8 * 2, no gradient
+        (1.5, -2.0, +3.00, +3.0, 0, 0),  # a bad token made likelier: never clipped
+    ],
+)
 def test_clip_by_hand(ratio, adv, loss, slope, low, high):
     logp = torch.tensor([[math.log(0.3 * ratio)]], dtype=torch.float64, requires_grad=True)
     old = torch.tensor([[math.log(0.3)]], dtype=torch.float64)
     got, stats = grpo.policy_loss(logp, old, torch.tensor([adv]), torch.ones(1, 1))
     got.backward()
-    assert got.item() == pytest.approx(loss) and logp.grad.item() == pytest.approx(slope)  # d(rho A)/dlogp = rho A
+    assert got.item() == pytest.approx(loss) and logp.grad.item() == pytest.approx(
+        slope
+    )  # d(rho A)/dlogp = rho A
     assert (stats["clip_low"], stats["clip_high"]) == (low, high)
     assert stats["ratio_max"].item() == pytest.approx(ratio)
     assert stats["old_kl"].item() == pytest.approx(ratio - 1 - math.log(ratio))
@@ -153,21 +205,39 @@ def test_clip_by_hand(ratio, adv, loss, slope, low, high):
 def test_k3_kl_by_hand():
     logp = torch.tensor([[0.5, 0.25]], dtype=torch.float64).log().requires_grad_()
     ref = torch.tensor([[0.25, 0.25]], dtype=torch.float64).log()
-    loss, stats = grpo.policy_loss(logp, None, torch.zeros(1), torch.ones(1, 2), ref_logp=ref, beta=0.1)
+    loss, stats = grpo.policy_loss(
+        logp, None, torch.zeros(1), torch.ones(1, 2), ref_logp=ref, beta=0.1
+    )
     k3 = 0.5 - math.log(0.5) - 1  # second token: 0
-    assert stats["ref_kl"].item() == pytest.approx(k3 / 2) and loss.item() == pytest.approx(0.1 * k3 / 2)
+    assert stats["ref_kl"].item() == pytest.approx(k3 / 2) and loss.item() == pytest.approx(
+        0.1 * k3 / 2
+    )
     loss.backward()
-    assert logp.grad.tolist()[0] == pytest.approx([0.1 * (1 - 0.5) / 2, 0.0])  # d k3 / dlogp = 1 - ref/pi
-    watched, stats = grpo.policy_loss(logp, None, torch.zeros(1), torch.ones(1, 2), ref_logp=ref)  # beta 0: only measured
+    assert logp.grad.tolist()[0] == pytest.approx(
+        [0.1 * (1 - 0.5) / 2, 0.0]
+    )  # d k3 / dlogp = 1 - ref/pi
+    watched, stats = grpo.policy_loss(
+        logp, None, torch.zeros(1), torch.ones(1, 2), ref_logp=ref
+    )  # beta 0: only measured
     assert watched.item() == 0 and stats["ref_kl"].item() == pytest.approx(k3 / 2)
 
 
 def test_extreme_log_ratios_stay_finite():
     logp = torch.tensor([[-1.0, -900.0]], requires_grad=True)
-    loss, stats = grpo.policy_loss(logp, torch.tensor([[-900.0, -1.0]]), torch.tensor([-1.0]), torch.ones(1, 2),
-                                   ref_logp=torch.tensor([[-900.0, -1.0]]), beta=0.1)
+    loss, stats = grpo.policy_loss(
+        logp,
+        torch.tensor([[-900.0, -1.0]]),
+        torch.tensor([-1.0]),
+        torch.ones(1, 2),
+        ref_logp=torch.tensor([[-900.0, -1.0]]),
+        beta=0.1,
+    )
     loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(logp.grad).all() and all(torch.isfinite(v) for v in stats.values())
+    assert (
+        torch.isfinite(loss)
+        and torch.isfinite(logp.grad).all()
+        and all(torch.isfinite(v) for v in stats.values())
+    )
 
 
 @pytest.mark.parametrize("aggregate", ["token", "sequence", "constant"])
@@ -181,9 +251,11 @@ def test_aggregates_equal_a_naive_loop(aggregate):
                 rho = math.exp(logp[b, t].item() - old[b, t].item())
                 terms.append(-min(rho * adv[b].item(), min(max(rho, 0.8), 1.28) * adv[b].item()))
         per_row.append(terms)
-    expected = {"token": sum(map(sum, per_row)) / sum(map(len, per_row)),
-                "sequence": sum(sum(r) / len(r) for r in per_row) / len(per_row),
-                "constant": sum(map(sum, per_row)) / (len(per_row) * 9)}[aggregate]
+    expected = {
+        "token": sum(map(sum, per_row)) / sum(map(len, per_row)),
+        "sequence": sum(sum(r) / len(r) for r in per_row) / len(per_row),
+        "constant": sum(map(sum, per_row)) / (len(per_row) * 9),
+    }[aggregate]
     loss, _ = grpo.policy_loss(logp, old, adv, mask, aggregate=aggregate, constant_length=9)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     adv = adv[:, None].expand_as(logp)
@@ -195,7 +267,9 @@ def test_rows_of_one_trajectory_share_its_mean():
     logp, old, adv, mask = batch()
     trajectory = torch.tensor([2, 0, 2, 1, 0, 2])
     adv = adv[trajectory]
-    surrogate = -torch.minimum((logp - old).exp() * adv[:, None], (logp - old).exp().clamp(0.8, 1.28) * adv[:, None])
+    surrogate = -torch.minimum(
+        (logp - old).exp() * adv[:, None], (logp - old).exp().clamp(0.8, 1.28) * adv[:, None]
+    )
     expected = sum(surrogate[trajectory == i][mask[trajectory == i]].mean() for i in range(3)) / 3
     weight = grpo.trajectory_weights(mask, trajectory)
     loss, _ = grpo.policy_loss(logp, old, adv, mask, aggregate="sequence", row_weight=weight)
@@ -205,33 +279,53 @@ def test_rows_of_one_trajectory_share_its_mean():
 @pytest.mark.parametrize("aggregate", ["token", "sequence", "constant", "trajectory"])
 def test_micro_batching_changes_neither_gradient_nor_statistics(aggregate):
     logp, old, adv, mask = batch(rows=7)
-    weight = grpo.trajectory_weights(mask, torch.tensor([0, 1, 0, 1, 2, 2, 0])) if aggregate == "trajectory" else None
-    options = dict(aggregate="sequence" if aggregate == "trajectory" else aggregate, constant_length=9)
-    whole, stats = grpo.policy_loss(logp, old, adv, mask, ref_logp=old - 0.2, beta=0.1, row_weight=weight, **options)
-    expected, = torch.autograd.grad(whole, logp)
+    weight = (
+        grpo.trajectory_weights(mask, torch.tensor([0, 1, 0, 1, 2, 2, 0]))
+        if aggregate == "trajectory"
+        else None
+    )
+    options = dict(
+        aggregate="sequence" if aggregate == "trajectory" else aggregate, constant_length=9
+    )
+    whole, stats = grpo.policy_loss(
+        logp, old, adv, mask, ref_logp=old - 0.2, beta=0.1, row_weight=weight, **options
+    )
+    (expected,) = torch.autograd.grad(whole, logp)
     normalizer = grpo.loss_normalizer(mask, row_weight=weight, **options)
     parts = []
     grad = torch.zeros_like(logp)
     for s in (slice(0, 2), slice(2, 3), slice(3, 7)):
         part, part_stats = grpo.policy_loss(
-            logp[s], old[s], adv[s], mask[s], ref_logp=old[s] - 0.2, beta=0.1, normalizer=normalizer,
-            row_weight=None if weight is None else weight[s], **options)
+            logp[s],
+            old[s],
+            adv[s],
+            mask[s],
+            ref_logp=old[s] - 0.2,
+            beta=0.1,
+            normalizer=normalizer,
+            row_weight=None if weight is None else weight[s],
+            **options,
+        )
         grad += torch.autograd.grad(part, logp)[0]
         parts.append(part_stats)
     torch.testing.assert_close(grad, expected, atol=1e-8, rtol=1e-6)
-    assert grpo.merge_stats(parts) == pytest.approx({k: v.item() for k, v in stats.items()}, rel=1e-5)
+    assert grpo.merge_stats(parts) == pytest.approx(
+        {k: v.item() for k, v in stats.items()}, rel=1e-5
+    )
 
 
 def test_padding_may_hold_anything():
     logp, old, adv, mask = batch()
     clean, clean_stats = grpo.policy_loss(logp, old, adv, mask, ref_logp=old, beta=0.1)
-    expected, = torch.autograd.grad(clean, logp)
+    (expected,) = torch.autograd.grad(clean, logp)
     dirty = logp.detach().masked_fill(~mask, math.nan).requires_grad_()
     bad_adv = adv[:, None].expand_as(logp).masked_fill(~mask, math.inf)
     bad_old, bad_ref = old.masked_fill(~mask, -math.inf), old.masked_fill(~mask, math.nan)
     loss, stats = grpo.policy_loss(dirty, bad_old, bad_adv, mask, ref_logp=bad_ref, beta=0.1)
     loss.backward()
-    assert loss.item() == clean.item() and torch.equal(dirty.grad, expected) and stats == clean_stats
+    assert (
+        loss.item() == clean.item() and torch.equal(dirty.grad, expected) and stats == clean_stats
+    )
     assert (expected[~mask] == 0).all() and (expected[mask] != 0).any()
 
 
@@ -241,12 +335,19 @@ def test_empty_mask_gives_zero():
     assert loss.item() == 0 and all(v == 0 for v in stats.values())
 
 
-@pytest.mark.parametrize("change, match", [
-    (dict(aggregate="mean"), "aggregate must be"), (dict(beta=0.1), "needs ref_logp"),
-    (dict(aggregate="constant"), "constant_length"), (dict(mask=torch.ones(6)), "mask must have"),
-    (dict(ref_logp=torch.zeros(6, 4)), "ref_logp must have"), (dict(row_weight=torch.ones(6)), "row_weight must be"),
-    (dict(row_weight=torch.ones(6, 5), aggregate="sequence"), "row_weight must be"),
-    (dict(advantages=torch.zeros(5)), "advantages must be")])
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (dict(aggregate="mean"), "aggregate must be"),
+        (dict(beta=0.1), "needs ref_logp"),
+        (dict(aggregate="constant"), "constant_length"),
+        (dict(mask=torch.ones(6)), "mask must have"),
+        (dict(ref_logp=torch.zeros(6, 4)), "ref_logp must have"),
+        (dict(row_weight=torch.ones(6)), "row_weight must be"),
+        (dict(row_weight=torch.ones(6, 5), aggregate="sequence"), "row_weight must be"),
+        (dict(advantages=torch.zeros(5)), "advantages must be"),
+    ],
+)
 def test_loss_rejects_in_one_line(change, match):
     logp, old, adv, mask = batch()
     arguments = dict(logp=logp, old_logp=old, advantages=adv, mask=mask) | change
@@ -255,125 +356,29 @@ def test_loss_rejects_in_one_line(change, match):
     assert "\n" not in str(e.value)
 
 
-# the update
-
-def test_fp32_optimizer_equals_torch_adamw():
-    torch.manual_seed(0)
-    ours, theirs = nn.Linear(5, 3), nn.Linear(5, 3)
-    theirs.load_state_dict(ours.state_dict())
-    a = grpo.make_optimizer(ours, lr=1e-2, weight_decay=0.1, betas=(0.8, 0.95))
-    b = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.1, betas=(0.8, 0.95))
-    for _ in range(20):
-        x = torch.randn(8, 5)
-        for model, opt in ((ours, a), (theirs, b)):
-            opt.zero_grad()
-            model(x).pow(2).sum().backward()
-            opt.step()
-    for p, q in zip(ours.parameters(), theirs.parameters()):
-        torch.testing.assert_close(p, q, atol=1e-7, rtol=1e-6)
-
-
-def test_bf16_weights_move_only_with_fp32_masters():
-    start = (torch.rand(1000) * 0.08 + 0.02).bfloat16()  # typical weights: half a bf16 step is at least 3e-5
-    ours, pure, wide = nn.Parameter(start.clone()), nn.Parameter(start.clone()), nn.Parameter(start.float())
-    a, c = grpo.make_optimizer([ours], lr=5e-6), grpo.make_optimizer([wide], lr=5e-6)
-    b = torch.optim.AdamW([pure], lr=5e-6, weight_decay=0)
-    for _ in range(100):
-        for p, opt in ((ours, a), (pure, b), (wide, c)):
-            p.grad = torch.ones_like(p)
-            opt.step()
-    assert torch.equal(pure, start)
-    assert (ours != start).float().mean() > 0.9
-    assert torch.equal(a.state[ours]["master"], wide) and torch.equal(ours, wide.bfloat16())
-
-
-def test_clip_and_step_clips_to_the_norm():
-    model = nn.Linear(3, 2)
-    opt = torch.optim.SGD(model.parameters(), lr=1.0)
-    before = [p.detach().clone() for p in model.parameters()]
-    grads = [torch.randn_like(p) for p in model.parameters()]
-    true_norm = math.sqrt(sum(g.square().sum().item() for g in grads))
-    for max_norm, scale in ((0.5, 0.5 / true_norm), (100.0, 1.0)):
-        for p, g, w in zip(model.parameters(), grads, before):
-            p.data.copy_(w)
-            p.grad = g.clone()
-        norm, stepped = grpo.clip_and_step(opt, model, max_norm)
-        assert stepped and norm == pytest.approx(true_norm)
-        for p, g, w in zip(model.parameters(), grads, before):
-            torch.testing.assert_close(w - p, g * scale, atol=1e-6, rtol=1e-4)
-            assert p.grad is None
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_non_finite_gradient_skips_the_step(value):
-    model = nn.Linear(3, 2)
-    opt = grpo.make_optimizer(model, lr=1e-2)
-    model(torch.ones(1, 3)).sum().backward()
-    assert grpo.clip_and_step(opt, model, 1.0)[1]
-    weights = [p.detach().clone() for p in model.parameters()]
-    moments = {k: v.clone() for k, v in grpo.optimizer_tensors(opt).items()}
-    model(torch.ones(1, 3)).sum().backward()
-    model.weight.grad[0, 0] = value
-    norm, stepped = grpo.clip_and_step(opt, model, 1.0)
-    assert not stepped and not math.isfinite(norm) and model.weight.grad is None
-    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights))
-    assert all(torch.equal(v, moments[k]) for k, v in grpo.optimizer_tensors(opt).items())
-
-
-def test_make_optimizer_rejects():
-    with pytest.raises(ValueError, match="nothing to optimise"):
-        grpo.make_optimizer(nn.Linear(2, 2).requires_grad_(False), 1e-3)
-    with pytest.raises(ValueError, match="lr must be"):
-        grpo.make_optimizer(nn.Linear(2, 2), -1.0)
-
-
-def test_another_models_optimizer_state_is_refused():
-    x, y = nn.Linear(4, 4), nn.Linear(4, 5)
-    run, other = grpo.make_optimizer(x, lr=1e-2), grpo.make_optimizer(y, lr=1e-2)
-    x(torch.ones(2, 4)).sum().backward()
-    run.step()
-    with pytest.raises(ValueError, match="another model's"):
-        grpo.load_optimizer_tensors(other, grpo.optimizer_tensors(run))
-    assert not other.state
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_offloaded_optimiser_makes_the_same_steps(dtype, monkeypatch):
-    """cpu:0 stands in for the other device: it is not `cpu`, so master, moments and step live apart from the parameter."""
-    torch.manual_seed(0)
-    here, away = nn.Linear(5, 3).to(dtype), nn.Linear(5, 3).to(dtype)
-    away.load_state_dict(here.state_dict())
-    a, b = grpo.make_optimizer(here, 1e-2), grpo.make_optimizer(away, 1e-2, offload=True)
-    assert b.home(away.weight) == torch.device("cpu")
-    monkeypatch.setattr(b, "home", lambda p: torch.device("cpu:0"))
-    for _ in range(5):
-        x = torch.randn(4, 5).to(dtype)
-        for model, optimizer in ((here, a), (away, b)):
-            model(x).float().square().sum().backward()
-            grpo.clip_and_step(optimizer, model, 1.0)
-    assert torch.equal(here.weight, away.weight) and set(b.state[away.weight]) == {"step", "m", "v", "master"}
-    resumed = nn.Linear(5, 3).to(dtype)                         # a run without the flag goes on with it
-    resumed.load_state_dict(here.state_dict())
-    c = grpo.make_optimizer(resumed, 1e-2, offload=True)
-    grpo.load_optimizer_tensors(c, {name: x.clone() for name, x in grpo.optimizer_tensors(a).items()})
-    monkeypatch.setattr(c, "home", lambda p: torch.device("cpu:0"))
-    for model, optimizer in ((here, a), (resumed, c)):
-        model(x).float().square().sum().backward()
-        grpo.clip_and_step(optimizer, model, 1.0)
-    assert torch.equal(here.weight, resumed.weight) and "master" in c.state[resumed.weight]
-
-
 # the demonstration
 
+
 def test_demo_learns(capsys):
-    rows, _ = grpo.train(grpo.Settings(steps=50, samples=8))
+    rows, exact = grpo.train(steps=50, samples=8)
     reward = [r["reward"] for r in rows]
     assert sum(reward[:5]) / 5 < 0.13 and sum(reward[-5:]) / 5 > 0.16  # chance is 1/11
-    assert all(r["stepped"] for r in rows) and rows[-1]["entropy"] < rows[0]["entropy"]
+    assert len(rows) == 50 and rows[-1]["entropy"] < rows[0]["entropy"] and 0 <= exact < 1
+    assert all(math.isfinite(r["loss"]) and 0 < r["grad_norm"] < math.inf for r in rows)
     assert "reward 0." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [["--samples", "1"], ["--steps", "-1"], ["--lr", "nan"], ["--nonsense", "1"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--samples", "1"],
+        ["--steps", "-1"],
+        ["--prompts", "0"],
+        ["--lr", "nan"],
+        ["--nonsense", "1"],
+        ["--steps", "x"],
+    ],
+)
 def test_bad_flags_are_one_line_and_code_2(flags, capsys):
     assert grpo.main(flags) == 2
     err = capsys.readouterr().err

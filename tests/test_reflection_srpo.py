@@ -4,142 +4,186 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from reasoning import arrows
 import grpo
-from plumbing import ranks as parallel
-from reasoning import responses as reflection_rollouts
 import reflection_srpo as rs
 import rewards
-from reasoning import qwen as vlm
+from plumbing import adapters, ranks, update
+from plumbing.flags import read_command
+from plumbing.optimizer import make_optimizer
+from plumbing.run import Run
+from reasoning import arrows, qwen
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--sft_rows", "96", "--sft_epochs", "1", "--sft_batch", "32", "--steps", "3", "--prompts", "4", "--group_size", "4", "--minibatch", "8",
          "--eval_every", "2", "--save_every", "1", "--threads", "1", "--max_new_tokens", "24"]
 
 
+@dataclass
+class Case:
+    """A model, a batch of random completions of different lengths, and what each earns beside the
+    others: what the update of `train` sees."""
+    s: rs.Settings
+    parts: rs.Parts
+    rows: list
+    completions: list
+    advantages: torch.Tensor
+
+
 @pytest.fixture
-def batch(base):
-    """(settings, model, processor, a batch of random completions of different lengths with advantages)."""
-    s = rs.Settings(model=str(base), minibatch=0)
-    model, processor = rs.load(s, base)
+def case(base) -> Case:
+    s = rs.Settings(model=str(base), minibatch=0, steps=1, prompts=6, group_size=1, lr=1e-2,
+                    save_every=100)
     torch.manual_seed(1)
-    rows, prompts = reflection_rollouts.encode(arrows.dataset(6, 0), s, processor, None)
-    completions = [torch.randint(7, len(arrows.WORDS), (n,)) for n in (3, 1, 7, 4, 5, 2)]
-    return s, model, processor, rs.Batch(prompts, completions, torch.tensor([1.0, -1.0, 0.5, 2.0, -0.3, 0.7]))
+    ids = [torch.randint(7, len(arrows.WORDS), (n,)) for n in (3, 1, 7, 4, 5, 2)]
+    completions = [qwen.Completion(x, "", False) for x in ids]
+    return Case(s, loaded(s, base), arrows.dataset(6, 0), completions,
+                torch.tensor([1.0, -1.0, 0.5, 2.0, -0.3, 0.7]))
+
+
+def loaded(s: rs.Settings, base) -> rs.Parts:
+    model, processor = rs.prepared(base, s)
+    return rs.Parts(model, processor, make_optimizer(model, s.lr))
 
 
 def gradient(model) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def updated(batch, monkeypatch, **changes) -> torch.Tensor:
-    """The gradient that `update` hands to the optimiser."""
-    s, model, processor, data = batch
+def stepped(case: Case, monkeypatch, tmp_path, **changes) -> list[dict]:
+    """`rs.train` on the case's completions instead of sampled ones -> its rows of metrics."""
+    s, order, encode = replace(case.s, **changes), [], rs.r.encode
+
+    def encoded(rows, *more):
+        order[:] = map(case.rows.index, rows)           # rows are drawn in an order of their own
+        return encode(rows, *more)
+    monkeypatch.setattr(rs.r, "encode", encoded)
+    monkeypatch.setattr(rs.r, "generate", lambda *_: [case.completions[i] for i in order])
+    monkeypatch.setattr(grpo, "group_advantages",
+                        lambda *_, **__: case.advantages[order][:, None])
+    run = Run(s, Path(tempfile.mkdtemp(dir=tmp_path)), None, "reflection_srpo.py")
+    run.keep(adapters.kept(case.parts.model), case.parts.optimizer)
+    rs.train(run, case.parts, case.rows, [], {})
+    monkeypatch.setattr(rs.r, "encode", encode)
+    return metrics(run.out)[1:]
+
+
+def updated(case: Case, monkeypatch, tmp_path, **changes) -> torch.Tensor:
+    """The gradient that a step hands to the optimiser, mean over its updates."""
     seen = []
-    monkeypatch.setattr(grpo, "clip_and_step", lambda optimizer, model, norm: (seen.append(gradient(model)), optimizer.zero_grad(), (1.0, True))[-1])
-    rs.update(model, None, processor, grpo.make_optimizer(model, 1e-3), data, replace(s, **changes))
+
+    def catch(optimizer, model, norm):
+        seen.append(gradient(model))
+        optimizer.zero_grad()
+        return 1.0, True
+    monkeypatch.setattr(update, "clip_and_step", catch)
+    stepped(case, monkeypatch, tmp_path, **changes)
     return torch.stack(seen).mean(0)
 
 
-def test_the_gradient_is_reinforce_s(batch, monkeypatch):
-    """One update, ratio 1: the gradient of -sum_i A_i mean_t log p_it / N, a row at a time through the whole forward pass. Prompt tokens have no part."""
-    s, model, processor, data = batch
-    ours = updated(batch, monkeypatch)
-    for prompt, completion, advantage in zip(data.prompts, data.completions, data.advantages):
-        inputs, _, _ = processor.batch([prompt], [completion])
+def test_the_gradient_is_reinforce_s(case, monkeypatch, tmp_path):
+    """One update, ratio 1: the gradient of -sum_i A_i mean_t log p_it / N, a row at a time through
+    the whole forward pass. Prompt tokens have no part."""
+    ours = updated(case, monkeypatch, tmp_path)
+    model, processor = case.parts.model, case.parts.processor
+    prompts = rs.r.encode(case.rows, case.s, processor)
+    for prompt, completion, advantage in zip(prompts, case.completions, case.advantages):
+        inputs, _, _ = processor.batch([prompt], [completion.ids])
         logp = model(**inputs).logits[0].log_softmax(-1)
-        loss = -advantage * sum(logp[len(prompt.ids) - 1 + t, token] for t, token in enumerate(completion)) / len(completion) / len(data.prompts)
-        loss.backward()
+        loss = -advantage * sum(logp[len(prompt.ids) - 1 + t, token]
+                                for t, token in enumerate(completion.ids))
+        (loss / len(completion.ids) / len(prompts)).backward()
     torch.testing.assert_close(ours, gradient(model), atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
-def test_micro_batches_do_not_change_the_gradient(batch, monkeypatch, aggregate):
-    whole = updated(batch, monkeypatch, aggregate=aggregate)
-    torch.testing.assert_close(updated(batch, monkeypatch, aggregate=aggregate, micro_tokens=1), whole, atol=1e-6, rtol=1e-4)
-    torch.testing.assert_close(updated(batch, monkeypatch, aggregate=aggregate, micro_tokens=90), whole, atol=1e-6, rtol=1e-4)
+def test_micro_batches_do_not_change_the_gradient(case, monkeypatch, tmp_path, aggregate):
+    whole = updated(case, monkeypatch, tmp_path, aggregate=aggregate)
+    for tokens in (1, 90):
+        parts = updated(case, monkeypatch, tmp_path, aggregate=aggregate, micro_tokens=tokens)
+        torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-4)
 
 
-def test_gradient_checkpointing_does_not_change_the_gradient(batch, monkeypatch, base):
-    s, _, processor, data = batch
-    plain = updated(batch, monkeypatch)
-    model, _ = rs.load(replace(s, gradient_checkpointing=True), base)
-    model.train()
-    assert sum(getattr(m, "gradient_checkpointing", False) for m in model.modules()) >= 3          # both language layers and the tower's
-    torch.testing.assert_close(updated((s, model, processor, data), monkeypatch), plain, atol=1e-6, rtol=1e-4)
+def test_gradient_checkpointing_does_not_change_the_gradient(case, monkeypatch, tmp_path, base):
+    plain = updated(case, monkeypatch, tmp_path)
+    case.parts = loaded(replace(case.s, gradient_checkpointing=True), base)
+    case.parts.model.train()
+    flags = [getattr(m, "gradient_checkpointing", False) for m in case.parts.model.modules()]
+    assert sum(flags) >= 3                              # both language layers and the tower's
+    torch.testing.assert_close(updated(case, monkeypatch, tmp_path), plain, atol=1e-6, rtol=1e-4)
 
 
-def test_what_follows_the_end_token_gets_no_gradient(batch, monkeypatch):
+def test_what_follows_the_end_token_gets_no_gradient(case, monkeypatch, tmp_path):
     """A completion in a batch with longer ones has the gradient it has alone."""
-    s, model, processor, data = batch
-    first = replace(data, advantages=torch.tensor([1.0, 0, 0, 0, 0, 0]))
-    alone = rs.Batch(data.prompts[:1], data.completions[:1], torch.tensor([1.0]))
-    together = updated((s, model, processor, first), monkeypatch) * 6            # mean over 6 responses
-    torch.testing.assert_close(updated((s, model, processor, alone), monkeypatch), together, atol=1e-5, rtol=1e-4)
+    case.advantages = torch.tensor([1.0, 0, 0, 0, 0, 0])
+    monkeypatch.setattr(rs.r, "groups_used", lambda *_: torch.ones(6, dtype=torch.bool))
+    together = updated(case, monkeypatch, tmp_path) * 6             # mean over 6 responses
+    monkeypatch.setattr(rs.r, "groups_used", lambda a, *_: (a != 0).any(1))
+    alone = updated(case, monkeypatch, tmp_path)
+    torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-4)
 
 
-def test_later_updates_are_clipped_round_the_first_policy(batch, monkeypatch):
-    """With several minibatches the old log-probabilities are those from before all of them: ratios start at 1 and leave it."""
-    s, model, processor, data = batch
-    stats = rs.update(model, None, processor, grpo.make_optimizer(model, 1e-2), data, replace(s, minibatch=2, epochs=3))
-    assert stats["updates"] == 9 and stats["ratio_max"] > 1.01
-    _, model, _, _ = batch
-    once = rs.update(model, None, processor, grpo.make_optimizer(model, 1e-2), data, s)
+def test_later_updates_are_clipped_round_the_first_policy(case, monkeypatch, tmp_path):
+    """With several minibatches the old log-probabilities are those from before all of them: ratios
+    start at 1 and leave it."""
+    [row] = stepped(case, monkeypatch, tmp_path, minibatch=2, epochs=3)
+    assert row["updates"] == 9 and row["ratio_max"] > 1.01
+    [once] = stepped(case, monkeypatch, tmp_path)
     assert once["updates"] == 1 and once["ratio_max"] == 1
 
 
-def test_the_kl_pulls_towards_the_reference(batch, base):
-    """The reference is the starting policy: KL 0 at first, positive after a step; with LoRA it is the model with its adapters off."""
-    pytest.importorskip("peft")
-    for rank in (0, 4):
-        s = replace(batch[0], beta=0.1, lora_rank=rank, lr=1e-2)
-        model, processor = rs.load(s, base)
-        reference = None if rank else rs.load(s, base)[0]
-        optimizer = grpo.make_optimizer(model, s.lr)
-        kl = [rs.update(model, reference, processor, optimizer, batch[3], s)["ref_kl"] for _ in range(3)]
-        assert abs(kl[0]) < 1e-6 < kl[1] < kl[2]
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_kl_pulls_towards_the_reference(case, monkeypatch, tmp_path, base, rank):
+    """The reference is the starting policy: KL 0 at first, positive after a step; with LoRA it is
+    the model with its adapters off."""
+    case.s = replace(case.s, beta=0.1, lora_rank=rank)
+    case.parts = loaded(case.s, base)
+    case.parts.reference = None if rank else rs.prepared(base, case.s)[0]
+    rows = stepped(case, monkeypatch, tmp_path, steps=3)
+    kl = [row["ref_kl"] for row in rows]
+    assert abs(kl[0]) < 1e-6 < kl[1] < kl[2]
 
 
 def test_lora_trains_adapters_of_the_language_model_alone(base, tmp_path):
-    pytest.importorskip("peft")
-    model, processor = rs.load(rs.Settings(lora_rank=4), base)
-    names = set(parallel.trainable(model))
+    parts = loaded(rs.Settings(lora_rank=4), base)
+    model, processor = parts.model, parts.processor
+    names = set(ranks.trainable(model))
     assert names and all("lora_" in name and "language_model" in name for name in names)
     with torch.no_grad():
-        for p in parallel.trainable(model).values():
+        for p in ranks.trainable(model).values():
             p.add_(torch.randn_like(p) * 0.05)
     prompt = processor.prompt([], "from a2 go 6 ?")
     inputs, _, _ = processor.batch([prompt])
     with torch.no_grad():
         expected = model(**inputs).logits
-    rs.save_policy(model, processor, tmp_path / "policy")
-    merged, _ = vlm.load_vlm(tmp_path / "policy")
+    rs.save_policy(parts, tmp_path / "policy")
+    merged, _ = qwen.load_vlm(tmp_path / "policy")
     with torch.no_grad():
         torch.testing.assert_close(merged(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
     assert (tmp_path / "policy_adapter" / "adapter_model.safetensors").stat().st_size < (tmp_path / "policy" / "model.safetensors").stat().st_size
 
 
 def test_a_frozen_tower_stays_as_it_is(base):
-    model, _ = rs.load(rs.Settings(freeze_vision=True), base)
-    assert not any("visual" in name for name in parallel.trainable(model)) and any("language_model" in name for name in parallel.trainable(model))
+    model, _ = rs.prepared(base, rs.Settings(freeze_vision=True))
+    assert not any("visual" in name for name in ranks.trainable(model)) and any("language_model" in name for name in ranks.trainable(model))
 
 
 def test_which_groups_are_trained_on():
     """mixed: by what the answers earn: rare corrections count, format and length do not; equal rewards never do."""
-    right, wrong = (rewards.ReflectionRecord("paper", total=total, format=0.5, effectiveness=earned, reflection=0.25, length=0.07)
-                    for total, earned in ((1.32, 0.5), (0.82, 0.0)))
+    right, wrong = (rewards.ReflectionRecord(0.5, 0.0, earned, 0.25, 0.07, False, earned > 0, 9)
+                    for earned in (0.5, 0.0))
     groups = [[right] * 2 + [wrong] * 6, [right] + [wrong] * 7, [wrong] * 8, [right] * 8]
     advantages = grpo.group_advantages(torch.tensor([[r.total for r in group] for group in groups]))
     records = [r for group in groups for r in group]
-    assert rs.groups_used(advantages, records, rs.Settings()).tolist() == [True, True, False, False]
-    assert rs.groups_used(advantages, records, rs.Settings(keep="mixed")).tolist() == [True, False, False, False]
+    assert rs.r.groups_used(advantages, records, "signal").tolist() == [True, True, False, False]
+    assert rs.r.groups_used(advantages, records, "mixed").tolist() == [True, False, False, False]
 
 
 def run(*arguments, **more) -> subprocess.CompletedProcess:
@@ -166,8 +210,8 @@ def test_both_stages_end_to_end(finished):
     assert len((out / "sft.jsonl").read_text().splitlines()) == 3
     assert all((out / name).exists() for name in ("curves.png", "before.json", "after.json", "base", "sft", "policy/model.safetensors", "checkpoint"))
     assert "sample: 'from " in printed and "go 6 ?', answer" in printed and "final answer right" in printed and "(format" in printed
-    model, processor = vlm.load_vlm(out / "policy")                                     # a checkpoint like any other
-    assert vlm.complete(model, processor, [[]], ["from a2 go 6 ?"], 4)[0].tokens <= 4
+    model, processor = qwen.load_vlm(out / "policy")                                     # a checkpoint like any other
+    assert qwen.complete(model, processor, [[]], ["from a2 go 6 ?"], 4)[0].tokens <= 4
 
 
 @pytest.mark.parametrize("stage, moment", [("sft", '"step": 2'), ("rl", '"step": 2')])
@@ -216,32 +260,18 @@ def test_rl_on_rows_of_a_file_sets_unusable_ones_aside(base, tmp_path, capsys):
                     "--max_new_tokens", "6", "--threads", "1", "--out", str(tmp_path / "out")])
     assert code == 0
     reasons = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
-    assert [r["source"].split(":")[1] for r in reasons] == ["7", "8", "9", "10", "12", "11"]     # the last is met when its turn comes
-    for r, words in zip(reasons, ("missing image", "empty question", "no answer", "broken JSON", "unreadable ground truth: '$$'", "room for 1024")):
+    assert [r["source"].split(":")[1] for r in reasons] == ["7", "8", "9", "10", "11", "12"]
+    for r, words in zip(reasons, ("missing image", "empty question", "no answer", "broken JSON", "room for 1024", "unreadable ground truth: '$$'")):
         assert words in r["reason"]
     printed = capsys.readouterr()
     assert "rows.jsonl:7: missing image" in printed.out + printed.err
     assert metrics(tmp_path / "out")[-1]["step"] == 2
 
 
-@pytest.mark.parametrize("stage, flags", [("rl", ["--steps", "3", "--prompts", "1", "--group_size", "2", "--max_new_tokens", "6"]),
-                                          ("sft", ["--sft_batch", "1", "--sft_epochs", "1"])])
-def test_a_batch_of_unusable_rows_takes_another(stage, flags, base, tmp_path):
-    lines = [json.loads(line) for line in write_data(tmp_path / "data", 3).read_text().splitlines()]
-    for line in lines:
-        line["target"] = "<think> a </think> <answer> a1 </answer>"
-    lines[0]["query"] = "how many " * 600
-    (tmp_path / "data" / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    arguments = [stage, "--model", str(base), "--data", str(tmp_path / "data" / "rows.jsonl"), *flags, "--threads", "1", "--out", str(tmp_path / "out")]
-    assert rs.main(arguments) == 0
-    assert [json.loads(line)["source"] for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()] == ["rows.jsonl:1"]
-
-
 def test_training_with_the_flags_of_scale(base, tmp_path, capsys):
     """parquet with other column names, the reflection prompt, LoRA, bf16, KL, both filters, no division by the std, held-out rows."""
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
-    pytest.importorskip("peft")
     rows = [{"problem": row.query, "images": [{"bytes": row.images[0], "path": "a.png"}], "answer": row.answer} for row in arrows.dataset(4, 0)]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     arguments = ["rl", "--model", str(base), "--data", str(tmp_path / "rows.parquet"), "--eval_data", str(tmp_path / "rows.parquet"), "--columns",
@@ -266,7 +296,7 @@ def test_training_with_the_flags_of_scale(base, tmp_path, capsys):
     (["--resume", "RUN", "--out", "elsewhere"], ["--resume", "drop --out"]),
     (["rl", "--model", "nowhere/at/all"], ["nowhere/at/all"]),
     (["sft", "--model", "BASE", "--data", "missing.jsonl"], ["missing.jsonl", "does not exist"]),
-    (["sft", "--model", "BASE", "--data", "ROWS"], ["no target", "reasoning/teacher.py"])], ids=" ".join)
+    (["sft", "--model", "BASE", "--data", "ROWS"], ["no target", "reasoning.teacher"])], ids=" ".join)
 def test_bad_flags_are_one_line(argv, words, base, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     if "ROWS" in argv:
@@ -287,9 +317,32 @@ def test_resume_with_other_settings_and_a_taken_folder(finished, tmp_path, capsy
     assert rs.main([*SMALL, "--out", str(tmp_path)]) == 2 and "metrics.jsonl is of another run" in capsys.readouterr().err
 
 
-def test_paper_settings_yield_to_flags(monkeypatch):
-    seen = []
-    monkeypatch.setattr(rs, "run", lambda s, given: seen.append((s.stage, s)) or 0)
-    assert rs.main(["rl", "--paper", "--model", "m", "--data", "d", "--lr", "2e-6"]) == 0
-    [(stage, s)] = seen
-    assert stage == "rl" and s.lr == 2e-6 and s.prompts == 128 and s.dtype == "bfloat16" and s.freeze_vision and s.gradient_checkpointing
+def test_paper_settings_yield_to_flags():
+    argv = ["rl", "--paper", "--model", "m", "--data", "d", "--lr", "2e-6"]
+    command = read_command(rs.Settings, argv, **rs.READING)
+    s = command.settings
+    assert command.word == "rl" and s.lr == 2e-6 and s.prompts == 128 and s.dtype == "bfloat16"
+    assert s.freeze_vision and s.gradient_checkpointing
+
+
+def test_the_cold_start_s_gradient_is_cross_entropy_on_the_response(base, tmp_path, monkeypatch):
+    """Against torch's cross-entropy with the prompt's labels at -100, one padded batch through the
+    model's own loss."""
+    rows, seen = arrows.dataset(4, 3, targets=True), []
+    s = rs.Settings(sft_epochs=1, sft_batch=4, micro_tokens=1, save_every=100)
+    parts, run = loaded(s, base), Run(s, tmp_path, None, "reflection_srpo.py")
+    run.keep(adapters.kept(parts.model), parts.optimizer)
+    monkeypatch.setattr(update, "clip_and_step", lambda optimizer, model, norm: (
+        seen.append(gradient(model)), optimizer.zero_grad(), (1.0, True))[-1])
+    rs.cold_start(run, parts, rows)
+    processor = parts.processor
+    inputs, ids, mask = processor.batch(rs.r.encode(rows, s, processor),
+                                        [processor.target(row.target) for row in rows])
+    labels = inputs["input_ids"].clone()
+    labels[:, :-ids.shape[1]] = -100
+    labels[:, -ids.shape[1]:][~mask] = -100
+    logits = parts.model(**inputs).logits
+    torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], gradient(parts.model), atol=1e-6, rtol=1e-4)

@@ -1,19 +1,38 @@
-"""robots/libero_expert.py: its data replayed through the simulator, its commands interrupted and repeated."""
+"""robots/libero_expert.py: its data replayed through the simulator, its commands interrupted and
+repeated, its files damaged, two processes that make the same ones."""
+
 import json
+import subprocess
+import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from robots import libero_expert
 from robots import openvla as vla
-from tests.conftest import needs_assets
 from robots.libero import Libero
-from robots.libero_expert import main
+from robots.libero_expert import collect, main
+from tests.conftest import needs_assets
+
+ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("command, message", [
-    ("demos --per-task 0", "--per-task must be 1 or more"), ("demos --suite libero_goal", "invalid choice: 'libero_goal'"),
-    ("measure --tsaks 1", "unrecognized arguments: --tsaks"), ("demos --split test", "invalid choice: 'test'")])
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("demos --per-task 0", "--per_task must be at least 1"),
+        ("demos --suite libero_goal", "invalid choice: 'libero_goal'"),
+        ("measure --tsaks 1", "unrecognized arguments: --tsaks"),
+        ("demos --split test", "invalid choice: 'test'"),
+        ("replay", "unrecognized arguments: replay"),
+        ("measure --noise nan", "--noise must be at least 0"),
+        ("--states 0", "--states must be"),
+        ("measure --tasks 3 3", "--tasks 3 3: each once"),
+        ("demos --size 9", "size=9: the camera"),
+    ],
+)
 def test_bad_flags(capsys, command, message):
     assert main(command.split()) == 2
     said = capsys.readouterr().err
@@ -25,59 +44,197 @@ def test_dataset_statistics_are_a_checkpoints():
     actions = np.c_[rng.uniform(-0.5, 0.8, (400, 6)), np.sign(rng.standard_normal(400))]
     statistics = libero_expert.dataset_statistics(actions, "libero_object_no_noops", 3)
     own = statistics["libero_object_no_noops"]
-    assert own["num_transitions"] == 400 and own["num_trajectories"] == 3 and own["action"]["mask"] == [True] * 6 + [False]
+    assert (
+        own["num_transitions"] == 400
+        and own["num_trajectories"] == 3
+        and own["action"]["mask"] == [True] * 6 + [False]
+    )
     np.testing.assert_allclose(own["action"]["q01"][:6], np.percentile(actions[:, :6], 1, axis=0))
     stats = vla.action_stats(json.loads(json.dumps(statistics)), "libero_object_no_noops")
-    inside = actions[((actions[:, :6] > stats["q01"][:6]) & (actions[:, :6] < stats["q99"][:6])).all(1)]
-    back = vla.to_env_actions(vla.decode_actions(vla.encode_actions(vla.from_env_actions(inside), stats), stats)).reshape(-1, 7)
+    inside = actions[
+        ((actions[:, :6] > stats["q01"][:6]) & (actions[:, :6] < stats["q99"][:6])).all(1)
+    ]
+    back = vla.to_env_actions(
+        vla.decode_actions(vla.encode_actions(vla.from_env_actions(inside), stats), stats)
+    ).reshape(-1, 7)
     np.testing.assert_allclose(back[:, :6], inside[:, :6], atol=1.3 / 255)
     np.testing.assert_array_equal(back[:, 6], inside[:, 6])
 
 
+# Episodes kept in files, without a simulator
+
+FAKE = """
+import sys, time, types
+from pathlib import Path
+import numpy as np
+from robots import libero_expert
+
+def demonstrate(env, start, **how):
+    time.sleep(0.1)
+    open(sys.argv[2], "a").write(f"{start['task']}-{start['attempt']} ")
+    env.state, env.steps, env.success = start["index"], 4, start["attempt"] % 3 > 0
+    steps = np.full((4, 7), start["attempt"], np.float32)
+    return types.SimpleNamespace(attempt=0), {
+        "images": np.zeros((4, 8, 8, 3), np.uint8), "actions": steps, "intended": steps,
+        "task": np.array(start["task"]), "state": np.array(start["index"])}
+
+libero_expert.demonstrate = demonstrate
+env = types.SimpleNamespace(split="train", states_of=lambda split: range(25))
+kept = libero_expert.collect(env, [0, 1], 3, Path(sys.argv[1]), every=1)
+print([(int(e["task"]), int(e["actions"][0, 0])) for e in kept])
+"""
+
+
+def test_two_processes_make_one_cache(tmp_path):
+    """Nothing is played twice, both get the same episodes."""
+    command = [sys.executable, "-c", FAKE, str(tmp_path / "cache"), str(tmp_path / "played")]
+    both = [
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    said = [process.communicate(timeout=60)[0] for process in both]
+    kept = str([(task, attempt) for task in (0, 1) for attempt in (1, 2, 4)])
+    assert [each.splitlines()[-1] for each in said] == [kept] * 2
+    played = (tmp_path / "played").read_text().split()
+    assert sorted(played) == [f"{task}-{attempt}" for task in (0, 1) for attempt in range(5)]
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def test_damaged_episodes(tmp_path, monkeypatch):
+    """A cut, a changed byte, a pickle, arrays that do not agree: one line that names the file."""
+    whole = tmp_path / "0-0.npz"
+    steps, images = np.zeros((4, 7), np.float32), np.zeros((4, 8, 8, 3), np.uint8)
+    arrays = {
+        "images": images,
+        "actions": steps,
+        "intended": steps,
+        "task": np.array(0),
+        "state": np.array(0),
+    }
+    np.savez_compressed(whole, **arrays)
+    assert set(libero_expert.read_episode(whole)) == set(arrays)
+    rng, good, refused = np.random.default_rng(0), whole.read_bytes(), 0
+    bad = [good[: rng.integers(len(good))] for _ in range(60)]
+    for _ in range(240):
+        data = bytearray(good)
+        data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        bad.append(bytes(data))
+    for data in bad:
+        whole.write_bytes(data)
+        try:
+            episode = libero_expert.read_episode(whole)
+            assert all(np.array_equal(episode[k], arrays[k]) for k in arrays)  # a time, a comment
+        except ValueError as error:
+            refused += 1
+            assert str(error).startswith(f"{whole} is damaged (") and "\n" not in str(error)
+    assert refused > 200
+    for change in (
+        {"actions": steps[:3]},
+        {"images": images.astype(float)},
+        {"task": steps},
+        {"intended": steps * np.nan},
+        {"actions": np.array([object()])},
+    ):
+        np.savez_compressed(whole, **arrays | change)
+        with pytest.raises(ValueError, match="0-0.npz is damaged"):
+            libero_expert.read_episode(whole)
+
+
+def test_a_full_disk_leaves_no_half_episode(tmp_path, monkeypatch):
+    def full(path, data):
+        path.open("wb").write(data[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="0-0.npz cannot be written .No space left.*disk full"):
+        libero_expert.write_whole(tmp_path / "0-0.npz", b"x" * 100)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_expert_that_fails(tmp_path, monkeypatch):
+    def fails(env, start, **how):
+        return types.SimpleNamespace(attempt=1), {}
+
+    monkeypatch.setattr(libero_expert, "demonstrate", fails)
+    env = types.SimpleNamespace(
+        split="all", states_of=lambda split: range(50), success=True, state=0, steps=1
+    )
+    with pytest.raises(RuntimeError, match="succeeds too rarely at task 7; leave it out"):
+        collect(env, [7], 1, tmp_path)
+    assert len(list(tmp_path.glob("*.npz"))) == 25
+
+
+# With LIBERO and its assets
+
+
 @needs_assets
 def test_demonstrations_can_be_interrupted(tmp_path, capsys, monkeypatch):
-    """The first run dies in its second episode; the second goes on from there and writes what an uninterrupted one would."""
-    command = ["demos", "--tasks", "3", "--per-task", "2", "--every", "40", "--size", "32", "--fast-sim", "--out", str(tmp_path / "a.npz")]
+    """The first run dies in its second episode; the second goes on from there and leaves what an
+    uninterrupted one would."""
+    command = [
+        "demos",
+        "--tasks",
+        "3",
+        "--per-task",
+        "2",
+        "--every",
+        "40",
+        "--size",
+        "32",
+        "--fast-sim",
+        "--out",
+        str(tmp_path),
+    ]
     whole, calls = libero_expert.demonstrate, []
 
-    def dies(*arguments):
+    def dies(*arguments, **how):
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return whole(*arguments)
+        return whole(*arguments, **how)
+
     monkeypatch.setattr(libero_expert, "demonstrate", dies)
-    assert main(command) == 130 and not (tmp_path / "a.npz").exists()
-    assert main(command) == 0 and len(calls) == 3 and [p.name for p in tmp_path.iterdir() if "parts" in p.name] == []
-    data = dict(np.load(tmp_path / "a.npz"))
+    assert main(command) == 130 and not list(tmp_path.rglob("*.json"))
+    assert main(command) == 0 and len(calls) == 3
+    folder = tmp_path / "libero_object-train-32px-fast-every40-noise0.3-seed0-openvla-oft"
+    assert f"2 episodes of {{}} actions are in {folder}".split("{}")[1] in capsys.readouterr().out
+    first, data = (dict(np.load(folder / f"3-{attempt}.npz")) for attempt in (0, 1))
     assert data["images"].dtype == np.uint8 and data["images"].shape[1:] == (32, 32, 3)
-    assert data["task"].tolist() == [3, 3] and data["state"].tolist() == [0, 2] and len(data["instructions"]) == 10
-    lengths = np.diff(data["starts"])
-    assert len(data["actions"]) == lengths.sum() and np.diff(data["frames"]).tolist() == [-(-n // 40) for n in lengths]
-    statistics = json.loads((tmp_path / "a.npz.dataset_statistics.json").read_text())["libero_object_no_noops"]
-    assert statistics["num_transitions"] == len(data["actions"]) and statistics["num_trajectories"] == 2
+    assert [int(e["task"]) for e in (first, data)] == [3, 3]
+    assert [int(e["state"]) for e in (first, data)] == [0, 2]
+    assert len(data["images"]) == -(-len(data["actions"]) // 40)
+    statistics = json.loads((folder / "dataset_statistics.json").read_text())
+    own = statistics["libero_object_no_noops"]
+    assert own["num_transitions"] == len(first["actions"]) + len(data["actions"])
+    assert own["num_trajectories"] == 2
     env = Libero("libero_object", size=32, fast=True)
-    observation, _ = env.reset(options={"task": 3, "index": 1})                     # the second episode again: images belong to their actions
-    np.testing.assert_array_equal(data["images"][data["frames"][1]], observation["image"])
-    for action in data["actions"][data["starts"][1]:]:
+    observation, info = env.reset(options={"task": 3, "index": 1})  # the second episode again:
+    np.testing.assert_array_equal(data["images"][0], observation["image"])  # images fit actions
+    assert info["instruction"] == data["instruction"]
+    for action in data["actions"]:
         if env.steps == 40:
-            np.testing.assert_array_equal(data["images"][data["frames"][1] + 1], env.render())
+            np.testing.assert_array_equal(data["images"][1], env.render())
         env.advance(action)
     assert env.success
     env.close()
-    assert data["intended"].shape == data["actions"].shape and (data["intended"][:, 6] == data["actions"][:, 6]).all()
-    off = np.abs(data["intended"] - data["actions"])                                # noise while nothing is near, none in grasp and release
+    actions, intended = (
+        np.concatenate([e[k] for e in (first, data)]) for k in ("actions", "intended")
+    )
+    assert intended.shape == actions.shape and (intended[:, 6] == actions[:, 6]).all()
+    off = np.abs(intended - actions)  # noise while nothing is near, none in grasp and release
     assert off[:20].mean(0)[:3].min() > 0.05 and (off.max(1) == 0).sum() > 40
-    assert main(command) == 2 and "a.npz exists; choose another" in capsys.readouterr().err
 
 
 @needs_assets
 def test_expert_command_goes_on(tmp_path, capsys):
-    command = ["measure", "--tasks", "3", "--states", "1", "--out", str(tmp_path / "e.json")]
+    out = tmp_path / "e.jsonl"
+    command = ["measure", "--tasks", "3", "--states", "1", "--out", str(out)]
     assert main(command) == 0
-    first = json.loads((tmp_path / "e.json").read_text())
-    assert first["episodes"] == [{"task": 3, "state": 0, "success": True, "steps": first["episodes"][0]["steps"], "grasps": 1}]
-    assert main(command) == 0 and json.loads((tmp_path / "e.json").read_text()) == first
+    settings, row = map(json.loads, out.read_text().splitlines())
+    assert settings["suite"] == "libero_object" and settings["noise"] == 0
+    assert row == {"task": 3, "state": 0, "success": True, "steps": row["steps"], "grasps": 1}
+    assert main(command) == 0 and len(out.read_text().splitlines()) == 2
     assert "1/1, the first 1 of all 50 initial states" in capsys.readouterr().out
-    assert main([*command, "--noise", "0.1"]) == 2 and "was begun with" in capsys.readouterr().err
-    (tmp_path / "e.json").write_text("{")
-    assert main(command) == 2 and f"{tmp_path}/e.json is not JSON" in capsys.readouterr().err
+    assert main([*command, "--noise", "0.1"]) == 2
+    assert "was begun with noise 0.0, not 0.1" in capsys.readouterr().err
+    out.write_text("{\n" + json.dumps(row) + "\n")
+    assert main(command) == 2 and f"{out} line 1 is not a row" in capsys.readouterr().err

@@ -236,11 +236,11 @@ def test_missing_gl_is_one_line(case, tmp_path, monkeypatch):
     assert envs.gl_help().split() == ["apt-get", "install", "-y", "--no-install-recommends", "libosmesa6"]
 
 
-@pytest.mark.parametrize("script", [["world_model", "--out", "x.png"], ["studies.train_world_model", "--out", "x"]])
+@pytest.mark.parametrize("script", [["studies.progress_curves", "--out", "x.png"], ["studies.train_world_model", "--out", "x"]])
 def test_missing_gl_is_one_line_where_the_simulator_is_played(script, tmp_path):
     done = subprocess.run([sys.executable, "-m", *script], env=os.environ | {"MUJOCO_GL": "bogus"}, cwd=tmp_path,
                           capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "MUJOCO_GL=bogus" in done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "MUJOCO_GL=bogus" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,5 +1,8 @@
-"""studies/train_world_model.py: masks, what the encoder may see, what the target learns from; a run; bad input."""
+"""studies/train_world_model.py: masks, what encoder and target may see; a run; bad input."""
+
 import copy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -26,10 +29,12 @@ def test_context_encoder_sees_only_the_context():
     pixels = torch.randn(2, 8, 3, 32, 32)
     whole = encoder(pixel_values_videos=pixels).last_hidden_state
     torch.testing.assert_close(wmt.encode_context(encoder, pixels, everything), whole)
-    context = everything[16:]                                                          # the first two frames are hidden
+    context = everything[16:]  # the first two frames are hidden
     changed = pixels.clone()
     changed[:, :2] += 1
-    assert torch.equal(wmt.encode_context(encoder, pixels, context), wmt.encode_context(encoder, changed, context))
+    assert torch.equal(
+        wmt.encode_context(encoder, pixels, context), wmt.encode_context(encoder, changed, context)
+    )
 
 
 def test_target_gets_no_gradient_and_moves_by_ema():
@@ -37,23 +42,32 @@ def test_target_gets_no_gradient_and_moves_by_ema():
     model = VJEPA2Model(VJEPA2Config(**SMALL))
     target = copy.deepcopy(model.encoder)
     pixels = torch.randn(3, 8, 3, 32, 32)
-    wmt.jepa_loss(model, target, pixels, wmt.sample_masks(model.config, torch.Generator().manual_seed(0))).backward()
+    wmt.jepa_loss(
+        model, target, pixels, wmt.sample_masks(model.config, torch.Generator().manual_seed(0))
+    ).backward()
     assert all(p.grad is None for p in target.parameters())
-    online = [p for name, p in model.named_parameters() if not name.endswith("key.bias")]  # softmax ignores that one
+    online = [
+        p for name, p in model.named_parameters() if not name.endswith("key.bias")
+    ]  # softmax ignores that one
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in online)
     before = [p.clone() for p in target.parameters()]
     with torch.no_grad():
         for p in model.encoder.parameters():
             p.add_(torch.randn_like(p))
     wmt.ema_update(target, model.encoder, 0.9)
-    for old, new, online in zip(before, target.parameters(), model.encoder.parameters()):
+    after = zip(before, target.parameters(), model.encoder.parameters(), strict=True)
+    for old, new, online in after:
         torch.testing.assert_close(new, 0.9 * old + 0.1 * online)
 
 
 def test_training_lowers_the_loss_without_collapse():
     log = []
-    trained = wmt.train_world_model(squares(64), VJEPA2Config(**SMALL), steps=60, batch_size=8, seed=0, report_every=10,
-                                   report=lambda step, numbers, _: log.append((step, numbers)))
+    trained = wmt.train_world_model(
+        squares(64),
+        wmt.Training(steps=60, batch_size=8, report_every=10),
+        VJEPA2Config(**SMALL),
+        report=lambda step, numbers, _: log.append((step, numbers)),
+    )
     assert [step for step, _ in log] == list(range(0, 61, 10))
     assert log[-1][1]["loss"] < 0.7 * log[0][1]["loss"]
     assert log[-1][1]["latent_std"] > 0.3 * log[0][1]["latent_std"] > 0
@@ -61,31 +75,54 @@ def test_training_lowers_the_loss_without_collapse():
 
 
 def test_training_is_reproducible():
-    a, b = (wmt.train_world_model(squares(8), VJEPA2Config(**SMALL), steps=3, batch_size=4, seed=1) for _ in range(2))
-    assert all(torch.equal(x, y) for x, y in zip(a.model.parameters(), b.model.parameters()))
+    s, config = wmt.Training(steps=3, batch_size=4, seed=1), VJEPA2Config(**SMALL)
+    a, b = (wmt.train_world_model(squares(8), s, config).model.parameters() for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_command(tmp_path, capsys):
     videos, model = tmp_path / "v.npz", tmp_path / "model"
-    np.savez(videos, videos=squares(12, size=64), success=np.arange(12) % 3 > 0, length=np.full(12, 7))
-    wmt.main(["--videos", str(videos), "--out", str(model), "--steps", "2"])
+    np.savez(
+        videos, videos=squares(12, size=64), success=np.arange(12) % 3 > 0, length=np.full(12, 7)
+    )
+    assert wmt.main(["--videos", str(videos), "--out", str(model), "--steps", "2"]) == 0
     out = capsys.readouterr().out
-    assert "latent_std" in out and "success nearer" in out and (model / "model.safetensors").stat().st_size < 4e6
+    assert "latent_std" in out and "success nearer" in out
+    assert (model / "model.safetensors").stat().st_size < 4e6
 
 
-def test_bad_arguments():
-    for call, message in [(lambda: wmt.train_world_model([], steps=1), "0 videos"),
-                          (lambda: wmt.train_world_model([squares(1)[0]], VJEPA2Config(**{**SMALL, "patch_size": 32})), "2 x 2 patches")]:
-        with pytest.raises(ValueError, match=message) as error:
-            call()
-        assert "\n" not in str(error.value)
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from studies import train_world_model as wmt\n"
+        "try: wmt.main(['--help'])\n"
+        "except SystemExit: print(sorted({'torch', 'transformers', 'mujoco'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("argv, message", [
-    ([], "--out"), (["--out", "{}"], "exists"), (["--out", "{}/no/model"], "no such folder"),
-    (["--videos", "{}/none.npz", "--out", "{}/m"], "none.npz"), (["--videos", "{}/good.npz", "--out", "{}/m", "--steps", "-1"], "steps")])
-def test_bad_command_lines(tmp_path, argv, message):
+@pytest.mark.parametrize(
+    "videos, change, message", [(0, {}, "0 videos"), (1, {"patch_size": 32}, "2 x 2 patches")]
+)
+def test_bad_arguments(videos, change, message):
+    config = VJEPA2Config(**SMALL | change)
+    with pytest.raises(ValueError, match=message) as error:
+        wmt.train_world_model(list(squares(1))[:videos], wmt.Training(steps=1), config)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "--out"),
+        (["--out", "{}"], "exists"),
+        (["--out", "{}/no/model"], "no such folder"),
+        (["--videos", "{}/none.npz", "--out", "{}/m"], "none.npz"),
+        (["--videos", "{}/good.npz", "--out", "{}/m", "--steps", "-1"], "steps"),
+    ],
+)
+def test_bad_command_lines(tmp_path, capsys, argv, message):
     np.savez(tmp_path / "good.npz", videos=squares(2, size=64))
-    with pytest.raises(SystemExit) as stop:
-        wmt.main([word.format(tmp_path) for word in argv])
-    assert message in str(stop.value) and "\n" not in str(stop.value) and not (tmp_path / "m").exists()
+    assert wmt.main([word.format(tmp_path) for word in argv]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "m").exists()

@@ -1,0 +1,117 @@
+"""What a policy is besides its weights: LoRA adapters, the policy it started as, a running average,
+and a folder in which all of that has become plain weights again.
+
+1. `add_adapters`: LoRA on the named linear layers, everything else frozen.
+2. `starting_policy`: the reference of the KL term, the adapters switched off or a parked copy.
+3. `running_average`: of the weights, for evaluation.
+4. `save_policy`: gathered from all ranks, adapters merged; the adapters alone beside it.
+"""
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from plumbing import ranks
+from plumbing.checkpoint import whole
+
+
+def add_adapters(model: nn.Module, layers: list[str], rank: int, seed: int) -> nn.Module:
+    """LoRA adapters (fp32) of this rank on the linear layers of these names, in place; nothing else
+    trains. The same on every rank of a run: their draw depends on the seed alone."""
+    from peft import LoraConfig, inject_adapter_in_model
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers)
+    inject_adapter_in_model(config, model)
+    for p in ranks.trainable(model).values():
+        p.data = p.data.float()
+    return model
+
+
+def has_adapters(model: nn.Module) -> bool:
+    return any(hasattr(m, "lora_A") for m in model.modules())
+
+
+@contextmanager
+def starting_policy(model: nn.Module, copy: nn.Module | None) -> Iterator[nn.Module]:
+    """The policy as it was when training began, without gradients and with whole weights: `copy`,
+    which waits on the CPU, on the model's device meanwhile; or the model, its adapters off."""
+    device = next(model.parameters()).device
+    layers = [m for m in model.modules() if hasattr(m, "lora_A")] if copy is None else []
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        with torch.no_grad(), ranks.whole_weights(model):
+            yield model if copy is None else copy.to(device)
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        if copy is not None:
+            copy.to("cpu")
+
+
+def running_average(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential average of the weights, over fewer steps at first, while they change fast."""
+    def average(averages, weights, n):
+        now = min(decay, (1 + int(n)) / (10 + int(n)))
+        get_ema_multi_avg_fn(now)(averages, weights, n)
+    return AveragedModel(model, multi_avg_fn=average)
+
+
+def kept(model: nn.Module, average: AveragedModel | None = None) -> dict[str, Tensor]:
+    """What a checkpoint holds beside the optimiser: trained weights, and their running average."""
+    trained = ranks.trainable(model)
+    if average is None:
+        return trained
+    return trained | {f"average.{name}": x for name, x in average.state_dict().items()
+                      if name == "n_averaged" or name.removeprefix("module.") in trained}
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """All of a model's tensors by its class's own names, adapters merged; every rank must call it.
+
+    Copies on the CPU, but on one process without adapters, where they are the model's own; empty
+    on ranks but the first."""
+    state = model.state_dict()
+    if ranks.world_size() > 1:
+        everything = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(model, options=everything)
+    if not has_adapters(model):
+        return state
+    scale, merged = model.peft_config["default"], {}
+    for name, x in state.items():
+        if name.endswith("base_layer.weight"):
+            a, b = (state[name.replace("base_layer", f"lora_{side}.default")].float()
+                    for side in "AB")                                   # (r, in), (out, r)
+            x = (x.float() + scale.lora_alpha / scale.r * b @ a).to(x.dtype)
+        if ".lora_" not in name:
+            merged[name.replace(".base_layer", "")] = x.cpu()
+    return merged
+
+
+def save_adapters(model: nn.Module, folder: Path) -> None:
+    """The adapters alone, as peft reads them; every rank must call it, the first one writes."""
+    if not has_adapters(model):
+        return
+    state = ranks.whole(ranks.trainable(model))
+    if ranks.rank() == 0:
+        with whole(folder) as draft:
+            draft.mkdir()
+            model.peft_config["default"].save_pretrained(draft)
+            save_file({f"base_model.model.{name.replace('.default.', '.')}": x
+                       for name, x in state.items()}, draft / "adapter_model.safetensors")
+
+
+def save_policy(model: nn.Module, folder: Path, write: Callable[[Path, dict], None]) -> None:
+    """A checkpoint folder that --model and eval.py load, adapters merged into its weights; these
+    alone in FOLDER_adapter. write(draft, state): the model's own way of saving."""
+    state = whole_state(model)
+    save_adapters(model, folder.with_name(folder.name + "_adapter"))
+    if ranks.rank() == 0:
+        with whole(folder) as draft:
+            write(draft, state)
+    ranks.barrier()

@@ -1,0 +1,220 @@
+"""A policy on a suite: every initial state once, greedily, as the papers evaluate.
+
+1. `evaluate`: success by task with intervals, GIFs, a journal that an interrupted hour goes on from.
+2. `film`: episodes in a larger picture than the policy sees, for suites where that takes seconds.
+3. `measured`, `describe`: a training step's rollouts in numbers, and one of them in words.
+4. What may be wrong with a comparison, in a line: other pixels, states that were trained on.
+"""
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from grpo import group_advantages
+from plumbing.checkpoint import whole
+from plumbing.plots import rate
+from plumbing.run import Journal
+from robots import policy as policies
+from robots.rollouts import play
+from robots.suite import Episode, Start, Suite
+
+
+def evaluate(policy, workers, suite: Suite, split: str, key: str, *, states: int | None = None,
+             gifs: Path | None = None, journal: Journal | None = None,
+             videos: list[Episode] | None = None) -> dict:
+    """The first `states` (all if None) initial states of every task of a split, once each.
+
+    key: of the policy's action statistics. gifs: folder for the first success and failure of each
+    label, in the frames that the policy saw. journal: gets a row for each episode that ends; those
+    it has are not played again. videos: gets the episodes played now, with their clips.
+    -> {"split", "success", "interval", "successes", "episodes", "tasks": {instruction: the same,
+    "steps": mean, "failed": indices}}"""
+    starts = {(start.task, start.index): start for start in suite.starts(split, states)}
+    seen = {(row["task"], row["index"]): row for row in (journal.rows if journal else [])}
+    rows = [row for at, row in seen.items() if at in starts]
+    todo = [start for at, start in starts.items() if at not in seen]
+    bar = tqdm(total=len(starts), initial=len(rows), desc=f"{suite.name} {split}", unit="episode",
+               disable=not journal)
+
+    def finished(episode: Episode) -> None:
+        start = episode.start
+        if gifs:
+            _save_outcome(episode, gifs, suite.labels)
+        rows.append({"task": start.task, "index": start.index, "success": episode.success,
+                     "steps": episode.steps})
+        if journal:
+            journal.add(rows[-1])
+        if videos is None:
+            episode.clip = None             # 500 videos of 256 px frames would fill the memory
+        else:
+            videos.append(episode)
+        bar.update()
+    watched = gifs is not None or videos is not None
+    play(policies.greedy(policy, key), workers, todo, suite, finished=finished,
+         clip=(lambda video: video) if watched else None)
+    bar.close()
+    rows.sort(key=lambda row: (row["task"], row["index"]))
+    return {"split": split, **_counted(rows), "tasks": _by_label(rows, suite)}
+
+
+def _counted(rows: list[dict]) -> dict:
+    return rate(sum(row["success"] for row in rows), len(rows))
+
+
+def _by_label(rows: list[dict], suite: Suite) -> dict[str, dict]:
+    own: dict[str, list] = {}
+    for row in rows:
+        own.setdefault((suite.labels or suite.instructions)[row["task"]], []).append(row)
+    return {label: _counted(each) | {
+        "steps": float(np.mean([row["steps"] for row in each])),
+        "failed": [row["index"] for row in each if not row["success"]]}
+        for label, each in own.items()}
+
+
+# Pictures
+
+def _save_outcome(episode: Episode, folder: Path, labels: tuple[str, ...]) -> None:
+    task = episode.start.task
+    name = labels[task].replace(" ", "_") if labels else f"task{task}"
+    path = folder / f"{name}-{'success' if episode.success else 'failure'}.gif"
+    if not path.exists():
+        last = episode.clip[-1]
+        save_gif(path, [*episode.clip, *framed(last, episode.success)], fps=5)
+
+
+def film(policy, suite: Suite, starts: list[Start], key: str, path: Path, size: int = 128) -> None:
+    """Play greedily and write one GIF; at the end of each episode a coloured border: green success,
+    red failure."""
+    env = suite.make(size=policy.camera, horizon=suite.horizon)
+    act, frames = policies.greedy(policy, key), []
+    for start in starts:
+        image, ended = env.reset(options=vars(start))[0]["image"], False
+        while not ended:
+            chunk = act(image[None], [suite.instructions[start.task]])[0][0]
+            for action in chunk:
+                ended = env.advance(action)
+                if env.steps % 2 == 0 or ended:
+                    frames.append(env.render(size))
+                if ended:
+                    break
+            image = env.render()
+        frames += framed(frames[-1], env.success)
+    env.close()
+    save_gif(path, frames)
+
+
+def framed(image: np.ndarray, success: bool) -> list[np.ndarray]:
+    """The image six times with a green or red border."""
+    last = image.copy()
+    for edge in (np.s_[:4], np.s_[-4:], np.s_[:, :4], np.s_[:, -4:]):
+        last[edge] = (40, 160, 60) if success else (200, 40, 40)
+    return [last] * 6
+
+
+def save_gif(path: str | Path, frames: list[np.ndarray], fps: int = 10) -> None:
+    """Frames uint8 (H, W, 3) to an animated GIF, whole or not at all."""
+    from PIL import Image
+    images = [Image.fromarray(frame) for frame in frames]
+    with whole(path) as draft:
+        images[0].save(draft, "GIF", save_all=True, append_images=images[1:],
+                       duration=1000 // fps, loop=0)
+
+
+def save_videos(episodes: list[Episode], out: Path) -> None:
+    """Episodes as `studies.progress_curves --videos` reads them, padded to the longest."""
+    lengths = np.array([len(e.clip) for e in episodes])
+    videos = np.zeros((len(episodes), lengths.max(), *episodes[0].clip.shape[1:]), np.uint8)
+    for video, episode in zip(videos, episodes):
+        video[:len(episode.clip)] = episode.clip
+    with whole(out) as draft, open(draft, "wb") as file:
+        np.savez_compressed(file, videos=videos, length=lengths,
+                            success=np.array([e.success for e in episodes]),
+                            task=np.array([e.start.task for e in episodes]))
+
+
+# A training step's rollouts
+
+def measured(gather, played: list[Episode], reward: np.ndarray, advantages: torch.Tensor,
+             record) -> dict:
+    """All ranks' rollouts in numbers. played: this rank's; gather: joins the ranks' lists; reward
+    (P * G,), advantages (P, G): of all; record: of the progress reward, None for 0/1 rewards."""
+    success = torch.tensor(gather([e.success for e in played]))
+    rate = success.float().view_as(advantages).mean(1)                          # (P,)
+    steps = sum(gather([e.steps for e in played]))
+    entropy = gather([call.entropy for e in played for call in e.calls])
+    failures = torch.tensor(reward, dtype=torch.float32)[~success]
+    row = {"success": float(rate.mean()), "reward": float(reward.mean()),
+           "failure_reward": float(failures.mean()) if len(failures) else None,
+           "length": steps / len(success), "env_steps": steps,
+           "groups_used": int((advantages != 0).any(1).sum()),
+           "groups_failed": int((rate == 0).sum()), "groups_solved": int((rate == 1).sum()),
+           "entropy": float(np.mean(entropy))}
+    if record is not None:
+        plain = group_advantages(success.view_as(advantages))
+        shift = (group_advantages(torch.tensor(reward).view_as(advantages)) - plain).abs()
+        row |= {"groups_changed": int((shift.amax(1) > 1e-3).sum()),
+                "clusters": sum(record.clusters.values()), "noise": sum(record.noise.values()),
+                "fallbacks": sum(map(bool, record.fallbacks.values()))}
+    return row
+
+
+def describe(i: int, played: list[Episode], reward: np.ndarray, advantages: torch.Tensor, record,
+             suite: Suite) -> str:
+    """One rollout in a line: the first from the i-th on that failed and was compared with
+    successes, if there is one."""
+    distances = np.full(len(played), np.nan) if record is None else record.distances
+    order = [*range(i, len(played)), *range(i)]
+    i = min(order, key=lambda j: (played[j].success, np.isnan(distances[j])))
+    e = played[i]
+    far = "" if np.isnan(distances[i]) else f", latent distance {distances[i]:.3f}"
+    return (f'"{suite.instructions[e.start.task]}", initial state {e.start.index}: '
+            f"{'success' if e.success else 'failure'} after {e.steps} steps{far} -> reward "
+            f"{reward[i]:.3f}, advantage {advantages[i]:+.2f}")
+
+
+# What is compared with what
+
+def try_suite(suite: Suite, split: str, size: int = 64) -> None:
+    """One reset in this process, so that whatever is wrong with OpenGL, assets or the split is one
+    line, before anything is loaded."""
+    suite.starts(split, 1)
+    env = suite.make(size=size, horizon=suite.horizon)
+    env.reset(options={"task": suite.tasks[0], "index": 0})
+    env.close()
+
+
+def note_training(policy, key: str, fast: bool, splits: list[str]) -> None:
+    """A line if the policy was trained on other pixels, or on the states to be held out, as the
+    scripts write into its statistics."""
+    stats = policy.norm_stats[key]
+    if (was := stats.get("fast_sim", fast)) != fast:
+        print(f"note: this policy was fine-tuned {'with' if was else 'without'} fast pixels "
+              "(--fast_sim), and sees others now", file=sys.stderr)
+    if stats.get("split") == "all" and "heldout" in splits:
+        print("note: this policy was trained on all 50 initial states; none of them is held out",
+              file=sys.stderr)
+
+
+def fingerprint(policy) -> str:
+    """Of what decides the actions: config, statistics, tokenizer, and a thousand numbers from all
+    over each tensor, so that seconds suffice at 7B."""
+    described = json.dumps([policy.config, policy.norm_stats], sort_keys=True).encode()
+    digest = hashlib.sha256(described + policy.files.get("tokenizer.json", b""))
+    for tensor in policy.state_dict().values():
+        some = tensor.flatten()[::max(1, tensor.numel() // 1000)]
+        digest.update(some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def beside(checkpoint: str) -> Path:
+    """Where an evaluation goes by default: of a run's policy it is the run's."""
+    here = Path(checkpoint)
+    if not here.is_dir():
+        return Path("out/eval") / here.name
+    folder = here.with_name("eval" if here.name == "policy" else f"eval-{here.name}")
+    return folder if os.access(here.parent, os.W_OK) else Path("out/eval") / here.name

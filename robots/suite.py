@@ -1,0 +1,89 @@
+"""Tasks and initial states, as training and evaluation need to know them, whatever simulates them.
+
+`Suite` is what a simulator's module makes of its name and options; `Episode` is what is left of a
+rollout. robots/__init__.py lists the simulators.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import gymnasium
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Start:
+    """One initial state: `index` (from 0) of a task's `split`."""
+    task: int
+    index: int
+    split: str = "train"
+
+
+@dataclass
+class Episode:
+    """What happened from one initial state.
+
+    calls: a record for each policy call, `policy.Call` when tokens were sampled, else None.
+    executed: how many actions of each call's chunk ran. clip: uint8 (T, H, W, 3), the frames that
+    were kept when the episode ended, None if nobody asked for them."""
+    start: Start
+    calls: list = field(default_factory=list)
+    executed: list[int] = field(default_factory=list)
+    success: bool = False
+    clip: np.ndarray | None = None
+
+    @property
+    def steps(self) -> int:
+        return sum(self.executed)
+
+
+@dataclass(frozen=True)
+class SuiteOptions:
+    """What only some simulators know: see the flags of robots/flags.py."""
+    protocol: str = "openvla-oft"
+    horizon: int = 0
+    hard: bool = False
+    fast: bool = False
+    assets: str = ""
+    plus: str = ""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A set of tasks.
+
+    instructions: by task number; tasks: the numbers that are played; states: initial states per
+    task of each split; make(size=, horizon=): an environment with advance, observe and render
+    beside gymnasium's methods; horizon: env steps, None: make's own business; tables: that the
+    processes share, 0: one each; by_task: a simulator holds one task, and another costs seconds;
+    protocol: in words, for what is printed; labels: the line of a table that each task counts in
+    (its instruction, if empty); split_names: a split in words; evaluated: the splits `eval.py vla`
+    plays by default; slow: episodes cost seconds, so evaluations are journaled, and their GIFs are
+    of the frames that the policy saw."""
+    name: str
+    instructions: tuple[str, ...]
+    tasks: tuple[int, ...]
+    states: dict[str, int]
+    make: Callable[..., gymnasium.Env]
+    split_names: dict[str, str]
+    horizon: int | None = None
+    tables: int = 0
+    by_task: bool = False
+    protocol: str = ""
+    labels: tuple[str, ...] = ()
+    evaluated: tuple[str, ...] = ("heldout",)
+    slow: bool = True
+
+    def starts(self, split: str, states: int | None = None) -> list[Start]:
+        """The first `states` (all if None) initial states of every task. ValueError for a split
+        that it does not have."""
+        if split not in self.states:
+            raise ValueError(f"--split {split}: {self.name} has {', '.join(self.states)}")
+        n = min(states or self.states[split], self.states[split])
+        return [Start(task, index, split) for task in self.tasks for index in range(n)]
+
+    def workers(self, processes: int, size: int, tables: int = 0):
+        """Its environments with images of `size` pixels, in worker processes."""
+        from robots.rollouts import TableBatch, Workers
+        batch = partial(TableBatch, size=size, horizon=self.horizon, make=self.make)
+        return Workers(processes, tables or self.tables or processes, batch)

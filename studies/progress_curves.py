@@ -1,0 +1,182 @@
+"""Progress curves of successes and failures under a world model, scored as SRPO-VLA's benchmark
+(arXiv 2511.15605, Appendix B) scores them. Two kinds, by --curves:
+
+ours    after every prefix of a video, against the mean of its task's OTHER successes (one centre);
+paper   over growing windows, a success against its own whole video, a failure against the nearest
+        cluster of successes (rewards.py). A success then ends near 1 by construction: only this
+        kind stands beside the paper's table, but ours says more.
+
+    python -m studies.progress_curves                       # the simulator's expert -> progress.png
+    python -m studies.progress_curves compare               # trained, random weights, mean pixels
+    python -m studies.progress_curves --curves paper --videos rollouts.npz \\
+        --model facebook/vjepa2-vitg-fpc64-384 --out curves.png
+
+rollouts.npz, as `python eval.py vla --videos` writes it: `videos` uint8 (N, T, H, W, 3), `success`
+bool (N,); optional `task` int or str (N,), and `length` int (N,) of videos padded to T frames.
+"""
+import argparse
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from plumbing.flags import ending
+
+MEASURES = ("spearman", "pearson", "monotonicity", "mmd", "js", "smd")
+
+
+def read_rollouts(path: str) -> tuple[list, np.ndarray | None, np.ndarray]:
+    """(videos, success or None, task) of an npz as described on top. ValueError, one line."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:       # numpy stops reading before the checksum
+                raise ValueError("damaged")
+        with np.load(path, allow_pickle=False) as data:
+            arrays = {name: data[name] for name in data}
+    except Exception as error:      # of damaged files zipfile, zlib and numpy raise a dozen kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"cannot read rollouts from {path}: {reason}") from error
+    videos = arrays.get("videos", np.empty(0))
+    if videos.dtype != np.uint8 or videos.ndim != 5 or videos.shape[-1] != 3 or 0 in videos.shape:
+        raise ValueError(f"{path}: needs `videos`, uint8 (N, T, H, W, 3), got {videos.dtype} "
+                         f"{videos.shape}")
+    n, longest = videos.shape[:2]
+    rules = {"success": (None, lambda x: np.isin(x, (0, 1)).all(), "true or false"),
+             "task": (np.zeros(n, int), lambda x: x.dtype.kind in "iuU", "integers or text"),
+             "length": (np.full(n, longest), lambda x: np.isin(x, np.arange(longest) + 1).all()
+                        and x.dtype.kind in "iu", f"integers in 1..{longest}")}
+    for name, (default, holds, what) in rules.items():
+        array = arrays.setdefault(name, default)
+        if array is not None and not (array.shape == (n,) and holds(array)):
+            raise ValueError(f"{path}: `{name}` must be {n} numbers, {what}, one a video, got "
+                             f"{array.dtype} {array.shape}")
+    success = None if arrays["success"] is None else arrays["success"].astype(bool)
+    return [v[:t] for v, t in zip(videos, arrays["length"], strict=True)], success, arrays["task"]
+
+
+def simulator_rollouts(episodes: int = 120, seed: int = 0,
+                       every: int = 8) -> tuple[list, np.ndarray, np.ndarray]:
+    """The scripted expert with noise, a frame after every `every` env steps (the small encoder is
+    trained on those of 8, an action chunk); in half of the episodes it is wrong by centimetres
+    about where cube and plate are, and mostly fails. -> (videos, success, task)."""
+    from robots import tabletop
+
+    rng, env, videos, success, task = np.random.default_rng(seed), tabletop.Tabletop(), [], [], []
+    for i in range(episodes):
+        start = {"task": i % len(tabletop.TASKS), "index": int(rng.integers(tabletop.N_STATES))}
+        frames, ended = [env.reset(options=start)[0]["image"]], False
+        expert = tabletop.Expert(env, 0.025 * (i // len(tabletop.TASKS) % 2), rng)
+        while not ended:
+            ended = env.advance(expert() + 0.1 * np.array([*rng.standard_normal(3), 0, 0, 0, 0]))
+            if ended or env.steps % every == 0:
+                frames.append(env.render())
+        videos.append(np.stack(frames))
+        success.append(env.success)
+        task.append(env.task)
+    return videos, np.array(success), np.array(task)
+
+
+def progress_curves(videos: list, success: np.ndarray, task: np.ndarray, model, kind: str) -> dict:
+    """{task: [(success, frames seen, R)]} of the tasks with two successes and a failure."""
+    from rewards import cluster
+
+    latents, curves = model.encode(videos).numpy(), {}
+    for name in np.unique(task).tolist():
+        won = np.flatnonzero(success & (task == name))
+        if len(won) < 2 or success[task == name].all():
+            continue
+        labels = cluster(latents[won])
+        centres = [latents[won[labels == c]].mean(0) for c in range(labels.max() + 1)]
+        curves[name] = []
+        for i in np.flatnonzero(task == name):
+            if kind == "paper":
+                curve = model.paper_progress(videos[i], None if success[i] else centres)
+            else:
+                curve = model.progress(videos[i], latents[won[won != i]].mean(0))
+            curves[name].append((bool(success[i]), *curve))
+    if not curves:
+        raise ValueError("no task has two successes and a failure: nothing to compare")
+    return curves
+
+
+def benchmark(curves: dict) -> dict[str, float]:
+    """The paper's numbers, means over tasks."""
+    from world_model import progress_metrics
+
+    scores = [progress_metrics([r for _, _, r in rows], [won for won, _, _ in rows])
+              for rows in curves.values()]
+    return {name: float(np.mean([score[name] for score in scores])) for name in MEASURES}
+
+
+def draw(curves: dict, path: str) -> None:
+    """A panel per task; successes are green."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(curves), figsize=(3.6 * len(curves), 3.2), sharey=True,
+                                  squeeze=False)
+    for (name, rows), panel in zip(curves.items(), panels[0], strict=True):
+        for won, frames, r in rows:
+            panel.plot(frames, r, color="tab:green" if won else "tab:red", alpha=0.4, linewidth=1)
+        wins = sum(won for won, _, _ in rows)
+        panel.set(xlabel="frames seen", ylim=(0, 1))
+        panel.set_title(f"task {name}: {wins} successes, {len(rows) - wins} failures", fontsize=9)
+    panels[0][0].set_ylabel("progress (green: success)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def study(s: argparse.Namespace) -> None:
+    compare = s.command == "compare"
+    if not compare and not Path(s.out).absolute().parent.is_dir():
+        raise ValueError(f"--out {s.out}: there is no such folder; make it, or choose another")
+    if s.videos:
+        videos, success, task = read_rollouts(s.videos)
+        if success is None:
+            raise ValueError(f"{s.videos}: there is no `success` in it, to compare by; add it")
+    else:
+        videos, success, task = simulator_rollouts(seed=1, every=1 if s.curves == "paper" else 8)
+    import torch
+    from transformers import VJEPA2Model
+    from transformers.utils import logging
+
+    from world_model import SHIPPED, PixelModel, WorldModel, separation
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()           # of a damaged checkpoint transformers prints a table
+    trained = WorldModel.from_pretrained(s.model or SHIPPED, batch_size=32)
+    models = {"trained": trained}
+    if compare:
+        torch.manual_seed(s.seed)
+        random = WorldModel(VJEPA2Model(trained.config), trained.resize, batch_size=32)
+        models |= {"random weights": random, "pixels": PixelModel(trained)}
+    print(f"{len(videos)} rollouts, {success.sum()} successes; {s.curves} curves, means over tasks")
+    print(f"{'':15} nearer" + "".join(f"{name:>13}" for name in MEASURES))
+    for name, model in models.items():
+        curves = progress_curves(videos, success, task, model, s.curves)
+        near = separation(model.encode(videos).numpy(), success, task)
+        print(f"{name:15}{near:7.3f}" + "".join(f"{x:13.3f}" for x in benchmark(curves).values()))
+    print("nearer: share of pairs in which a success lies nearer to the other successes than a "
+          "failure does; 0.5 is blind")
+    if not compare:
+        draw(curves, s.out)
+        print(f"wrote {s.out}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Progress of rollouts under a world model.")
+    parser.add_argument("command", nargs="?", choices=("draw", "compare"), default="draw")
+    parser.add_argument("--videos", help="rollouts.npz; without it the simulator is played")
+    parser.add_argument("--model", help="V-JEPA 2, folder or hub id; without it the simulator's")
+    parser.add_argument("--curves", choices=("ours", "paper"), default="ours")
+    parser.add_argument("--out", default="progress.png", help="draw: the picture")
+    parser.add_argument("--seed", type=int, default=0, help="compare: of the random weights")
+    s = parser.parse_args(argv)
+    return ending(lambda: study(s))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
