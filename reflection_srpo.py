@@ -101,7 +101,7 @@ FREE = {"resume", "threads", "eval_every", "save_every", "rollout_batch",
 def check(s: Settings) -> None:
     """ValueError, one line, for a setting out of range."""
     check_run(s, "prompts")
-    require(s, dict(minibatch=0, sft_rows=1, sft_batch=1, max_new_tokens=1,
+    require(s, dict(steps=0, minibatch=0, sft_rows=1, sft_batch=1, max_new_tokens=1,
                     max_prompt=1, max_length=1, micro_tokens=1, rollout_batch=1,
                     max_pixels=4 * 28 * 28), ("sft_lr", "sft_epochs"))
     if s.stage == "all" and s.data != "arrows":

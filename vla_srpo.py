@@ -91,8 +91,8 @@ def check(s: Settings) -> None:
     """ValueError, one line, for a setting out of range; derives the output folder."""
     check_run(s, "groups")
     check_suite(s)
-    require(s, dict(minibatch=1, micro_batch=1, clips=1, target_kl=0, lr_end=0),
-            ("temperature_end",))
+    require(s, dict(steps=1, minibatch=1, micro_batch=1, clips=1, target_kl=0,
+                    lr_end=0), ("temperature_end",))
     for name, value, low, high in (("average", s.average, 0, 0.9999),
                                    ("until", s.until, 0, 1), ("alpha", s.alpha, 0, 1)):
         if not low <= value <= high:
@@ -293,7 +293,8 @@ def prepare(run: Run) -> Parts:
     """All that is loaded, simulators last; a checkpoint's weights, if resumed."""
     s = run.s
     suite = find_suite(s.suite, tuple(s.tasks), s.options())
-    evaluate.try_suite(suite, evaluation_split(s))      # before minutes of loading
+    suite.count(s.workers, s.tables)                    # before minutes of loading
+    evaluate.try_suite(suite, evaluation_split(s))
     policy = policies.load_policy(s.model, getattr(torch, s.dtype), ranks.device())
     key = policies.find_key(policy.norm_stats, suite.name)
     if s.gradient_checkpointing:

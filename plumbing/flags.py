@@ -51,7 +51,7 @@ def check_run(s, groups: str) -> None:
     if s.group_size < 2:
         raise ValueError(f"--group_size must be at least 2, got {s.group_size}: "
                          "a group of one has no baseline")
-    require(s, dict(lora_rank=0, seed=0, eval_every=0, save_every=1, threads=0, steps=0, epochs=1,
+    require(s, dict(lora_rank=0, seed=0, eval_every=0, save_every=1, threads=0, epochs=1,
                     beta=0) | {groups: 1},
             ("max_norm", "lr", "temperature", "clip_low", "clip_high"))
     if not s.clip_low < 1:

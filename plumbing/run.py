@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -99,7 +99,7 @@ class Run:
         self.fresh, self.resumed = state is None, state is not None
         at = state or {"stage": "", "step": 0, "ended": False}
         self.stage, self.step, self.ended = at["stage"], at["step"], at["ended"]
-        self.interrupted, self.began = False, time.time()
+        self.began = time.time()
         self.mine, self.gather = ranks.share, ranks.gather
         self.first_rank = ranks.rank() == 0
 
@@ -139,13 +139,11 @@ class Run:
                     saved = self.step
             if saved != self.step:
                 self.save()
-            self.interrupted = any(ranks.gather(pressed))
         self.journal.close()
 
     @property
     def finished(self) -> bool:
-        """After `steps`: has it come to its end, without Ctrl-C?"""
-        return (self.ended or self.step >= self.total) and not self.interrupted
+        return self.ended or self.step >= self.total
 
     def end(self) -> None:
         """This step is the last one."""
@@ -183,6 +181,7 @@ class Run:
         if self.resumed:
             checkpoint.load(self.out / "checkpoint", tensors, optimizer)
             self.resumed = False
+        self.write("settings.json", asdict(replace(self.s, out="", resume="")))
 
     def save(self) -> None:
         state = {"stage": self.stage, "step": self.step, "ended": self.ended,
@@ -270,8 +269,6 @@ def launch(settings: type, work: Callable[[Run], int], argv: list[str] | None = 
             if state is None:
                 _refuse_taken(out)
             run = Run(s, out, state, Path(sys.modules[work.__module__].__file__).name)
-            if run.first_rank:
-                checkpoint.write_json(out / "settings.json", asdict(replace(s, out="", resume="")))
             code = work(run)
         ranks.stop()
         return code
@@ -318,17 +315,27 @@ def _refuse_taken(out: Path) -> None:
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """The folder is this run's alone while the block lasts: two runs in one would mix settings and
-    checkpoints. ValueError, one line, if another has it or nothing can be written there."""
+    checkpoints. Of a run that wrote nothing nothing stays. ValueError, one line, if another has the
+    folder or nothing can be written there."""
+    if ranks.rank():
+        yield
+        return
+    lock, made = out / ".lock", [path for path in (out, *out.parents) if not path.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = open(out / ".lock", "a+")
+        file = open(lock, "a+")
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written to ({error.strerror}); "
                          "choose another folder") from None
     with file:
-        if ranks.rank() == 0:
-            _take(file, out)
-        yield
+        _take(file, out)
+        try:
+            yield
+        finally:
+            with suppress(OSError):                     # folders that are not empty stay
+                lock.unlink()
+                for path in made:
+                    path.rmdir()
 
 
 def _take(file, out: Path) -> None:

@@ -67,9 +67,6 @@ class Workers:
     actions: the physics is deterministic, so the episodes end as if nothing had happened."""
 
     def __init__(self, processes: int, tables: int, make_batch: Callable[[int], gymnasium.Env]):
-        if not 1 <= processes <= tables:
-            raise ValueError(f"--workers {processes} for {tables} tables: each worker needs one; "
-                             "set --tables")
         self.processes, self.tables, self.make_batch = processes, tables, make_batch
         self.counts = [len(range(k, tables, processes)) for k in range(processes)]
         self.envs = [self._spawn(k) for k in range(processes)]

@@ -82,8 +82,16 @@ class Suite:
         n = min(states or self.states[split], self.states[split])
         return [Start(task, index, split) for task in self.tasks for index in range(n)]
 
+    def count(self, processes: int, tables: int = 0) -> int:
+        """Parallel environments. ValueError if there are fewer than processes."""
+        count = tables or self.tables or processes
+        if not 1 <= processes <= count:
+            raise ValueError(f"--workers {processes} for {count} tables: each worker needs one; set "
+                             "--tables")
+        return count
+
     def workers(self, processes: int, size: int, tables: int = 0):
         """Its environments with images of `size` pixels, in worker processes."""
         from robots.rollouts import TableBatch, Workers
         batch = partial(TableBatch, size=size, horizon=self.horizon, make=self.make)
-        return Workers(processes, tables or self.tables or processes, batch)
+        return Workers(processes, self.count(processes, tables), batch)

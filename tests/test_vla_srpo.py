@@ -30,6 +30,7 @@ from robots import evaluate, find_suite, policy as policies
 from robots.suite import Episode, Start, Suite
 from robots.tabletop import HORIZON, TASKS
 from robots.tiny_vla import TinyVLA
+from studies.train_world_model import TINY
 from tests.conftest import STATS, fake_episode
 from vla_srpo import Settings
 
@@ -318,7 +319,7 @@ class Pretend:
         if not (tmp_path / "policy").exists():
             tiny_policy().save_pretrained(tmp_path / "policy")
         result = {"success": 0.5, "interval": (0.4, 0.6), "episodes": 8}
-        result |= {"tasks": {task: result for task in TASKS}}
+        result = result | {"tasks": dict.fromkeys(TASKS, result)}
         collate, score, log = policies.collate, vla_srpo.score, Run.log
         monkeypatch.setattr(vla_srpo, "play", self.play)
         monkeypatch.setattr(Suite, "workers", lambda *_: self)
@@ -599,7 +600,7 @@ def stopped(tmp_path):
     optimizer.step()
     s = Settings(steps=6, reward="binary", lr=1e-3, threads=1, model=str(tmp_path / "policy"))
     (tmp_path / "run").mkdir()
-    run = Run(s, tmp_path / "run", {"step": 3}, "vla_srpo.py")
+    run = Run(s, tmp_path / "run", {"stage": "", "step": 3, "ended": False}, "vla_srpo.py")
     run.tensors, run.optimizer = adapters.kept(policy), optimizer
     run.save()
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(f'{{"step": {k}}}\n' for k in range(4)))
@@ -631,9 +632,9 @@ def test_resume_with_other_settings_or_a_damaged_checkpoint(stopped, tmp_path, c
         file = run / "checkpoint" / name
         content = file.read_bytes()
         file.write_bytes(content[:len(content) // 2])
-        refused(["--resume", run], [str(file), "truncated"], tmp_path, capsys)
+        refused(["--resume", run], [name, "truncated"], tmp_path, capsys)
         file.unlink()
-        refused(["--resume", run], [name, "incomplete"], tmp_path, capsys)
+        refused(["--resume", run], [name, "missing"], tmp_path, capsys)
         file.write_bytes(content)
     assert vla_srpo.main(["--resume", str(run), "--plan", "--micro_batch", "20"]) == 0          # of the run's policy; what only saves memory may change
     assert f"plan for {tmp_path}/policy" in capsys.readouterr().out
@@ -683,7 +684,7 @@ def folder(tmp_path_factory):
     from transformers import VJEPA2Config, VJEPA2Model
     folder = tmp_path_factory.mktemp("end_to_end")
     torch.manual_seed(0)
-    model = VJEPA2Model(VJEPA2Config(**dict(world_model_train.TINY, hidden_size=24, pred_hidden_size=12, num_hidden_layers=1)))
+    model = VJEPA2Model(VJEPA2Config(**dict(TINY, hidden_size=24, pred_hidden_size=12, num_hidden_layers=1)))
     world_model.WorldModel(model, resize="exact", device="cpu").save_pretrained(folder / "world_model")
     return folder
 

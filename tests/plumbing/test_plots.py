@@ -238,5 +238,8 @@ def test_draw_reflection_curves(tmp_path, monkeypatch):
 
 
 def test_no_torch_for_a_table():
-    code = "import sys; from plumbing import plots; assert not {'torch', 'matplotlib'} & set(sys.modules)"
+    code = (
+        "import sys; from plumbing import plots; "
+        "assert not {'torch', 'matplotlib'} & set(sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

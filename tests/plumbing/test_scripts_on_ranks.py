@@ -262,6 +262,10 @@ def vla_run(folder: Path) -> None:
 # The tests
 
 
+def close(got, wanted, atol: float, what: str) -> None:
+    torch.testing.assert_close(got, wanted, atol=atol, rtol=0, msg=lambda m: f"{what}: {m}")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
@@ -287,9 +291,7 @@ def test_two_ranks_make_the_update_of_one(folder, tmp_path):
         for key, x in weights.items():
             # 0.1% of a step, or in bf16 a rounding
             atol = 1e-5 if x.dtype == torch.float32 else 2e-3
-            torch.testing.assert_close(
-                two[key], x, atol=atol, rtol=0, msg=lambda m, key=key: f"{name} {key}: {m}"
-            )
+            close(two[key], x, atol, f"{name} {key}")
             moved = max(moved, float((x - start[key]).abs().max()))
         assert moved > 1e-3
         same_numbers(
@@ -308,9 +310,7 @@ def test_two_ranks_fine_tune_as_one(folder, tmp_path):
         rows = lines(there / name / "sft.jsonl")
         assert set(two) == set(weights) and [row["step"] for row in log] == [1, 2, 3, 4]
         for key, x in weights.items():  # 1% of the largest step
-            torch.testing.assert_close(
-                two[key], x, atol=1e-4, rtol=0, msg=lambda m, key=key: f"{name} {key}: {m}"
-            )
+            close(two[key], x, 1e-4, f"{name} {key}")
         assert max(float((x - start[key]).abs().max()) for key, x in weights.items()) > 1e-2
         for row, expected in zip(rows, log, strict=True):
             same_numbers(row, expected, rel=1e-3)
@@ -366,9 +366,7 @@ def test_two_ranks_make_the_vla_update_of_one(robots, tmp_path):
             # The softmax after this bias takes no notice of it: its gradient is rounding, which
             # Adam makes steps of
             if key != "conv3.bias":
-                torch.testing.assert_close(
-                    two[key], x, atol=atol, rtol=0, msg=lambda m, key=key: f"{kind} {key}: {m}"
-                )
+                close(two[key], x, atol, f"{kind} {key}")
         same_numbers(
             lines(robots / "vla_updates" / kind / "metrics.jsonl")[1],
             row,

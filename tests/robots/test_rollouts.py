@@ -1,4 +1,5 @@
 """robots/rollouts.py: episodes in worker processes, some of which are killed, against tables played alone in this process."""
+
 import multiprocessing
 import os
 import random
@@ -21,12 +22,20 @@ def at(start: Start) -> Tabletop:
 
 def test_batch_renders_only_active_tables(monkeypatch):
     rendered, render = [], envs.Scene.render
-    monkeypatch.setattr(envs.Scene, "render", lambda self, data, size: rendered.append(data) or render(self, data, size))
+    monkeypatch.setattr(
+        envs.Scene,
+        "render",
+        lambda self, data, size: rendered.append(data) or render(self, data, size),
+    )
     batch = TableBatch(4)
     batch.reset(options={"slots": [(0, Start(0, 0)), (3, Start(1, 1))]})
     before = batch.images.copy()
-    _, *_, info = batch.step({"chunk": np.ones((4, 8, 7)), "active": np.array([0, 0, 0, 1]), "every": 8})
-    assert [next(i for i, t in enumerate(batch.tables) if t.unwrapped.data is data) for data in rendered] == [0, 3, 3]
+    _, *_, info = batch.step(
+        {"chunk": np.ones((4, 8, 7)), "active": np.array([0, 0, 0, 1]), "every": 8}
+    )
+    assert [
+        next(i for i, t in enumerate(batch.tables) if t.unwrapped.data is data) for data in rendered
+    ] == [0, 3, 3]
     assert info["executed"].tolist() == [0, 0, 0, 8]
     assert [np.array_equal(a, b) for a, b in zip(before, batch.images)] == [True, True, True, False]
 
@@ -65,28 +74,39 @@ class Script:
 
     def __call__(self, images, instructions):
         self.batches.append(len(images))
-        return np.array([self.chunks[i.tobytes(), text] for i, text in zip(images, instructions)]), instructions
+        return np.array(
+            [self.chunks[i.tobytes(), text] for i, text in zip(images, instructions)]
+        ), instructions
 
     def check(self, episodes: list[Episode], starts: list[Start], every: int = 8) -> None:
         assert [e.start for e in episodes] == starts
         for e in episodes:
             truth, _, frames = self.truth[e.start]
             assert (e.executed, e.success) == (truth.executed, truth.success), e.start
-            assert e.records == [envs.TASKS[e.start.task]] * len(e.executed) and e.steps == sum(truth.executed)
+            assert e.records == [envs.TASKS[e.start.task]] * len(e.executed) and e.steps == sum(
+                truth.executed
+            )
             np.testing.assert_array_equal(e.images, truth.images)
             np.testing.assert_array_equal(e.video, [*frames[:-1:every], frames[-1]])
 
 
-STARTS = [Start(task, index, split) for index, split in ((0, "train"), (7, "heldout"), (20, "train"), (33, "heldout"))
-          for task in range(4)]
+STARTS = [
+    Start(task, index, split)
+    for index, split in ((0, "train"), (7, "heldout"), (20, "train"), (33, "heldout"))
+    for task in range(4)
+]
 
 
 @pytest.fixture(scope="module")
 def script() -> Script:
     script = Script(STARTS)
     wins = sum(e.success for e, *_ in script.truth.values())
-    assert 6 <= wins <= 12 and len({len(c) for _, c, _ in script.truth.values()}) > 1     # both outcomes, several lengths
-    assert len(script.chunks) == sum(len(c) for _, c, _ in script.truth.values())       # no two calls saw the same image
+    assert (
+        6 <= wins <= 12 and len({len(c) for _, c, _ in script.truth.values()}) > 1
+    )  # both outcomes, several lengths
+    assert len(script.chunks) == sum(
+        len(c) for _, c, _ in script.truth.values()
+    )  # no two calls saw the same image
     return script
 
 
@@ -105,25 +125,34 @@ def test_workers_equal_a_table_alone(script, workers):
     stage, running = dict.fromkeys(tables, 0), list(tables)
     while running:
         shuffle.shuffle(running)
-        chosen = running[:shuffle.randint(1, len(running))]                     # the others wait
+        chosen = running[: shuffle.randint(1, len(running))]  # the others wait
         for t, (image, executed, success, ended, _) in workers.step(
-                {t: script.truth[tables[t]][1][stage[t]] for t in chosen}).items():
+            {t: script.truth[tables[t]][1][stage[t]] for t in chosen}
+        ).items():
             truth, chunks, _ = script.truth[tables[t]]
             stage[t] += 1
             last = stage[t] == len(chunks)
-            assert (executed, success, ended) == (truth.executed[stage[t] - 1], truth.success and last, last)
+            assert (executed, success, ended) == (
+                truth.executed[stage[t] - 1],
+                truth.success and last,
+                last,
+            )
             np.testing.assert_array_equal(image, truth.images[stage[t]])
             if ended:
                 running.remove(t)
 
 
 def test_more_episodes_than_tables(script, workers):
-    done, starts = [], STARTS + STARTS[:3]                                      # 19 episodes, some twice, on 5 tables
+    done, starts = [], STARTS + STARTS[:3]  # 19 episodes, some twice, on 5 tables
     random.Random(1).shuffle(starts)
     script.batches.clear()
     script.check(play(script, workers, starts, done.append), starts)
-    assert len(done) == 19 and workers.replaced == 0 and workers.history == {}     # nothing is kept of episodes that ended
-    assert script.batches[0] == 5 and sum(script.batches) == sum(len(script.truth[s][1]) for s in starts)
+    assert (
+        len(done) == 19 and workers.replaced == 0 and workers.history == {}
+    )  # nothing is kept of episodes that ended
+    assert script.batches[0] == 5 and sum(script.batches) == sum(
+        len(script.truth[s][1]) for s in starts
+    )
 
 
 @pytest.mark.parametrize("every", [1, 2, 4])
@@ -140,14 +169,15 @@ def test_dead_workers_are_replaced(script):
 
     def act(images, instructions):
         calls.append(len(images))
-        if len(calls) == 2:                             # gone before the call: its pipe is broken
+        if len(calls) == 2:  # gone before the call: its pipe is broken
             process(0).kill(), process(0).join()
-        if len(calls) == 4:                             # gone while the call waits for its answer
+        if len(calls) == 4:  # gone while the call waits for its answer
             os.kill(process(1).pid, signal.SIGSTOP)
             threading.Timer(0.2, process(1).kill).start()
-        if len(calls) == 7:                             # with tables that started at different times
+        if len(calls) == 7:  # with tables that started at different times
             process(0).kill(), process(1).kill()
         return script(images, instructions)
+
     try:
         script.check(play(act, workers, STARTS, every=2), STARTS, 2)
         assert len(calls) > 7 and workers.replaced == 4
@@ -180,7 +210,10 @@ class Refusing(TableBatch):
         raise (ValueError if action["active"][0] else FileNotFoundError)("no such mesh")
 
 
-@pytest.mark.parametrize("table, error, message", [(0, ValueError, "no such mesh"), (1, RuntimeError, "FileNotFoundError: no such mesh")])
+@pytest.mark.parametrize(
+    "table, error, message",
+    [(0, ValueError, "no such mesh"), (1, RuntimeError, "FileNotFoundError: no such mesh")],
+)
 def test_an_error_in_a_worker_is_raised_as_it_is(recwarn, table, error, message):
     """Its message alone, for one line; where it happened stands in its notes, which Python prints with a traceback. A file that the worker misses
     does not pass for its death."""
@@ -189,7 +222,12 @@ def test_an_error_in_a_worker_is_raised_as_it_is(recwarn, table, error, message)
         workers.reset({table: Start(0, 0)})
         with pytest.raises(error, match="no such mesh") as caught:
             workers.step({table: np.zeros((8, 7))})
-        assert workers.replaced == 0 and str(caught.value) == message and "in step" in caught.value.__notes__[0] and not [w for w in recwarn if "mesh" in str(w.message)]
+        assert (
+            workers.replaced == 0
+            and str(caught.value) == message
+            and "in step" in caught.value.__notes__[0]
+            and not [w for w in recwarn if "mesh" in str(w.message)]
+        )
     finally:
         workers.close()
 

@@ -1,4 +1,5 @@
 """robots/tabletop.py against gymnasium's checker and hand-made scenes."""
+
 import os
 import subprocess
 import sys
@@ -14,8 +15,8 @@ from robots.tabletop import ActionChunk, Expert, Tabletop
 from robots.rollouts import Start
 
 ROOT = Path(__file__).parents[2]
-mujoco = envs.load_mujoco()                             # envs sets MUJOCO_GL before mujoco is imported
-STILL = np.array([0, 0, 0, 0, 0, 0, -1.0])              # stay where you are, gripper open
+mujoco = envs.load_mujoco()  # envs sets MUJOCO_GL before mujoco is imported
+STILL = np.array([0, 0, 0, 0, 0, 0, -1.0])  # stay where you are, gripper open
 
 
 def physics(env) -> np.ndarray:
@@ -44,7 +45,10 @@ def actions_of_expert(start: Start) -> np.ndarray:
 
 # One table
 
-@pytest.mark.parametrize("make", [Tabletop, lambda: ActionChunk(Tabletop(horizon=20))], ids=["Tabletop", "ActionChunk"])
+
+@pytest.mark.parametrize(
+    "make", [Tabletop, lambda: ActionChunk(Tabletop(horizon=20))], ids=["Tabletop", "ActionChunk"]
+)
 @pytest.mark.filterwarnings("ignore:.*(different from the unwrapped|alternative render modes)")
 def test_gymnasiums_checker(make):
     check_env(make())
@@ -67,14 +71,25 @@ def test_same_start_same_trajectory():
     for a, b in zip(*trajectories):
         np.testing.assert_array_equal(a, b)
     images, states = trajectories[0]
-    assert images.std(0).max() > 0 and len(np.unique(states, axis=0)) == 31      # something did move
+    assert images.std(0).max() > 0 and len(np.unique(states, axis=0)) == 31  # something did move
 
 
 def test_reset_draws_from_its_seed():
-    drawn = [[tuple(Tabletop().reset(seed=seed)[1][key] for key in ("task", "index")) for seed in range(12)] for _ in range(2)]
+    drawn = [
+        [
+            tuple(Tabletop().reset(seed=seed)[1][key] for key in ("task", "index"))
+            for seed in range(12)
+        ]
+        for _ in range(2)
+    ]
     assert drawn[0] == drawn[1] and len(set(drawn[0])) > 6
     _, info = Tabletop().reset(options={"task": "put the blue cube on the green plate", "index": 3})
-    assert info == {"task": 2, "instruction": "put the blue cube on the green plate", "index": 3, "success": False}
+    assert info == {
+        "task": 2,
+        "instruction": "put the blue cube on the green plate",
+        "index": 3,
+        "success": False,
+    }
 
 
 def test_initial_states_are_disjoint():
@@ -85,13 +100,20 @@ def test_initial_states_are_disjoint():
         for k, split in enumerate(("train", "heldout")):
             for index in range(50):
                 env.reset(options={"task": task, "index": index, "split": split})
-                places[k, index] = [env.data.body(name).xpos[:2] for name in ("red", "blue", "green", "yellow")]
-        jitter = places - np.array([envs.LAYOUT[name] for name in ("red", "blue", "green", "yellow")])
-        assert 0.9 * envs.JITTER < np.abs(jitter).max() <= envs.JITTER + 1e-9 and 0.02 <= envs.JITTER <= 0.03, instruction
+                places[k, index] = [
+                    env.data.body(name).xpos[:2] for name in ("red", "blue", "green", "yellow")
+                ]
+        jitter = places - np.array(
+            [envs.LAYOUT[name] for name in ("red", "blue", "green", "yellow")]
+        )
+        assert (
+            0.9 * envs.JITTER < np.abs(jitter).max() <= envs.JITTER + 1e-9
+            and 0.02 <= envs.JITTER <= 0.03
+        ), instruction
         apart = cdist(*[places.reshape(100, 8)] * 2)
         assert apart[~np.eye(100, dtype=bool)].min() > 1e-6
         overlap = cdist(places[..., :2, :].reshape(200, 2), places[..., 2:, :].reshape(200, 2))
-        assert overlap.min() > envs.SUCCESS_RADIUS                              # nothing is solved at the start
+        assert overlap.min() > envs.SUCCESS_RADIUS  # nothing is solved at the start
 
 
 def test_expert_solves_every_task():
@@ -105,12 +127,20 @@ def test_expert_solves_every_task():
                     action = expert()
                     ended = env.advance(action)
                     closed += action[6] > 0
-                    assert not (env.success and action[6] > 0), "success while the gripper still holds the cube"
+                    assert not (env.success and action[6] > 0), (
+                        "success while the gripper still holds the cube"
+                    )
                 assert env.success and env.steps < envs.HORIZON and closed > 5, (split, task, index)
 
 
-def place(env: Tabletop, offset, height: float = 0.028, cube: str = "", plate: str = "",
-          fingers: float = envs.FINGER_OPEN) -> bool:
+def place(
+    env: Tabletop,
+    offset,
+    height: float = 0.028,
+    cube: str = "",
+    plate: str = "",
+    fingers: float = envs.FINGER_OPEN,
+) -> bool:
     """Put a cube by hand at an offset (metres) from a plate's centre; is the task solved?"""
     cube, plate = cube or env.cube, plate or env.plate
     env.data.joint(cube).qpos[:2] = env.data.body(plate).xpos[:2] + offset
@@ -123,33 +153,47 @@ def place(env: Tabletop, offset, height: float = 0.028, cube: str = "", plate: s
 @pytest.mark.parametrize("task", range(4))
 def test_success_predicate(task):
     cube, plate = envs.TASKS[task].split()[2], envs.TASKS[task].split()[-2]
-    other_cube, other_plate = {"red": "blue", "blue": "red"}[cube], {"green": "yellow", "yellow": "green"}[plate]
+    other_cube, other_plate = (
+        {"red": "blue", "blue": "red"}[cube],
+        {"green": "yellow", "yellow": "green"}[plate],
+    )
 
     def fresh():
         env = at(Start(task, 5))
         assert not env.solved()
         return env
+
     assert place(fresh(), (0, 0), cube=cube, plate=plate)
-    assert place(fresh(), (0.6 * envs.SUCCESS_RADIUS, -0.6 * envs.SUCCESS_RADIUS), cube=cube, plate=plate)    # off centre
-    for wrong in (dict(plate=other_plate), dict(cube=other_cube), dict(offset=(1.1 * envs.SUCCESS_RADIUS, 0)),
-                  dict(offset=(0, -0.09), height=0.02), dict(height=0.06), dict(height=0.12), dict(fingers=0.02)):
-            # not: another plate, another cube, on the rim, beside it, held above it, on it but still gripped
+    assert place(
+        fresh(), (0.6 * envs.SUCCESS_RADIUS, -0.6 * envs.SUCCESS_RADIUS), cube=cube, plate=plate
+    )  # off centre
+    for wrong in (
+        dict(plate=other_plate),
+        dict(cube=other_cube),
+        dict(offset=(1.1 * envs.SUCCESS_RADIUS, 0)),
+        dict(offset=(0, -0.09), height=0.02),
+        dict(height=0.06),
+        dict(height=0.12),
+        dict(fingers=0.02),
+    ):
+        # not: another plate, another cube, on the rim, beside it, held above it, on it but still gripped
         assert not place(fresh(), **{"offset": (0, 0), "cube": cube, "plate": plate} | wrong), wrong
     env = fresh()
     place(env, (0, 0))
-    env.data.joint(cube).qvel[0] = 0.3                                          # sliding across it
+    env.data.joint(cube).qvel[0] = 0.3  # sliding across it
     mujoco.mj_forward(env.scene.model, env.data)
     assert not env.solved()
     env = fresh()
-    place(env, (0, 0), height=0.04)                                             # dropped from 12 mm above, it comes to rest
+    place(env, (0, 0), height=0.04)  # dropped from 12 mm above, it comes to rest
     outcomes = [env.step(STILL)[1:4] for _ in range(8)]
     assert (1.0, True, False) in outcomes
-    env = fresh()                                                               # the same beside the plate never counts
+    env = fresh()  # the same beside the plate never counts
     place(env, (0, 0.09 if plate == "yellow" else -0.08), height=0.03)
     assert [env.step(STILL)[1:4] for _ in range(8)] == [(0.0, False, False)] * 8
 
 
 # Chunks
+
 
 def test_chunk_is_its_single_steps(monkeypatch):
     start, rendered, render = Start(3, 8), [], envs.Scene.render
@@ -160,7 +204,7 @@ def test_chunk_is_its_single_steps(monkeypatch):
     chunked.reset(options=vars(start))
     for n, chunk in enumerate(actions, 1):
         image, reward, terminated, truncated, info = chunked.step(chunk)
-        assert len(rendered) == 1 + n                                           # one for reset, one per chunk
+        assert len(rendered) == 1 + n  # one for reset, one per chunk
         for action in chunk:
             single.advance(action)
         np.testing.assert_array_equal(physics(single), physics(chunked))
@@ -169,10 +213,14 @@ def test_chunk_is_its_single_steps(monkeypatch):
 
 
 def test_chunk_stops_at_success_and_horizon():
-    start = next(s for s in (Start(1, i) for i in range(50)) if len(actions_of_expert(s)) % 8 not in (0, 7))
+    start = next(
+        s for s in (Start(1, i) for i in range(50)) if len(actions_of_expert(s)) % 8 not in (0, 7)
+    )
     actions = actions_of_expert(start)
     whole, rest = divmod(len(actions), 8)
-    padded = np.concatenate([actions, np.ones((8 - rest, 7))]).reshape(-1, 8, 7)    # would knock the cube about
+    padded = np.concatenate([actions, np.ones((8 - rest, 7))]).reshape(
+        -1, 8, 7
+    )  # would knock the cube about
     single, chunked = at(start), ActionChunk(Tabletop())
     chunked.reset(options=vars(start))
     ends = [chunked.step(chunk) for chunk in padded]
@@ -185,10 +233,14 @@ def test_chunk_stops_at_success_and_horizon():
     short = ActionChunk(Tabletop(horizon=11))
     short.reset(options=vars(start))
     ends = [short.step(np.tile(STILL, (8, 1))) for _ in range(2)]
-    assert [(e[1:4], e[4]["executed"]) for e in ends] == [((0.0, False, False), 8), ((0.0, False, True), 3)]
+    assert [(e[1:4], e[4]["executed"]) for e in ends] == [
+        ((0.0, False, False), 8),
+        ((0.0, False, True), 3),
+    ]
 
 
 # Bad input and a machine without OpenGL
+
 
 def test_bad_input_is_one_clear_line():
     env, chunked = Tabletop(), ActionChunk(Tabletop())
@@ -196,56 +248,91 @@ def test_bad_input_is_one_clear_line():
     chunked.reset(options={"task": 0, "index": 0})
     nan = np.full(7, np.nan)
     for call, words in [
-            (lambda: env.step(np.zeros(6)), r"7 finite numbers, got shape \(6,\)"),
-            (lambda: env.step(np.zeros((1, 7))), r"got shape \(1, 7\)"),
-            (lambda: env.step(nan), "nan"),
-            (lambda: env.step(np.array([0, 0, np.inf, 0, 0, 0, 0])), "inf"),
-            (lambda: chunked.step(np.tile(nan, (8, 1))), "nan"),
-            (lambda: chunked.step(np.zeros((7, 7))), r"shape \(8, 7\), got \(7, 7\)"),
-            (lambda: chunked.step(np.zeros(7)), r"got \(7,\)"),
-            (lambda: env.reset(options={"task": "open the drawer"}), "'open the drawer'.*put the red cube on the green plate"),
-            (lambda: env.reset(options={"task": 4}), "unknown task 4"),
-            (lambda: env.reset(options={"task": -1}), "unknown task -1"),
-            (lambda: env.reset(options={"index": 50}), r"index=50.*0\.\.49"),
-            (lambda: env.reset(options={"index": -1}), "index=-1"),
-            (lambda: env.reset(options={"split": "test"}), "split='test'.*'train' or 'heldout'"),
-            (lambda: Tabletop(split="val"), "split='val'"),
-            (lambda: Tabletop(size=1024), "size=1024.*16 to 256")]:
+        (lambda: env.step(np.zeros(6)), r"7 finite numbers, got shape \(6,\)"),
+        (lambda: env.step(np.zeros((1, 7))), r"got shape \(1, 7\)"),
+        (lambda: env.step(nan), "nan"),
+        (lambda: env.step(np.array([0, 0, np.inf, 0, 0, 0, 0])), "inf"),
+        (lambda: chunked.step(np.tile(nan, (8, 1))), "nan"),
+        (lambda: chunked.step(np.zeros((7, 7))), r"shape \(8, 7\), got \(7, 7\)"),
+        (lambda: chunked.step(np.zeros(7)), r"got \(7,\)"),
+        (
+            lambda: env.reset(options={"task": "open the drawer"}),
+            "'open the drawer'.*put the red cube on the green plate",
+        ),
+        (lambda: env.reset(options={"task": 4}), "unknown task 4"),
+        (lambda: env.reset(options={"task": -1}), "unknown task -1"),
+        (lambda: env.reset(options={"index": 50}), r"index=50.*0\.\.49"),
+        (lambda: env.reset(options={"index": -1}), "index=-1"),
+        (lambda: env.reset(options={"split": "test"}), "split='test'.*'train' or 'heldout'"),
+        (lambda: Tabletop(split="val"), "split='val'"),
+        (lambda: Tabletop(size=1024), "size=1024.*16 to 256"),
+    ]:
         with pytest.raises(ValueError, match=words) as caught:
             call()
         assert "\n" not in str(caught.value)
     before = physics(env)
     with pytest.raises(ValueError):
         env.step(nan)
-    np.testing.assert_array_equal(physics(env), before)                         # a refused action moves nothing
+    np.testing.assert_array_equal(physics(env), before)  # a refused action moves nothing
 
 
 @pytest.mark.parametrize("case", ["no libEGL", "no such device", "unknown MUJOCO_GL"])
 def test_missing_gl_is_one_line(case, tmp_path, monkeypatch):
-    (tmp_path / "libEGL.so.1").write_text("not a library")                      # what the dynamic linker finds first
+    (tmp_path / "libEGL.so.1").write_text("not a library")  # what the dynamic linker finds first
     (tmp_path / "libEGL.so").write_text("not a library")
-    change = {"no libEGL": {"LD_LIBRARY_PATH": str(tmp_path), "MUJOCO_GL": "egl"}, "no such device": {"MUJOCO_EGL_DEVICE_ID": "99", "MUJOCO_GL": "egl"},
-              "unknown MUJOCO_GL": {"MUJOCO_GL": "bogus"}}[case]
-    done = subprocess.run([sys.executable, "-m", "robots.tabletop", "--gif", tmp_path / "x.gif"], env=os.environ | change,
-                          capture_output=True, text=True, timeout=60)
+    change = {
+        "no libEGL": {"LD_LIBRARY_PATH": str(tmp_path), "MUJOCO_GL": "egl"},
+        "no such device": {"MUJOCO_EGL_DEVICE_ID": "99", "MUJOCO_GL": "egl"},
+        "unknown MUJOCO_GL": {"MUJOCO_GL": "bogus"},
+    }[case]
+    done = subprocess.run(
+        [sys.executable, "-m", "robots.tabletop", "--gif", tmp_path / "x.gif"],
+        env=os.environ | change,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 1 and done.stdout == "" and not (tmp_path / "x.gif").exists()
     assert done.stderr.count("\n") == 1 and f"MUJOCO_GL={change['MUJOCO_GL']}" in done.stderr
     monkeypatch.setenv("MUJOCO_GL", "egl")
-    assert "libegl1" in envs.gl_help() and (case == "unknown MUJOCO_GL" or envs.gl_help() in done.stderr)
+    assert "libegl1" in envs.gl_help() and (
+        case == "unknown MUJOCO_GL" or envs.gl_help() in done.stderr
+    )
     monkeypatch.setenv("MUJOCO_GL", "osmesa")
-    assert envs.gl_help().split() == ["apt-get", "install", "-y", "--no-install-recommends", "libosmesa6"]
+    assert envs.gl_help().split() == [
+        "apt-get",
+        "install",
+        "-y",
+        "--no-install-recommends",
+        "libosmesa6",
+    ]
 
 
-@pytest.mark.parametrize("script", [["studies.progress_curves", "--out", "x.png"], ["studies.train_world_model", "--out", "x"]])
+@pytest.mark.parametrize(
+    "script",
+    [["studies.progress_curves", "--out", "x.png"], ["studies.train_world_model", "--out", "x"]],
+)
 def test_missing_gl_is_one_line_where_the_simulator_is_played(script, tmp_path):
-    done = subprocess.run([sys.executable, "-m", *script], env=os.environ | {"MUJOCO_GL": "bogus"}, cwd=tmp_path,
-                          capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "MUJOCO_GL=bogus" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", *script],
+        env=os.environ | {"MUJOCO_GL": "bogus"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: ")
+        and done.stderr.count("\n") == 1
+        and "MUJOCO_GL=bogus" in done.stderr
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_gif(tmp_path):
     from PIL import Image
+
     frames = [np.full((16, 16, 3), value, np.uint8) for value in (0, 90, 200)]
     envs.save_gif(str(tmp_path / "x.gif"), frames)
     with Image.open(tmp_path / "x.gif") as gif:

@@ -1,4 +1,5 @@
 """robots/tiny_vla.py: its forward pass written out in loops, rows of a batch that do not touch each other, files that come back as they went."""
+
 import json
 import os
 import shutil
@@ -17,8 +18,13 @@ from tests.conftest import STATS
 from robots.tiny_vla import TinyVLA
 
 CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "openvla_tiny" / "checkpoint"
-INSTRUCTIONS = ["put the red cube on the green plate", "put the red cube on the yellow plate",
-                "put the blue cube on the green plate", "put the blue cube on the yellow plate", "wait"]
+INSTRUCTIONS = [
+    "put the red cube on the green plate",
+    "put the red cube on the yellow plate",
+    "put the blue cube on the green plate",
+    "put the blue cube on the yellow plate",
+    "wait",
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +32,9 @@ def tiny():
     torch.manual_seed(0)
     policy = TinyVLA(STATS)
     with torch.no_grad():
-        policy.head.weight.mul_(30)                     # from the usual start all logits would be near 0
+        policy.head.weight.mul_(30)  # from the usual start all logits would be near 0
         policy.film.weight.mul_(5)
-        policy.sharpness.normal_()                      # starts at 0
+        policy.sharpness.normal_()  # starts at 0
     return policy
 
 
@@ -46,10 +52,12 @@ def test_batch_is_its_rows(tiny, frames):
     together = logits_of(tiny, frames, INSTRUCTIONS)
     assert together.shape == (5, 56, 256) and together.dtype == torch.float32
     for k, text in enumerate(INSTRUCTIONS):
-        torch.testing.assert_close(logits_of(tiny, frames[k:k + 1], text), together[k:k + 1], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            logits_of(tiny, frames[k : k + 1], text), together[k : k + 1], atol=1e-4, rtol=0
+        )
     same_image = logits_of(tiny, frames[:1].expand(5, -1, -1, -1, -1), INSTRUCTIONS)
     same_text = logits_of(tiny, frames, INSTRUCTIONS[:1] * 5)
-    for logits in (same_image, same_text):              # both inputs matter, for every pair
+    for logits in (same_image, same_text):  # both inputs matter, for every pair
         assert all((logits[i] - logits[j]).abs().max() > 0.1 for i in range(5) for j in range(i))
 
 
@@ -60,57 +68,82 @@ def test_ignores_padding(tiny, frames):
     pixels = tiny.pixel_values(frames)
     with torch.no_grad():
         expected = tiny(ids, mask, pixels)
-        torch.testing.assert_close(tiny(F.pad(ids, (0, 4), value=77), F.pad(mask, (0, 4)), pixels), expected, atol=1e-5, rtol=0)
-        torch.testing.assert_close(tiny(ids.masked_fill(mask == 0, 9), mask, pixels), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            tiny(F.pad(ids, (0, 4), value=77), F.pad(mask, (0, 4)), pixels),
+            expected,
+            atol=1e-5,
+            rtol=0,
+        )
+        torch.testing.assert_close(
+            tiny(ids.masked_fill(mask == 0, 9), mask, pixels), expected, atol=1e-5, rtol=0
+        )
 
 
 def test_forward_in_loops(tiny, frames):
     """The stem, spatial softmax and cosine head of one image, written out."""
     w = {name: p.double() for name, p in tiny.state_dict().items()}
-    x = frames[0, 0].double() / 127.5 - 1                                                       # (64, 64, 3)
+    x = frames[0, 0].double() / 127.5 - 1  # (64, 64, 3)
     line = torch.linspace(-1, 1, 64, dtype=torch.double)
-    x = torch.cat([x, line.expand(64, 64)[..., None], line[:, None].expand(64, 64)[..., None]], 2).permute(2, 0, 1)[None]
-    words = sum(w["words.weight"][1 + zlib.crc32(word) % 255] for word in b"put the red cube on the green plate".split())
+    x = torch.cat(
+        [x, line.expand(64, 64)[..., None], line[:, None].expand(64, 64)[..., None]], 2
+    ).permute(2, 0, 1)[None]
+    words = sum(
+        w["words.weight"][1 + zlib.crc32(word) % 255]
+        for word in b"put the red cube on the green plate".split()
+    )
     scale, shift = (w["film.weight"] @ words + w["film.bias"]).split(32)
     x = F.conv2d(x, w["conv1.weight"], w["conv1.bias"], 2, 2).relu()
     x = F.conv2d(x, w["conv2.weight"], w["conv2.bias"], 2, 1)
     x = (x * (1 + scale[:, None, None]) + shift[:, None, None]).relu()
-    x = F.conv2d(x, w["conv3.weight"], w["conv3.bias"], 1, 1)[0]                                # (32, 16, 16)
+    x = F.conv2d(x, w["conv3.weight"], w["conv3.bias"], 1, 1)[0]  # (32, 16, 16)
     line, where = np.linspace(-1, 1, 16), []
     for channel, sharpness in zip(x.numpy(), w["sharpness"].exp().flatten().tolist()):
         share = np.exp(channel * sharpness)
         share /= share.sum()
-        where += [(share.sum(0) * line).sum(), (share.sum(1) * line).sum()]                     # mean column, mean row
+        where += [(share.sum(0) * line).sum(), (share.sum(1) * line).sum()]  # mean column, mean row
     h = (w["fc1.weight"] @ torch.cat([torch.tensor(where), words]) + w["fc1.bias"]).relu()
     h = h + (w["fc2.weight"] @ h + w["fc2.bias"]).relu()
     coefficients = (w["head.weight"] @ h + w["head.bias"]).view(56, 16)
     logits = logits_of(tiny, frames[:1], INSTRUCTIONS[0])[0]
     for token, b in ((0, 0), (5, 255), (17, 100), (55, 31)):
-        value = sum(3 * coefficients[token, k - 1] * np.cos(np.pi * k * b / 255) for k in range(1, 17))
+        value = sum(
+            3 * coefficients[token, k - 1] * np.cos(np.pi * k * b / 255) for k in range(1, 17)
+        )
         assert abs(value - logits[token, b]) < 1e-3
 
 
 def test_round_trip_and_load_policy(tiny, frames, tmp_path):
     cropped = TinyVLA(STATS, crop=(8, 20, 40))
     cropped.save_pretrained(tmp_path / "cropped")
-    assert torch.equal(logits_of(policies.load_policy(tmp_path / "cropped"), frames, INSTRUCTIONS), logits_of(cropped, frames, INSTRUCTIONS))
+    assert torch.equal(
+        logits_of(policies.load_policy(tmp_path / "cropped"), frames, INSTRUCTIONS),
+        logits_of(cropped, frames, INSTRUCTIONS),
+    )
     tiny.save_pretrained(tmp_path / "policy")
     loaded = policies.load_policy(tmp_path / "policy")
     assert type(loaded) is TinyVLA and type(policies.load_policy(CHECKPOINT)) is vla.OpenVLA
     assert loaded.norm_stats == STATS and loaded.config == tiny.config
     assert loaded.state_dict().keys() == tiny.state_dict().keys()
-    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), tiny.state_dict().values()))
-    assert torch.equal(logits_of(loaded, frames, INSTRUCTIONS), logits_of(tiny, frames, INSTRUCTIONS))
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), tiny.state_dict().values())
+    )
+    assert torch.equal(
+        logits_of(loaded, frames, INSTRUCTIONS), logits_of(tiny, frames, INSTRUCTIONS)
+    )
     loaded.save_pretrained(tmp_path / "again")
     for name in ("model.safetensors", "config.json", "dataset_statistics.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "policy" / name).read_bytes()
     with pytest.raises(ValueError, match="nothing was overwritten"):
         loaded.save_pretrained(tmp_path / "policy")
-    small = TinyVLA(STATS, channels=(4, 6, 8), width=12, basis=5, size=32)      # sizes come from config.json
+    small = TinyVLA(
+        STATS, channels=(4, 6, 8), width=12, basis=5, size=32
+    )  # sizes come from config.json
     small.save_pretrained(tmp_path / "small")
     small_frames = frames[:1, :, :32, :32]
-    assert torch.equal(logits_of(policies.load_policy(tmp_path / "small"), small_frames, "wait"),
-                       logits_of(small, small_frames, "wait"))
+    assert torch.equal(
+        logits_of(policies.load_policy(tmp_path / "small"), small_frames, "wait"),
+        logits_of(small, small_frames, "wait"),
+    )
 
 
 def test_crop(tiny, frames):
@@ -148,18 +181,28 @@ def test_bad_checkpoints_are_one_clear_line(tiny, tmp_path):
         save_file(weights | {"fc2.bias": torch.zeros(12)}, folder / "model.safetensors")
 
     def lacking(folder):
-        save_file({name: tensor for name, tensor in weights.items() if name != "conv1.bias"}, folder / "model.safetensors")
+        save_file(
+            {name: tensor for name, tensor in weights.items() if name != "conv1.bias"},
+            folder / "model.safetensors",
+        )
 
     def resized(folder):
         (folder / "config.json").write_text(json.dumps(tiny.config | {"width": 128}))
 
     def half_json(folder):
         (folder / "config.json").write_text('{"model_type": "tiny_')
+
     for damage, words in [
-            (truncated, "model.safetensors is truncated"), (reshaped, "do not fit config.json"),
-            (lacking, "do not fit config.json"), (resized, "do not fit config.json"), (half_json, "not valid JSON"),
-            *((lambda folder, name=name: (folder / name).unlink(), name) for name in
-              ("model.safetensors", "config.json", "dataset_statistics.json"))]:
+        (truncated, "model.safetensors is truncated"),
+        (reshaped, "do not fit config.json"),
+        (lacking, "do not fit config.json"),
+        (resized, "do not fit config.json"),
+        (half_json, "not valid JSON"),
+        *(
+            (lambda folder, name=name: (folder / name).unlink(), name)
+            for name in ("model.safetensors", "config.json", "dataset_statistics.json")
+        ),
+    ]:
         folder = tmp_path / "bad"
         shutil.copytree(tmp_path / "good", folder)
         damage(folder)
@@ -173,11 +216,21 @@ def test_bad_checkpoints_are_one_clear_line(tiny, tmp_path):
 
 def test_bad_input_is_one_clear_line(tiny, frames):
     for call, words in [
-            (lambda: tiny.decode(torch.zeros(1, 56).long(), "libero_moon"), "'libero_moon' .* knows: tabletop"),
-            (lambda: tiny.encode(np.zeros((1, 8, 7)), "libero_moon"), "'libero_moon' .* knows: tabletop"),
-            (lambda: tiny.pixel_values(frames[:, 0]), r"\(B, 1, 64, 64, 3\), got torch.uint8 \(5, 64, 64, 3\)"),
-            (lambda: tiny.pixel_values(frames.float()), "got torch.float32"),
-            (lambda: tiny.pixel_values(frames[:, :, :32]), r"got torch.uint8 \(5, 1, 32, 64, 3\)")]:
+        (
+            lambda: tiny.decode(torch.zeros(1, 56).long(), "libero_moon"),
+            "'libero_moon' .* knows: tabletop",
+        ),
+        (
+            lambda: tiny.encode(np.zeros((1, 8, 7)), "libero_moon"),
+            "'libero_moon' .* knows: tabletop",
+        ),
+        (
+            lambda: tiny.pixel_values(frames[:, 0]),
+            r"\(B, 1, 64, 64, 3\), got torch.uint8 \(5, 64, 64, 3\)",
+        ),
+        (lambda: tiny.pixel_values(frames.float()), "got torch.float32"),
+        (lambda: tiny.pixel_values(frames[:, :, :32]), r"got torch.uint8 \(5, 1, 32, 64, 3\)"),
+    ]:
         with pytest.raises(ValueError, match=words) as caught:
             call()
         assert "\n" not in str(caught.value)
