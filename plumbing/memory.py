@@ -19,10 +19,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from plumbing import checkpoint as checkpoints
+from robots import openvla as checkpoints
 from robots import tabletop as envs
 from robots import libero as libero_envs
-from robots import policy as policies
 from robots import openvla as vla
 
 GiB = 2**30
@@ -156,7 +155,7 @@ def stacks(config: dict, shapes: dict, s) -> list[Stack]:
     text = config.get("text_config") or config
     text = dict(width=text["hidden_size"], depth=text["num_hidden_layers"], mlp=text["intermediate_size"], attention=text["num_attention_heads"] * head_size(text))
     if config["model_type"] == "openvla":
-        (w1, d1, m1), (w2, d2, m2) = (checkpoints.tower_size(shapes, f"vision_backbone.{tower}", Path(".")) for tower in ("featurizer", "fused_featurizer"))
+        (w1, d1, m1), (w2, d2, m2) = (checkpoints.tower_size({n: (None, x) for n, x in shapes.items()}, f"vision_backbone.{tower}", Path(".")) for tower in ("featurizer", "fused_featurizer"))
         rows = min(s.micro_batch, s.minibatch)
         return [Stack("dino", rows, vla.PATCHES + 5, w1, d1 - 1, m1, s.lora_rank > 0), Stack("vit", rows, vla.PATCHES, w2, d2 - 1, m2, s.lora_rank > 0),
                 Stack("llama", rows, vla.PATCHES + PROMPT_TOKENS + vla.ACTION_TOKENS + 1, **text, lora=s.lora_rank > 0)]
@@ -258,7 +257,7 @@ def images(s, config: dict, world_model: tuple[dict, int] | None) -> float:
     if hasattr(s, "micro_tokens"):
         return 0.0
     steps = envs.HORIZON if s.suite == "tabletop" else s.horizon or max(libero_envs.PROTOCOLS[s.protocol].values())
-    camera, policy = (policies.CAMERA, vla.IMAGE) if config["model_type"] == "openvla" else (config["size"],) * 2
+    camera, policy = (vla.CAMERA, vla.IMAGE) if config["model_type"] == "openvla" else (config["size"],) * 2
     clip = min(math.ceil(steps / s.video_every) + 1, world_model[0]["frames_per_clip"] if world_model else math.inf)
     return s.groups * s.group_size * 3 * (2 * math.ceil(steps / envs.CHUNK) * policy**2 + clip * camera**2 * (s.reward == "srpo"))
 

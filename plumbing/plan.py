@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from plumbing import checkpoint as checkpoints
-from plumbing import run as job
+from plumbing import checkpoint
+from robots import openvla as checkpoints
+from robots import evaluate, find_suite, policy_class
 from plumbing import memory
 from robots import policy as policies
 from robots import openvla as vla
@@ -112,7 +113,7 @@ def explained(s):
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not re.search("can't allocate memory|ALLOC_FAILED|out of memory", str(error)):
             raise
         if s.resume:
-            s = replace(s, **job.read_state(Path(s.resume) / "checkpoint")["settings"])
+            s = replace(s, **checkpoint.read_state(Path(s.resume) / "checkpoint")["settings"])
         if not s.model:
             raise RuntimeError("out of memory: lower the batch sizes, see --help") from error
         _, given = inputs(s)
@@ -134,21 +135,7 @@ def checks(s, folder: Path, config: dict, shapes: dict) -> list[str]:
     problems += [f"{folder} has no {name}; copy it from the original checkpoint" for name in needed if name not in files]
     if hasattr(s, "micro_tokens"):
         return problems or _qwen_checks(folder, config, shapes)
-    if kind == "openvla" and not problems:
-        try:
-            checkpoints.read_tokenizer((folder / "tokenizer.json").read_bytes())
-        except ValueError as error:
-            problems.append(f"{folder}: {error}")
-    rows = shapes.get("language_model.lm_head.weight", (0,))[0]
-    if kind == "openvla" and rows < vla.FIRST_BIN + vla.BINS:
-        problems.append(f"{folder}: the head has {rows} rows, the discrete action tokens end at {vla.FIRST_BIN + vla.BINS}; give an OpenVLA-OFT checkpoint with them")
-    elif kind == "openvla":
-        problems += checkpoints.misfits(config, shapes, folder)
-    if not Path(s.model).is_dir():
-        from huggingface_hub import list_repo_files
-        with suppress(Exception):                                                       # no network: what is in the cache must do
-            files |= set(list_repo_files(s.model))
-    problems += [f"{folder} holds {name}, a regression head: RL needs the checkpoint with discrete action tokens" for name in files if "action_head" in name]
+    problems = policy_class(kind).problems(folder)
     try:
         policies.find_key(checkpoints.action_statistics(folder), s.suite)
     except ValueError as error:
@@ -179,9 +166,9 @@ def simulator(s) -> list[str]:
     """Problems of the suite, its tasks, OpenGL and the simulator's assets."""
     if hasattr(s, "micro_tokens"):
         return []
-    import eval as evaluation
     try:
-        evaluation.try_suite(evaluation.find_suite(s.suite, s.tasks, **{} if s.suite == "tabletop" else dict(assets=s.assets)), 64)
+        suite = find_suite(s.suite, tuple(s.tasks), s.options())
+        evaluate.try_suite(suite, "heldout" if s.split == "disjoint" else "all")
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         return [str(error).splitlines()[0]]
     return []

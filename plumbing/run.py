@@ -99,7 +99,7 @@ class Run:
         self.fresh, self.resumed = state is None, state is not None
         at = state or {"stage": "", "step": 0, "ended": False}
         self.stage, self.step, self.ended = at["stage"], at["step"], at["ended"]
-        self.began = time.time()
+        self.began, self.pressed = time.time(), []      # Ctrl-C, also in an earlier stage
         self.mine, self.gather = ranks.share, ranks.gather
         self.first_rank = ranks.rank() == 0
 
@@ -120,13 +120,13 @@ class Run:
                                keep=lambda row: 0 < done >= _step(row))
         self.bar = tqdm(total=total, initial=done, desc=self.stage or Path(self.script).stem,
                         unit="step", mininterval=1, dynamic_ncols=True, disable=not self.first_rank)
-        with _ctrl_c() as pressed, self.bar:
+        with _ctrl_c(self.pressed), self.bar:
             if done == 0:
                 if zero:
                     self.journal.add({"step": 0, **zero})
                 self.save()
             saved = self.step
-            while not self.finished and not any(ranks.gather(pressed)):     # on any rank
+            while not self.finished and not any(ranks.gather(self.pressed)):
                 self.step += 1
                 self.rng = np.random.default_rng([self.s.seed, self.step])
                 torch.manual_seed(int(self.rng.integers(2**62)) + ranks.rank())
@@ -228,10 +228,9 @@ class Run:
 
 
 @contextmanager
-def _ctrl_c() -> Iterator[list]:
-    """Within it Ctrl-C makes the yielded list true instead of raising, so that a loop can finish
-    its step and save. A second one raises."""
-    pressed: list[int] = []
+def _ctrl_c(pressed: list) -> Iterator[None]:
+    """Within it Ctrl-C makes a list true instead of raising, so that a loop can finish its step and
+    save. A second one raises."""
     before = signal.getsignal(signal.SIGINT)
 
     def handler(*_):
@@ -242,7 +241,7 @@ def _ctrl_c() -> Iterator[list]:
 
     signal.signal(signal.SIGINT, handler)
     try:
-        yield pressed
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -342,6 +341,9 @@ def _take(file, out: Path) -> None:
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Whoever had it may have ended, and removed it, since it was opened
+        if os.fstat(file.fileno()).st_nlink == 0:
+            raise BlockingIOError
     except BlockingIOError:
         file.seek(0)
         raise ValueError(f"{out} is in use by process {file.read().strip() or '?'}; "

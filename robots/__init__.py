@@ -17,14 +17,16 @@ def _named(path: str):
 
 def policy_class(model_type: str):
     """ValueError, one line, for an unknown one."""
-    if model_type not in POLICIES:
-        raise ValueError(f"{model_type!r} is no policy here; there are {', '.join(POLICIES)}")
+    if model_type not in list(POLICIES):                # a damaged file may hold a list there
+        raise ValueError(f"{model_type!r:.60} is no policy here; there are {', '.join(POLICIES)}")
     return _named(POLICIES[model_type])
 
 
-def find_suite(name: str, tasks: tuple[int, ...] = (), options: SuiteOptions | None = None) -> Suite:
+def find_suite(name: str, tasks: tuple[int, ...] = (),
+               options: SuiteOptions | None = None) -> Suite:
     """A suite by its name, or some of its tasks by number. ValueError, one line."""
+    if len(set(tasks)) < len(tasks):
+        raise ValueError(f"--tasks {' '.join(map(str, tasks))}: each once")
     if (kind := name.partition("_")[0]) not in SUITES:
-        raise ValueError(f"no suite {name!r}; there are tabletop, libero_spatial, libero_object, "
-                         "libero_goal, libero_10, libero_90 and libero_plus")
+        raise ValueError(f"no suite {name!r}; names begin with {' or '.join(SUITES)}, see --help")
     return _named(SUITES[kind])(name, tasks, options or SuiteOptions())

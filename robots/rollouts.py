@@ -1,8 +1,9 @@
 """Many episodes at once: simulators in worker processes, and a policy that plays them.
 
-1. `TableBatch`: many chunked environments ("tables") in one process, stepped by one call.
-2. `Workers`: a gymnasium AsyncVectorEnv for each process, replaced when it dies.
-3. `play`: every policy call covers all running tables; whoever has finished takes the next initial
+1. `ActionChunk`: one step of an environment is a chunk of 8 actions, cut short at success.
+2. `TableBatch`: many chunked environments ("tables") in one process, stepped by one call.
+3. `Workers`: a gymnasium AsyncVectorEnv for each process, replaced when it dies.
+4. `play`: every policy call covers all running tables; whoever has finished takes the next initial
    state at once, so nothing idles at the end of an episode and no step is simulated after it.
 """
 import multiprocessing
@@ -11,14 +12,40 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
-from itertools import zip_longest
 
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
 
-from robots.suite import Episode, Start, Suite
-from robots.tabletop import CHUNK, ActionChunk
+from plumbing.flags import printable
+from robots.suite import CHUNK, Episode, Start, Suite
+
+BROKEN = "is memory short, or the OpenGL driver broken?"
+
+
+class ActionChunk(gymnasium.Wrapper):
+    """One step executes a chunk of actions, (CHUNK, 7), and stops where the episode ends. A single
+    frame is rendered, at the end, or one after each `every` actions too, for who wants a video.
+
+    info["executed"]: number of actions that ran before success or the horizon; the tokens of the
+    others must not be trained on. info["between"]: the frames before the last, uint8 (H, W, 3)
+    each; (executed - 1) // every of them."""
+
+    def __init__(self, env: gymnasium.Env):
+        super().__init__(env)
+        self.action_space = Box(-1.0, 1.0, (CHUNK, 7), np.float32)
+
+    def step(self, action, every: int = CHUNK):
+        if np.shape(action) != (CHUNK, 7):
+            raise ValueError(f"a chunk of actions has shape ({CHUNK}, 7), got {np.shape(action)}")
+        env, executed, ended, between = self.env.unwrapped, 0, False, []
+        while executed < CHUNK and not ended:
+            if executed and executed % every == 0:
+                between.append(env.observe()["image"])
+            ended = env.advance(action[executed])
+            executed += 1
+        return (env.observe(), float(env.success), env.success, ended and not env.success,
+                {"executed": executed, "between": between})
 
 
 class TableBatch(gymnasium.Env):
@@ -77,16 +104,15 @@ class Workers:
     def _spawn(self, k: int) -> gymnasium.vector.AsyncVectorEnv:
         # Not fork: a fork of a process with threads or an OpenGL context can hang. The new process
         # would import the main script, torch and all (640 MB instead of 160), if it knew its file.
-        methods = multiprocessing.get_all_start_methods()
-        context = "forkserver" if "forkserver" in methods else "spawn"
+        known = multiprocessing.get_all_start_methods()     # Windows has spawn alone
         script = sys.modules["__main__"]
         file, script.__file__ = getattr(script, "__file__", None), None
         try:
-            make = partial(self.make_batch, self.counts[k])
-            return gymnasium.vector.AsyncVectorEnv([make], context=context)
+            return gymnasium.vector.AsyncVectorEnv(
+                [partial(self.make_batch, self.counts[k])],
+                context="forkserver" if "forkserver" in known else "spawn")
         except (EOFError, OSError):
-            raise RuntimeError("a worker process died while starting: is memory short, or the "
-                               "OpenGL driver broken?") from None
+            raise RuntimeError(f"a worker process died while starting: {BROKEN}") from None
         finally:
             script.__file__ = file
 
@@ -115,20 +141,16 @@ class Workers:
 
     def _exchange(self, method: str, arguments: dict, every: int = CHUNK) -> dict[int, tuple]:
         """One call on every process concerned, all at work at the same time -> {process: reply}."""
-        shares = {k: {t: a for t, a in arguments.items() if t % self.processes == k}
-                  for k in range(self.processes)}
+        shares: dict[int, dict] = {}
+        for t, argument in arguments.items():
+            shares.setdefault(t % self.processes, {})[t] = argument
         replies, dead = {}, []
-        for k in (k for k, share in shares.items() if share):
-            try:
-                self._send(k, method, shares[k], every)
-                replies[k] = None
-            except OSError:                                 # the pipe is broken
-                dead.append(k)
-        for k in replies:
-            try:
-                replies[k] = self._wait(k, method)
-            except (EOFError, OSError):
-                dead.append(k)
+        for call in (self._send, self._wait):
+            for k in [k for k in shares if k not in dead]:
+                try:
+                    replies[k] = call(k, method, shares[k], every)
+                except (EOFError, OSError):                 # its pipe is broken
+                    dead.append(k)
         return replies | {k: self._revive(k, method, shares[k], every) for k in dead}
 
     def _send(self, k: int, method: str, share: dict, every: int = CHUNK) -> None:
@@ -141,43 +163,43 @@ class Workers:
             chunks[0, slot], active[0, slot] = chunk, 1
         self.envs[k].step_async({"chunk": chunks, "active": active, "every": np.array([every])})
 
-    def _wait(self, k: int, method: str) -> tuple:
-        """A process's reply. An error there is raised here, an OSError as RuntimeError: it is not
-        the process's death. Its traceback, of which gymnasium warns, goes with it."""
+    def _wait(self, k: int, method: str, *_) -> tuple:
+        """A process's reply. An error there is one here, of one line, whatever it says, and no
+        OSError: it is not the process's death. Its traceback, of which gymnasium warns, is its
+        note."""
         with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
             try:
                 return getattr(self.envs[k], f"{method}_wait")()
             except Exception as error:
                 if not said:
                     raise
-                told = error
-                if isinstance(error, (EOFError, OSError)):
-                    told = RuntimeError(f"{type(error).__name__}: {error}")
+                kind = type(error) if type(error) in (ValueError, RuntimeError) else None
+                text = printable(" ".join(str(error).split()))
+                told = (kind or RuntimeError)(text if kind else f"{type(error).__name__}: {text}")
                 told.add_note("\n".join(str(warning.message) for warning in said))
                 raise told from None
 
     def _revive(self, k: int, method: str, share: dict, every: int) -> tuple:
         """Replace process k, repeat what its live tables had done, then make the call that it did
         not answer."""
+        live = {t: past for t, past in self.history.items() if t % self.processes == k}
+        calls = [("reset", {t: start for t, (start, _) in live.items()}, CHUNK)] if live else []
+        for j in range(max((len(chunks) for _, chunks in live.values()), default=0)):
+            again = {t: chunks[j] for t, (_, chunks) in live.items() if len(chunks) > j}
+            calls.append(("step", again, CHUNK))
         for _ in range(3):
             self.replaced += 1
             self._kill(k)
             self.envs[k] = self._spawn(k)
-            live = {t: past for t, past in self.history.items() if t % self.processes == k}
-            calls = [("reset", {t: start for t, (start, _) in live.items()})] if live else []
-            for j in range(max((len(chunks) for _, chunks in live.values()), default=0)):
-                again = {t: chunks[j] for t, (_, chunks) in live.items() if len(chunks) > j}
-                calls.append(("step", again))
             try:
-                for name, past in calls:
-                    self._send(k, name, past)
-                    self._wait(k, name)
-                self._send(k, method, share, every)
-                return self._wait(k, method)
+                for call in (*calls, (method, share, every)):
+                    self._send(k, *call)
+                    reply = self._wait(k, call[0])
+                return reply
             except (EOFError, OSError):
                 continue
-        raise RuntimeError(f"worker process {k} died 4 times in a row: is memory short, or the "
-                           "OpenGL driver broken?")
+        raise RuntimeError(f"worker process {k} died 4 times in a row: {BROKEN}")
 
     def _kill(self, k: int) -> None:
         for process in self.envs[k].processes:
@@ -206,7 +228,7 @@ def play(act: Callable, workers: Workers, starts: list[Start], suite: Suite, *, 
     episodes, waiting = [Episode(start) for start in starts], list(range(len(starts)))[::-1]
     running: dict[int, Episode] = {}
     last: dict[int, int] = {}                               # each table's last task
-    frames: dict[int, tuple[list, list]] = {}               # running tables' images, those between
+    film: dict[int, list] = {}                              # running tables' frames
     while waiting or running:
         free = [t for t in range(workers.tables) if t not in running][:len(waiting)]
         for t in free:
@@ -215,29 +237,22 @@ def play(act: Callable, workers: Workers, starts: list[Start], suite: Suite, *, 
             waiting.remove(own)
             running[t], last[t] = episodes[own], starts[own].task
         if free:
-            for t, image in workers.reset({t: running[t].start for t in free}).items():
-                frames[t] = [image], []
+            images = workers.reset({t: running[t].start for t in free})
+            film |= {t: [image] for t, image in images.items()}
         tables = sorted(running)
         texts = [suite.instructions[running[t].start.task] for t in tables]
-        actions, records = act(np.stack([frames[t][0][-1] for t in tables]), texts)
+        actions, records = act(np.stack([film[t][-1] for t in tables]), texts)
+        replies = workers.step(dict(zip(tables, actions)), every if clip else CHUNK)
         for t, record in zip(tables, records):
-            running[t].calls.append(record)
-        for t, reply in workers.step(dict(zip(tables, actions)), every).items():
-            image, executed, success, ended, between = reply
-            episode, (images, others) = running[t], frames[t]
-            images.append(image)
-            others.append(between)
+            episode, (image, executed, success, ended, between) = running[t], replies[t]
+            film[t] = [*(film[t] if clip else ()), *between, image]
+            episode.calls.append(record)
             episode.executed.append(executed)
             episode.success = success
             if ended:
-                del running[t], frames[t]
-                episode.clip = clip(_video(images, others)) if clip else None
+                video = film.pop(t)
+                del running[t]
+                episode.clip = clip(np.stack(video)) if clip else None
                 if finished:
                     finished(episode)
     return episodes
-
-
-def _video(images: list[np.ndarray], between: list[np.ndarray]) -> np.ndarray:
-    """The frames that a policy saw and the last one, with those between: uint8 (T, S, S, 3)."""
-    pairs = zip_longest(between, images[1:], fillvalue=())
-    return np.stack([images[0], *(frame for during, image in pairs for frame in (*during, image))])

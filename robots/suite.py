@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-import gymnasium
 import numpy as np
+
+CHUNK = 8           # actions of a policy call, as in OpenVLA-OFT
 
 
 @dataclass(frozen=True)
@@ -50,29 +51,24 @@ class SuiteOptions:
 
 @dataclass(frozen=True)
 class Suite:
-    """A set of tasks.
+    """A set of tasks, some of which are played, and how.
 
-    instructions: by task number; tasks: the numbers that are played; states: initial states per
-    task of each split; make(size=, horizon=): an environment with advance, observe and render
-    beside gymnasium's methods; horizon: env steps, None: make's own business; tables: that the
-    processes share, 0: one each; by_task: a simulator holds one task, and another costs seconds;
-    protocol: in words, for what is printed; labels: the line of a table that each task counts in
-    (its instruction, if empty); split_names: a split in words; evaluated: the splits `eval.py vla`
-    plays by default; slow: episodes cost seconds, so evaluations are journaled, and their GIFs are
-    of the frames that the policy saw."""
+    make(size=, horizon=) gives a gymnasium environment, which also has advance(action) -> ended,
+    observe() and success. slow: evaluations are journaled, and their GIFs are of the frames that
+    the policy saw."""
     name: str
-    instructions: tuple[str, ...]
-    tasks: tuple[int, ...]
-    states: dict[str, int]
-    make: Callable[..., gymnasium.Env]
-    split_names: dict[str, str]
-    horizon: int | None = None
-    tables: int = 0
-    by_task: bool = False
-    protocol: str = ""
-    labels: tuple[str, ...] = ()
-    evaluated: tuple[str, ...] = ("heldout",)
-    slow: bool = True
+    instructions: tuple[str, ...]   # by task number
+    tasks: tuple[int, ...]          # the numbers that are played
+    states: dict[str, int]          # initial states per task of each split
+    make: Callable
+    split_names: dict[str, str]     # in words, for what is printed
+    horizon: int | None = None      # env steps; None: make's own business
+    tables: int = 0                 # that the processes share; 0: one each
+    by_task: bool = False           # a simulator holds one task, and another costs seconds
+    protocol: str = ""              # in words
+    labels: tuple[str, ...] = ()    # the line of a table that each task counts in, if not its own
+    evaluated: tuple[str, ...] = ("heldout",)       # splits that `eval.py vla` plays by default
+    slow: bool = True               # episodes cost seconds
 
     def starts(self, split: str, states: int | None = None) -> list[Start]:
         """The first `states` (all if None) initial states of every task. ValueError for a split
@@ -86,8 +82,8 @@ class Suite:
         """Parallel environments. ValueError if there are fewer than processes."""
         count = tables or self.tables or processes
         if not 1 <= processes <= count:
-            raise ValueError(f"--workers {processes} for {count} tables: each worker needs one; set "
-                             "--tables")
+            raise ValueError(f"--workers {processes} for {count} tables: each worker needs one; "
+                             "set --tables")
         return count
 
     def workers(self, processes: int, size: int, tables: int = 0):

@@ -65,7 +65,8 @@ def others(env: Libero, actions: np.ndarray) -> tuple[float, list, list]:
         from lerobot.envs.libero import LiberoEnv, _get_suite
         lerobot = LiberoEnv(_get_suite(env.suite), env.task, env.suite)
         lerobot.reset(seed=0)
-        timed("lerobot's LiberoEnv, two cameras of 256 px", lambda i, action: lerobot.step(action), actions, base)
+        timed("lerobot's LiberoEnv, two cameras of 256 px",
+              lambda i, action: lerobot.step(action), actions, base)
         lerobot.close()
     return base, images, places
 

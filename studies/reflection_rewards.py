@@ -14,18 +14,17 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import reflection_srpo
 from plumbing.flags import ending, read_command
 from plumbing.plots import draw_reflection_curves, read_metrics, values_of
-from reflection_srpo import FREE, REWARDS, Settings
 
 MEASURES = ("first_accuracy", "final_accuracy", "fix_rate", "break_rate", "format_rate", "tokens")
 OURS = {"model", "data", "resume", "reward", "seed", "stage"}       # flags that the study sets
 
 
-def study(s: Settings, kinds: list[str], seeds: int) -> int:
+def study(s, kinds: list[str], seeds: int) -> int:
     """Runs OUT/REWARD-SEED, OUT/curves.png and the table; returns the exit code, that of the first
-    run that did not end well."""
+    run that did not end well. s: reflection_srpo.Settings."""
+    import reflection_srpo
     out, runs = Path(s.out), {}
     for seed in range(seeds):
         for kind in kinds:
@@ -50,11 +49,12 @@ def cell(runs: list[list[dict]], name: str) -> str:
     return f"{mean:8.1f}" if name == "tokens" else f"{mean:8.1%}"
 
 
-def finished(folder: Path, one: Settings) -> bool:
+def finished(folder: Path, one) -> bool:
     """Whether this run has ended. ValueError if what stands there was made with other settings."""
     if not (folder / "settings.json").exists():
         return False
     from plumbing.checkpoint import read_json
+    from reflection_srpo import FREE
     saved = read_json(folder / "settings.json")
     for name, value in asdict(one).items():
         if name not in FREE | {"model", "out"} and saved.get(name) != value:
@@ -63,7 +63,7 @@ def finished(folder: Path, one: Settings) -> bool:
     return (folder / "after.json").exists()
 
 
-def command(folder: Path, one: Settings) -> list[str]:
+def command(folder: Path, one) -> list[str]:
     """The command line of a run, or of going on with it."""
     print(f"\n{folder}")
     if any((folder / name).exists() for name in ("checkpoint", "checkpoint.old")):
@@ -76,11 +76,14 @@ def command(folder: Path, one: Settings) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rewards", nargs="+", choices=REWARDS,
+    parser.add_argument("--rewards", nargs="+",
                         default=["paper", "openrlhf", "outcome", "no_length"])
     more, rest = parser.parse_known_args(argv)
 
     def work() -> int:
+        from reflection_srpo import REWARDS, Settings, check
+        if wrong := set(more.rewards) - set(REWARDS):
+            raise ValueError(f"--rewards {min(wrong)}: there are {', '.join(REWARDS)}")
         asked = read_command(Settings, rest)
         if wrong := asked.given & OURS:
             raise ValueError(f"a study has no --{min(wrong)}: it runs every reward of --rewards "
@@ -89,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--seeds must be at least 1, got {more.seeds}")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("a study runs as one process; start it without torchrun")
-        reflection_srpo.check(asked.settings)
+        check(asked.settings)
         return study(asked.settings, more.rewards, more.seeds)
     return ending(work)
 

@@ -15,7 +15,7 @@ def test_what_it_names_exists(page):
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / link).exists(), link
     if page.name != "CHANGELOG.md":                     # which names what is gone
-        for file in re.findall(r"`([\w/]+\.py)`", text):
+        for file in re.findall(r"`([a-z_/]+\.py)`", text):
             assert (ROOT / file).is_file(), file
         for module in re.findall(r"python -m ((?:robots|reasoning|studies)\.\w+)", text):
             assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module

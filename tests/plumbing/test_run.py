@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from plumbing import checkpoint, ranks
+from plumbing import run as runs
 from plumbing.flags import RunSettings, flag, require
 from plumbing.optimizer import clip_and_step, make_optimizer
 from plumbing.run import Journal, Run, launch
@@ -123,7 +124,7 @@ def test_a_run(tmp_path, capsys):
     out = tmp_path / "a run"
     assert go("--out", out, "--steps", 7) == 0
     names = ["after.json", "before.json", "checkpoint", "metrics.jsonl", "one.jsonl"]
-    assert sorted(os.listdir(out)) == [".lock", *names, "settings.json"]
+    assert sorted(os.listdir(out)) == [*names, "settings.json"]
     rows = lines(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == [*range(8)]
     assert rows[0] == {"step": 0, "bias": json.loads((out / "before.json").read_text())["bias"]}
@@ -163,24 +164,30 @@ def test_every_step_has_random_numbers_of_its_own(tmp_path):
 # Going on
 
 
-@pytest.mark.parametrize("at", [("one", 1), ("one", 4), ("one", 6), ("two", 3), ("two", 6)])
+@pytest.mark.parametrize("at", [("one", 1), ("one", 4), ("one", 6), ("two", 3)])
 def test_ctrl_c_finishes_the_step_and_resume_is_bitwise(tmp_path, capsys, whole, at):
     """In the last step of a stage too: the next one does not begin."""
     out = tmp_path / "a run"
     HOOKS[at] = lambda run: os.kill(os.getpid(), signal.SIGINT)
     assert go("--out", out) == 130
-    said = capsys.readouterr()
+    said, (stage, step) = capsys.readouterr(), ("two", 0) if at == ("one", 6) else at
     assert "Ctrl-C: finishing this step and saving; press again to stop at once" in said.err
     assert said.out.endswith(
-        f"stopped after step {at[1]}; go on with: python test_run.py --resume '{out}'\n"
+        f"stopped after step {step}; go on with: python test_run.py --resume '{out}'\n"
     )
     state = checkpoint.read_state(out / "checkpoint")
-    assert (state["stage"], state["step"]) == at and not (out / "after.json").exists()
+    assert (state["stage"], state["step"]) == (stage, step) and not (out / "after.json").exists()
     HOOKS.clear()
     assert go("--resume", out) == 0
-    again = f"{out}/; resumed after step {at[1]} of {at[0]}\n"
+    again = f"{out}/; resumed after step {step} of {stage}\n"
     assert again in capsys.readouterr().out
     assert numbers(out) == whole
+
+
+def test_ctrl_c_in_the_very_last_step_lets_the_run_end(tmp_path, whole):
+    HOOKS["two", 6] = lambda run: os.kill(os.getpid(), signal.SIGINT)
+    assert go("--out", tmp_path / "run") == 0
+    assert numbers(tmp_path / "run") == whole
 
 
 def test_ctrl_c_while_a_checkpoint_is_saved(tmp_path, whole, monkeypatch):
@@ -287,9 +294,30 @@ def test_two_runs_with_one_out(tmp_path, capsys, whole):
     job.wait()
     job.stderr.close()
     assert (out / ".lock").read_text() == str(job.pid)
+    HOOKS["one", 5] = lambda run: locks.append((out / ".lock").read_text())
+    locks = []
     assert go("--resume", out, "--wait", "") == 0
-    assert (out / ".lock").read_text() == str(os.getpid())
+    assert locks == [str(os.getpid())] and not (out / ".lock").exists()
     assert numbers(out) == whole
+
+
+def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path):
+    """Opened while another run had it, locked after that one had ended and a third may have made
+    its own."""
+    with open(tmp_path / ".lock", "a+") as file:
+        file.write("123")
+        file.flush()
+        (tmp_path / ".lock").unlink()
+        with pytest.raises(ValueError, match="is in use by process 123; wait for it"):
+            runs._take(file, tmp_path)
+
+
+def test_a_run_that_wrote_nothing_leaves_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(checkpoint, "write_json", lambda *_: 1 / 0)
+    for out in (tmp_path / "a" / "b", tmp_path / "c"):
+        with pytest.raises(ZeroDivisionError):
+            go("--out", out)
+    assert os.listdir(tmp_path) == []
 
 
 def test_where_there_are_no_locks_runs_go_on_without(tmp_path, monkeypatch):
@@ -327,7 +355,7 @@ def test_a_finished_run_goes_on_to_more_steps(tmp_path, whole):
 def test_no_run_is_overwritten(tmp_path, capsys):
     out = tmp_path / "a run"
     assert go("one", "--out", out, "--steps", 1) == 0
-    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     assert go("one", "--out", out) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"error: {out} holds a run already; go on with --resume '{out}', or choose another --out"

@@ -1,8 +1,11 @@
-"""robots/openvla.py against its oracle: inputs and outputs of the published OpenVLA-OFT modules on a tiny random checkpoint."""
+"""robots/openvla.py against its oracle: inputs and outputs of the published OpenVLA-OFT modules on
+a tiny random checkpoint; and checkpoint folders: whole, damaged, half written, or on the hub."""
 
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from robots import openvla as vla
+from robots import policy as policies
+from robots import tiny_vla
 from robots.openvla import OpenVLA
+from tests.robots.spoil import read, spoil
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "openvla_tiny"
 CHECKPOINT = FIXTURE / "checkpoint"
@@ -351,6 +357,364 @@ def test_save_round_trip_is_bit_exact(tmp_path, source):
     again = OpenVLA.from_pretrained(saved, dtype=torch.bfloat16)
     assert again.norm_stats == half.norm_stats
     assert all(torch.equal(t, half.state_dict()[name]) for name, t in again.state_dict().items())
+
+
+STATE = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    jsons, files = {"config.json": {"model_type": "x"}}, {"tokenizer.json": b"{}"}
+    vla.write_folder(tmp_path / "whole", jsons, files, STATE)
+    return tmp_path / "whole"
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    (tmp_path / "sharded").mkdir()
+    for i, (name, tensor) in enumerate(STATE.items()):
+        save_file({name: tensor}, tmp_path / "sharded" / f"{i}.safetensors")
+    index = {"weight_map": {name: f"{i}.safetensors" for i, name in enumerate(STATE)}}
+    (tmp_path / "sharded" / "model.safetensors.index.json").write_text(json.dumps(index))
+    return tmp_path / "sharded"
+
+
+def test_what_is_written_is_read(folder, sharded):
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert vla.read_json(folder / "config.json") == {"model_type": "x"}
+    assert vla.local_folder(folder) == folder
+    stored = load_file(folder / "model.safetensors")
+    assert stored.keys() == STATE.keys()
+    for name, x in stored.items():
+        assert torch.equal(x, STATE[name]) and x.dtype == STATE[name].dtype
+    one = {name: (folder / "model.safetensors", tuple(x.shape)) for name, x in STATE.items()}
+    assert vla.read_headers(folder) == one
+    assert vla.read_headers(sharded) == {
+        name: (sharded / f"{i}.safetensors", tuple(x.shape))
+        for i, (name, x) in enumerate(STATE.items())
+    }
+
+
+def test_nothing_is_overwritten_or_left_half_done(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    (tmp_path / "a_file").write_text("x")
+    for name in ("mine", "a_file"):
+        with pytest.raises(ValueError, match="nothing was overwritten"):
+            vla.write_folder(tmp_path / name, {}, {}, STATE)
+    assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
+    assert (tmp_path / "a_file").read_text() == "x"
+    (tmp_path / "a_file").unlink()
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vla, "save_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            vla.write_folder(tmp_path / "new", {"config.json": {}}, {}, STATE)
+    assert not (tmp_path / "new").exists()
+    vla.write_folder(tmp_path / "new", {}, {}, STATE)  # the next attempt cleans up
+    assert sorted(os.listdir(tmp_path)) == ["mine", "new"]
+    assert os.listdir(tmp_path / "new") == ["model.safetensors"]
+
+
+# In a process of its own: a file may have no more bytes than so many, as on a full disk
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from robots.openvla import write_folder
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+try:
+    write_folder(Path(sys.argv[1]), {"config.json": {"a": "x" * 4000}}, {"t.model": b"y" * 400},
+                 {"w": torch.zeros(20000)})
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of file sizes stands for a full disk")
+@pytest.mark.parametrize("room", [0, 100, 1000, 50000])
+def test_a_full_disk_is_one_line_and_leaves_no_folder(tmp_path, room):
+    command = [sys.executable, "-c", FULL, str(tmp_path / "policy"), str(room)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("\n") == 1 and "is the disk full?" in done.stdout
+    assert done.stdout.startswith(f"{tmp_path / 'policy'} cannot be written (")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("where", ["json", "weights", "rename"])
+def test_any_failure_of_the_disk_is_one_line(tmp_path, monkeypatch, where):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    broken = {
+        "json": (Path, "write_text"),
+        "weights": (vla, "save_file"),
+        "rename": (os, "replace"),
+    }
+    monkeypatch.setattr(*broken[where], full)
+    with pytest.raises(OSError, match=r"cannot be written .*No space left.* full\?$") as caught:
+        vla.write_folder(tmp_path / "policy", {"config.json": {}}, {}, STATE)
+    assert "\n" not in str(caught.value) and os.listdir(tmp_path) == []
+
+
+def truncate(file):
+    with open(file, "r+b") as opened:
+        opened.truncate(100)
+
+
+def text(content):
+    def write(file):
+        file.write_text(content)
+
+    return write
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("which, file, damage, error, words", [
+    ("folder", "model.safetensors", truncate, ValueError, "model.safetensors is truncated"),
+    ("folder", "model.safetensors", text(""), ValueError, "model.safetensors is truncated"),
+    ("folder", "model.safetensors", os.remove, FileNotFoundError,
+     f"neither model.safetensors nor {INDEX}"),
+    ("sharded", "1.safetensors", os.remove, FileNotFoundError,
+     "1.safetensors is missing, though the index names it"),
+    ("sharded", INDEX, text("[]"), ValueError, "index.json holds no JSON object; copy it again"),
+    ("sharded", INDEX, text('{"weight'), ValueError, "index.json is not valid JSON"),
+    ("sharded", INDEX, text("[" * 100000), ValueError, "index.json is not valid JSON"),
+    ("sharded", INDEX, text('{"weight_map": []}'), ValueError, "no weight_map of file names"),
+    ("sharded", INDEX, text('{"weight_map": {"a": 3}}'), ValueError, "no weight_map of file"),
+    ("sharded", INDEX, text('{"weight_map": {"a": "../0.safetensors"}}'), ValueError,
+     "no weight_map of file names"),
+])  # fmt: skip
+def test_damaged_weights_are_one_clear_line(request, which, file, damage, error, words):
+    path = request.getfixturevalue(which)
+    damage(path / file)
+    with pytest.raises(error, match=words) as caught:
+        vla.read_headers(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content, words", [
+    ("[]", "holds no JSON object"), ("null", "holds no JSON object"),
+    ('{"model_', "is not valid JSON"), ("[" * 100000, "is not valid JSON"),
+    ('{"a":' * 100000, "is not valid JSON"), ("", "is not valid JSON"), (None, "is missing"),
+])  # fmt: skip
+def test_a_damaged_config_is_one_clear_line(folder, content, words):
+    (folder / "config.json").unlink()
+    if content is not None:
+        (folder / "config.json").write_text(content)
+    with pytest.raises((ValueError, OSError), match=f"config.json {words}") as caught:
+        policies.load_policy(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["no_such_folder", "./no/such", "a/b/c", "/no/such", "~/model"])
+def test_a_missing_folder_is_not_asked_from_the_hub(path):
+    with pytest.raises(FileNotFoundError, match="neither a checkpoint folder nor a hub id"):
+        vla.local_folder(path)
+
+
+def test_hub_ids_go_through_the_hub(monkeypatch, folder):
+    import huggingface_hub
+
+    asked = {}
+
+    def given(name, **kwargs):
+        asked.update(name=name, **kwargs)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", given)
+    assert vla.local_folder("someone/openvla") == folder
+    assert asked["name"] == "someone/openvla" and "*.safetensors" in asked["allow_patterns"]
+    vla.local_folder("someone/openvla", weights=False)
+    assert "*.safetensors" not in asked["allow_patterns"]
+
+    def offline(*args, **kwargs):
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    words = r"the hub did not give it \(no route to host\); give the folder of a downloaded copy"
+    with pytest.raises(FileNotFoundError, match=words):
+        vla.local_folder("someone/openvla")
+
+
+# Action statistics
+
+GOOD = {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}
+LOW = [-1.0] * 7
+
+
+@pytest.mark.parametrize("value, words", [
+    ({"min": LOW, "max": LOW}, "has no statistics of an action"),
+    ({"proprio": GOOD}, "has no statistics of an action"),
+    (None, "has no statistics of an action"), ([], "has no statistics of an action"),
+    ("x", "has no statistics of an action"), ({"action": None}, "has no statistics of an action"),
+    ({"action": [GOOD]}, "has no statistics of an action"),
+    ({"action": {"min": LOW, "max": LOW}}, "needs q01, 7 finite numbers, and has None"),
+    ({"action": {"q01": LOW, "max": LOW}}, "needs q99, 7 finite numbers, and has None"),
+    ({"action": GOOD | {"q01": [-1.0] * 14, "q99": [1.0] * 14}}, "needs q01, 7 finite"),
+    ({"action": GOOD | {"q99": [1.0] * 14}}, "needs q99, 7 finite"),
+    ({"action": GOOD | {"q99": [1.0] * 6}}, "needs q99, 7 finite"),
+    ({"action": GOOD | {"q99": []}}, "needs q99, 7 finite"),
+    ({"action": GOOD | {"q99": 1.0}}, "needs q99, 7 finite"),
+    ({"action": GOOD | {"q99": [LOW] * 7}}, "needs q99, 7 finite"),
+    ({"action": GOOD | {"q01": [*LOW[:6], float("nan")]}}, "needs q01, .*nan"),
+    ({"action": GOOD | {"q99": [float("inf"), *LOW[:6]]}}, "needs q99, .*inf"),
+    ({"action": GOOD | {"q99": [2**2000, *LOW[:6]]}}, "needs q99"),
+    ({"action": GOOD | {"q01": [None, *LOW[:6]]}}, "needs q01, .*None"),
+    ({"action": GOOD | {"q01": ["-1", *LOW[:6]]}}, "needs q01, .*'-1'"),
+    ({"action": GOOD | {"q01": "-1.0 -1"}}, "needs q01"),
+    ({"action": GOOD | {"mask": [True] * 8}}, "needs mask"),
+    ({"action": GOOD | {"mask": None}}, "needs mask"),
+    ({"action": GOOD | {"mask": ["no"] * 7}}, "needs mask"),
+    ({"action": GOOD | {"q01": [*LOW[:6], 1.5]}}, "has a q01 above its q99"),
+])  # fmt: skip
+@pytest.mark.parametrize("where", ["dataset_statistics.json", "config.json"])
+def test_statistics_that_decode_nothing_are_one_line(tmp_path, value, words, where):
+    """Of file and key, before anything is simulated: from both policies and as a problem."""
+    folder = copy(tmp_path)
+    if where == "config.json":
+        (folder / "dataset_statistics.json").unlink()
+        config = json.loads((folder / where).read_text())
+        content = config | {"norm_stats": {"fine": {"action": GOOD}, "ours": value}}
+    else:
+        content = {"fine": {"action": GOOD}, "ours": value}
+    (folder / where).write_text(json.dumps(content))
+    line = rf"^{folder}/{where}: 'ours' {words}"
+    for call in (vla.action_statistics, OpenVLA.from_pretrained, policies.load_policy):
+        with pytest.raises(ValueError, match=line) as caught:
+            call(folder)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    assert str(caught.value) in OpenVLA.problems(folder)
+    if where == "dataset_statistics.json":
+        tiny_vla.TinyVLA({"fine": {"action": GOOD}}).save_pretrained(tmp_path / "tiny")
+        shutil.copy(folder / where, tmp_path / "tiny" / where)
+        with pytest.raises(ValueError, match=line.replace("/copy/", "/tiny/")):
+            policies.load_policy(tmp_path / "tiny")
+
+
+def test_good_statistics_are_kept_as_they_are(tmp_path):
+    """Also without a mask, with q01 = q99 (a dimension that never moves), with more keys beside."""
+    still = GOOD | {"q01": [0.0] * 7, "q99": [0.0] * 7, "mean": [0.0] * 7}
+    del still["mask"]
+    content = {"a": {"action": GOOD, "num_transitions": 3}, "b": {"action": still}}
+    (tmp_path / "dataset_statistics.json").write_text(json.dumps(content))
+    assert vla.action_statistics(tmp_path) == content
+    for text in ("[]", "null", "[" * 100000):
+        (tmp_path / "dataset_statistics.json").write_text(text)
+        with pytest.raises(ValueError, match="dataset_statistics.json") as caught:
+            vla.action_statistics(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+# What would stop a run
+
+
+def words_of_llama() -> dict[str, int]:
+    return {"<s>": 1, "</s>": 2, "▁": 29871}
+
+
+def test_problems_are_told_from_the_headers(tmp_path):
+    folder = copy(tmp_path)
+    line = f"{folder} has no tokenizer.json; copy it from the original checkpoint"
+    assert OpenVLA.problems(folder) == [line]
+    tokenizer = Tokenizer(models.WordLevel(words_of_llama(), unk_token="<unk>"))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert OpenVLA.problems(folder) == []
+    (folder / "action_head--150000_checkpoint.pt").write_bytes(b"x")
+    (problem,) = OpenVLA.problems(folder)
+    assert "holds action_head--150000_checkpoint.pt, a regression head" in problem
+    (folder / "action_head--150000_checkpoint.pt").unlink()
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["language_model.lm_head.weight"]
+    short = tensors | {"language_model.lm_head.weight": head[:31999].clone()}
+    save_file(short, folder / "model.safetensors")
+    (problem,) = OpenVLA.problems(folder)
+    assert "the head has 31999 rows, the action tokens end at 32000" in problem
+    save_file(tensors | {"projector.fc2.bias": torch.zeros(31)}, folder / "model.safetensors")
+    (problem,) = OpenVLA.problems(folder)
+    assert "1 tensors are not OpenVLA's; the first, projector.fc2.bias" in problem
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "tokenizer.json").write_text("{")
+    first, second = OpenVLA.problems(folder)
+    assert "has no preprocessor_config.json" in first and "tokenizer.json cannot be read" in second
+    (folder / "model.safetensors").unlink()
+    assert "has neither model.safetensors" in OpenVLA.problems(folder)[1]
+
+
+def test_misfits():
+    shapes = {name: shape for name, (_, shape) in vla.read_headers(CHECKPOINT).items()}
+    assert not vla.misfits(CHECKPOINT, shapes)
+    name = "language_model.model.norm.weight"
+    wrong = vla.misfits(CHECKPOINT, shapes | {name: (7,)})
+    assert f"1 tensors are not OpenVLA's; the first, {name}, has shape (7,)" in wrong
+    assert wrong.startswith(f"{CHECKPOINT}: ") and "\n" not in wrong
+    fewer = {n: shape for n, shape in shapes.items() if n != name}
+    assert f"{name}, has shape missing" in vla.misfits(CHECKPOINT, fewer)
+    more = vla.misfits(CHECKPOINT, shapes | {"value_head.weight": (3, 4)})
+    assert "value_head.weight, has shape (3, 4) and should be absent" in more
+
+
+def test_tower_size():
+    tensors = vla.read_headers(CHECKPOINT)
+    sizes = [vla.tower_size(tensors, f"vision_backbone.{t}", CHECKPOINT) for t in vla.TOWERS]
+    assert sizes == [(32, 3, 128), (48, 4, 192)]
+    with pytest.raises(ValueError, match=r"lacks the tensor x.patch_embed.proj.weight; give"):
+        vla.tower_size(tensors, "x", CHECKPOINT)
+    mlp = "vision_backbone.featurizer.blocks.0.mlp.fc1.weight"
+    fewer = {name: value for name, value in tensors.items() if name != mlp}
+    with pytest.raises(ValueError, match=f"lacks the tensor {mlp}"):
+        vla.tower_size(fewer, "vision_backbone.featurizer", CHECKPOINT)
+
+
+def test_read_tokenizer():
+    tokenizer = Tokenizer(models.WordLevel(words_of_llama(), unk_token="<unk>"))
+    read_back = vla.read_tokenizer(tokenizer.to_str().encode())
+    assert read_back.token_to_id("▁") == vla.SPACE and read_back.padding is None
+    for content in (b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100000, b'{"model": {}}'):
+        with pytest.raises(ValueError, match="tokenizer.json cannot be read") as caught:
+            vla.read_tokenizer(content)
+        assert "\n" not in str(caught.value)
+    for word, number in (("<s>", 5), ("</s>", 0), ("▁", 3)):
+        other = Tokenizer(models.WordLevel(words_of_llama() | {word: number}, unk_token="<unk>"))
+        with pytest.raises(ValueError, match=f"gives '{word}' the number {number}, OpenVLA's"):
+            vla.read_tokenizer(other.to_str().encode())
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory):
+    """The fixture's checkpoint with a tokenizer."""
+    folder = Path(shutil.copytree(CHECKPOINT, tmp_path_factory.mktemp("complete") / "policy"))
+    tokenizer = Tokenizer(models.WordLevel(words_of_llama(), unk_token="<unk>"))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_damaged_folder_loads_or_is_one_line(complete, tmp_path, seed):
+    folder = Path(shutil.copytree(complete, tmp_path / "policy"))
+    what = spoil(folder, seed)
+    problems = OpenVLA.problems(folder)
+    assert all("\n" not in line and len(line) < 800 for line in problems), (what, problems)
+    try:
+        policy = policies.load_policy(folder)
+        ids, mask = policy.prompt_ids("wait")
+        policy.pixel_values(np.zeros((1, 1, 224, 224, 3), np.uint8))
+    except (ValueError, OSError) as error:
+        assert "\n" not in str(error) and 0 < len(str(error)) < 800, what
+        if isinstance(read(folder / "config.json"), dict):
+            kind = read(folder / "config.json").get("model_type")
+            assert problems or kind != "openvla", (what, str(error))
+    else:
+        assert problems == [], what
+        key = next(iter(policy.norm_stats))
+        assert np.isfinite(policy.decode(torch.zeros(1, 56).long(), key)).all(), what
 
 
 def lacks_tensor(folder):

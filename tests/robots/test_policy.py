@@ -90,6 +90,9 @@ class Fixed:
     def __init__(self, logits: torch.Tensor):
         self.logits = logits
 
+    def frames(self, images):
+        return images[:, None]
+
     def prompt_ids(self, instructions):
         return torch.ones(len(instructions), 1).long(), torch.ones(len(instructions), 1).long()
 
@@ -252,9 +255,7 @@ class Third:
 
 def test_a_third_policy_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "third"}')
-    with pytest.raises(
-        ValueError, match="^'third' is no policy here; there are openvla, tiny_vla$"
-    ):
+    with pytest.raises(ValueError, match="^'third' is no policy here; there are openvla"):
         policies.load_policy(tmp_path)
     monkeypatch.setitem(robots.POLICIES, "third", f"{__name__}:Third")
     loaded = policies.load_policy(tmp_path, device="cpu")

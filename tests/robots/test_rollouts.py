@@ -1,17 +1,29 @@
-"""robots/rollouts.py: episodes in worker processes, some of which are killed, against tables played alone in this process."""
+"""robots/rollouts.py: episodes in worker processes, some of which are killed, against tables played
+alone in this process."""
 
 import multiprocessing
 import os
 import random
 import signal
 import threading
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
+from robots import find_suite
 from robots import tabletop as envs
-from robots.tabletop import Expert, Tabletop
-from robots.rollouts import Episode, Start, TableBatch, Workers, play
+from robots.rollouts import TableBatch, Workers, play
+from robots.suite import Episode, Start
+from robots.tabletop import HORIZON, Expert, Tabletop
+
+SUITE = find_suite("tabletop")
+make_tables = partial(TableBatch, size=64, horizon=HORIZON, make=Tabletop)
+
+
+def whole(video: np.ndarray) -> np.ndarray:
+    return video
 
 
 def at(start: Start) -> Tabletop:
@@ -27,7 +39,7 @@ def test_batch_renders_only_active_tables(monkeypatch):
         "render",
         lambda self, data, size: rendered.append(data) or render(self, data, size),
     )
-    batch = TableBatch(4)
+    batch = make_tables(4)
     batch.reset(options={"slots": [(0, Start(0, 0)), (3, Start(1, 1))]})
     before = batch.images.copy()
     _, *_, info = batch.step(
@@ -41,15 +53,17 @@ def test_batch_renders_only_active_tables(monkeypatch):
 
 
 def alone(start: Start) -> tuple[Episode, np.ndarray, list[np.ndarray]]:
-    """A table by itself, stepped one action at a time by the expert (every third initial state: mistaken and trembling, so
-    that it misses), the chunks (calls, 8, 7) that repeat it, and the frame after each step; what follows success in the last chunk must
-    not be executed."""
+    """A table by itself, stepped one action at a time by the expert (every third initial state:
+    mistaken and trembling, so that it misses), the chunks (calls, 8, 7) that repeat it, and the
+    frame after each step; what follows success in the last chunk must not be executed. Its clip is
+    the frames before each chunk and the last."""
     env, episode, chunks, ended = at(start), Episode(start), [], False
     rng, misses = np.random.default_rng([start.task, start.index]), start.index % 3 == 0
     expert = Expert(env, error=0.1 * misses, rng=rng)
     frames = [env.render()]
+    seen = []
     while not ended:
-        episode.images.append(frames[-1])
+        seen.append(frames[-1])
         chunk = []
         while len(chunk) < 8 and not ended:
             chunk.append(expert() + misses * np.array([*rng.normal(0, 0.5, 3), 0, 0, 0, 0]))
@@ -57,19 +71,20 @@ def alone(start: Start) -> tuple[Episode, np.ndarray, list[np.ndarray]]:
             frames.append(env.render())
         episode.executed.append(len(chunk))
         chunks.append(np.array(chunk + [np.ones(7)] * (8 - len(chunk))))
-    episode.images.append(frames[-1])
+    episode.clip = np.stack([*seen, frames[-1]])
     episode.success = env.success
     return episode, np.array(chunks), frames
 
 
 class Script:
-    """act() for `play` that knows what to do from the image alone: KeyError if an image differs in one bit."""
+    """act() for `play` that knows what to do from the image alone: KeyError if an image differs in
+    one bit."""
 
     def __init__(self, starts: list[Start]):
         self.truth = {start: alone(start) for start in starts}
         self.chunks, self.batches = {}, []
         for episode, chunks, _ in self.truth.values():
-            for image, chunk in zip(episode.images, chunks):
+            for image, chunk in zip(episode.clip, chunks):
                 self.chunks[image.tobytes(), envs.TASKS[episode.start.task]] = chunk
 
     def __call__(self, images, instructions):
@@ -83,11 +98,11 @@ class Script:
         for e in episodes:
             truth, _, frames = self.truth[e.start]
             assert (e.executed, e.success) == (truth.executed, truth.success), e.start
-            assert e.records == [envs.TASKS[e.start.task]] * len(e.executed) and e.steps == sum(
-                truth.executed
-            )
-            np.testing.assert_array_equal(e.images, truth.images)
-            np.testing.assert_array_equal(e.video, [*frames[:-1:every], frames[-1]])
+            assert e.calls == [envs.TASKS[e.start.task]] * len(e.executed)
+            assert e.steps == sum(truth.executed)
+            if every == 8:
+                np.testing.assert_array_equal(e.clip, truth.clip)
+            np.testing.assert_array_equal(e.clip, [*frames[:-1:every], frames[-1]])
 
 
 STARTS = [
@@ -112,7 +127,7 @@ def script() -> Script:
 
 @pytest.fixture(scope="module")
 def workers():
-    workers = Workers(2, 5)
+    workers = SUITE.workers(2, 64, 5)
     yield workers
     workers.close()
 
@@ -121,7 +136,7 @@ def test_workers_equal_a_table_alone(script, workers):
     """Tables addressed in any order, each at its own stage of its own episode."""
     shuffle, tables = random.Random(0), dict(zip((3, 0, 4, 1, 2), STARTS[2:7]))
     for t, image in workers.reset(tables).items():
-        np.testing.assert_array_equal(image, script.truth[tables[t]][0].images[0])
+        np.testing.assert_array_equal(image, script.truth[tables[t]][0].clip[0])
     stage, running = dict.fromkeys(tables, 0), list(tables)
     while running:
         shuffle.shuffle(running)
@@ -137,7 +152,7 @@ def test_workers_equal_a_table_alone(script, workers):
                 truth.success and last,
                 last,
             )
-            np.testing.assert_array_equal(image, truth.images[stage[t]])
+            np.testing.assert_array_equal(image, truth.clip[stage[t]])
             if ended:
                 running.remove(t)
 
@@ -146,10 +161,11 @@ def test_more_episodes_than_tables(script, workers):
     done, starts = [], STARTS + STARTS[:3]  # 19 episodes, some twice, on 5 tables
     random.Random(1).shuffle(starts)
     script.batches.clear()
-    script.check(play(script, workers, starts, done.append), starts)
-    assert (
-        len(done) == 19 and workers.replaced == 0 and workers.history == {}
-    )  # nothing is kept of episodes that ended
+    episodes = play(script, workers, starts, SUITE, clip=whole, finished=done.append)
+    script.check(episodes, starts)
+    assert sorted(map(id, done)) == sorted(map(id, episodes))  # each is told of once
+    assert len(done) == 19 and workers.replaced == 0
+    assert workers.history == {}  # nothing is kept of episodes that ended
     assert script.batches[0] == 5 and sum(script.batches) == sum(
         len(script.truth[s][1]) for s in starts
     )
@@ -157,12 +173,35 @@ def test_more_episodes_than_tables(script, workers):
 
 @pytest.mark.parametrize("every", [1, 2, 4])
 def test_frames_between_those_that_the_policy_sees(script, workers, every):
-    script.check(play(script, workers, STARTS[:8], every=every), STARTS[:8], every)
+    episodes = play(script, workers, STARTS[:8], SUITE, every=every, clip=whole)
+    script.check(episodes, STARTS[:8], every)
+
+
+def test_of_a_video_only_what_was_asked_for_is_kept(script, workers):
+    """Chosen once, when the episode ends, before anybody is told of it; by default nothing."""
+    seen, told = [], []
+
+    def choose(video):
+        assert video.dtype == np.uint8 and video.shape[1:] == (64, 64, 3)
+        seen.append(len(video))
+        return video[::7]
+
+    def finished(episode):
+        told.append(len(episode.clip))
+
+    episodes = play(script, workers, STARTS[:6], SUITE, every=2, clip=choose, finished=finished)
+    lengths = [len(frames[:-1:2]) + 1 for *_, frames in map(script.truth.get, STARTS[:6])]
+    assert sorted(seen) == sorted(lengths) and told == [-(-n // 7) for n in seen]
+    for episode, (*_, frames) in zip(episodes, map(script.truth.get, STARTS[:6])):
+        np.testing.assert_array_equal(episode.clip, [*frames[:-1:2], frames[-1]][::7])
+    assert [e.clip for e in play(script, workers, STARTS[:3], SUITE)] == [None] * 3
+    assert play(script, workers, [], SUITE) == []
 
 
 def test_dead_workers_are_replaced(script):
-    """Killed before a call, in the middle of one, both at once, and between two batches of episodes."""
-    workers, calls, script.batches = Workers(2, 9), [], []
+    """Killed before a call, in the middle of one, both at once, and between two batches of
+    episodes."""
+    workers, calls, script.batches = SUITE.workers(2, 64, 9), [], []
 
     def process(k):
         return workers.envs[k].processes[0]
@@ -179,10 +218,10 @@ def test_dead_workers_are_replaced(script):
         return script(images, instructions)
 
     try:
-        script.check(play(act, workers, STARTS, every=2), STARTS, 2)
+        script.check(play(act, workers, STARTS, SUITE, every=2, clip=whole), STARTS, 2)
         assert len(calls) > 7 and workers.replaced == 4
         process(1).kill(), process(1).join()
-        script.check(play(script, workers, STARTS[:4]), STARTS[:4])
+        script.check(play(script, workers, STARTS[:4], SUITE, clip=whole), STARTS[:4])
         assert workers.replaced == 5
     finally:
         workers.close()
@@ -196,7 +235,7 @@ class Dying(TableBatch):
 
 @pytest.mark.filterwarnings("ignore:.*Calling `close` while waiting")
 def test_worker_that_always_dies():
-    workers = Workers(1, 1, Dying)
+    workers = Workers(1, 1, partial(Dying, size=64, horizon=HORIZON, make=Tabletop))
     try:
         workers.reset({0: Start(0, 0)})
         with pytest.raises(RuntimeError, match="^worker process 0 died 4 times in a row"):
@@ -215,9 +254,9 @@ class Refusing(TableBatch):
     [(0, ValueError, "no such mesh"), (1, RuntimeError, "FileNotFoundError: no such mesh")],
 )
 def test_an_error_in_a_worker_is_raised_as_it_is(recwarn, table, error, message):
-    """Its message alone, for one line; where it happened stands in its notes, which Python prints with a traceback. A file that the worker misses
-    does not pass for its death."""
-    workers = Workers(1, 2, Refusing)
+    """Its message alone, for one line; where it happened stands in its notes, which Python prints
+    with a traceback. A file that the worker misses does not pass for its death."""
+    workers = Workers(1, 2, partial(Refusing, size=64, horizon=HORIZON, make=Tabletop))
     try:
         workers.reset({table: Start(0, 0)})
         with pytest.raises(error, match="no such mesh") as caught:
@@ -234,5 +273,45 @@ def test_an_error_in_a_worker_is_raised_as_it_is(recwarn, table, error, message)
 
 def test_workers_and_tables_must_match():
     for processes, tables in ((0, 4), (3, 2)):
-        with pytest.raises(ValueError, match=f"{tables} tables over {processes} processes"):
-            Workers(processes, tables)
+        words = f"^--workers {processes} for {tables} tables: each worker needs one; set --tables$"
+        for call in (SUITE.count, lambda *numbers: SUITE.workers(numbers[0], 64, numbers[1])):
+            with pytest.raises(ValueError, match=words):
+                call(processes, tables)
+    assert [SUITE.count(2), SUITE.count(2, 2), replace(SUITE, tables=0).count(3)] == [128, 2, 3]
+
+
+class Recorder:
+    """Workers whose episodes last one chunk; notes which task starts on which table."""
+
+    def __init__(self, tables: int):
+        self.tables, self.started = tables, []
+
+    def reset(self, starts):
+        self.started += [(table, start.task) for table, start in starts.items()]
+        return {table: np.zeros((4, 4, 3), np.uint8) for table in starts}
+
+    def step(self, chunks, every):
+        none = np.zeros((0, 4, 4, 3), np.uint8)
+        return {t: (np.ones((4, 4, 3), np.uint8), 8, True, True, none) for t in chunks}
+
+
+def test_a_table_keeps_its_task_where_another_needs_another_simulator():
+    starts = [Start(task, index) for index in range(6) for task in range(3)]
+
+    def act(images, instructions):
+        return np.zeros((len(images), 8, 7)), [None] * len(images)
+
+    changes = {}
+    for by_task in (True, False):
+        workers = Recorder(3)
+        episodes = play(act, workers, starts, replace(SUITE, by_task=by_task))
+        assert [e.start for e in episodes] == starts and all(e.success for e in episodes)
+        assert len(workers.started) == 18
+        own = [[task for t, task in workers.started if t == table] for table in range(3)]
+        changes[by_task] = sum(a != b for tasks in own for a, b in zip(tasks, tasks[1:]))
+    assert changes[True] == 0
+    workers = Recorder(2)  # two tables, three tasks: the third is shared, each table changes once
+    play(act, workers, starts, replace(SUITE, by_task=True))
+    for table in range(2):
+        tasks = [task for t, task in workers.started if t == table]
+        assert sum(a != b for a, b in zip(tasks, tasks[1:])) == 1

@@ -10,9 +10,10 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from scipy.spatial.distance import cdist
 
+from robots import evaluate, find_suite
 from robots import tabletop as envs
+from robots.suite import Start, SuiteOptions
 from robots.tabletop import ActionChunk, Expert, Tabletop
-from robots.rollouts import Start
 
 ROOT = Path(__file__).parents[2]
 mujoco = envs.load_mujoco()  # envs sets MUJOCO_GL before mujoco is imported
@@ -93,7 +94,8 @@ def test_reset_draws_from_its_seed():
 
 
 def test_initial_states_are_disjoint():
-    """Measured on the scene: objects lie within the jitter, and no two of a task's 100 initial states are alike."""
+    """Measured on the scene: objects lie within the jitter, and no two of a task's 100 initial
+    states are alike."""
     env = Tabletop(size=16)
     for task, instruction in enumerate(envs.TASKS):
         places = np.empty((2, 50, 4, 2))
@@ -176,7 +178,7 @@ def test_success_predicate(task):
         dict(height=0.12),
         dict(fingers=0.02),
     ):
-        # not: another plate, another cube, on the rim, beside it, held above it, on it but still gripped
+        # not: another plate, another cube, on the rim, beside it, held above it, on it but gripped
         assert not place(fresh(), **{"offset": (0, 0), "cube": cube, "plate": plate} | wrong), wrong
     env = fresh()
     place(env, (0, 0))
@@ -299,7 +301,7 @@ def test_missing_gl_is_one_line(case, tmp_path, monkeypatch):
         case == "unknown MUJOCO_GL" or envs.gl_help() in done.stderr
     )
     monkeypatch.setenv("MUJOCO_GL", "osmesa")
-    assert envs.gl_help().split() == [
+    assert envs.gl_help().removeprefix("run: ").split() == [
         "apt-get",
         "install",
         "-y",
@@ -334,10 +336,76 @@ def test_gif(tmp_path):
     from PIL import Image
 
     frames = [np.full((16, 16, 3), value, np.uint8) for value in (0, 90, 200)]
-    envs.save_gif(str(tmp_path / "x.gif"), frames)
+    evaluate.save_gif(str(tmp_path / "x.gif"), frames)
     with Image.open(tmp_path / "x.gif") as gif:
         seen = []
         for k in range(gif.n_frames):
             gif.seek(k)
             seen.append(int(np.asarray(gif.convert("RGB"))[8, 8, 0]))
     np.testing.assert_allclose(seen, (0, 90, 200), atol=3)
+
+
+@pytest.mark.parametrize("system, name", [("linux", "egl"), ("darwin", "cgl"), ("win32", "wgl")])
+def test_opengl_is_the_system_s_own(monkeypatch, system, name):
+    """apt-get is no help on a Mac."""
+    monkeypatch.setattr(sys, "platform", system)
+    for unset in ("absent", "empty"):
+        monkeypatch.setenv("MUJOCO_GL", "")
+        if unset == "absent":
+            monkeypatch.delenv("MUJOCO_GL")
+        assert envs.backend() == name
+        assert ("apt-get" in envs.gl_help()) == (system == "linux")
+        assert envs.load_mujoco() is mujoco
+    assert system == "linux" or "unset MUJOCO_GL" in envs.gl_help()
+    for own in ("egl", "osmesa", "glfw", "cgl", "wgl"):
+        monkeypatch.setenv("MUJOCO_GL", own)
+        assert envs.backend() == own and envs.load_mujoco() is mujoco
+    monkeypatch.setenv("MUJOCO_GL", "bogus")
+    with pytest.raises(RuntimeError, match="^MUJOCO_GL=bogus is unknown; set it to one of egl"):
+        envs.load_mujoco()
+
+
+@pytest.mark.parametrize("system, setting", [("linux", "egl"), ("darwin", None), ("win32", None)])
+def test_egl_is_the_default_on_linux_alone(system, setting):
+    """Elsewhere mujoco chooses, because nothing is set."""
+    code = (
+        f"import os, sys; sys.platform = {system!r}; import robots.tabletop as t; "
+        "print(repr(os.environ.get('MUJOCO_GL')), 'mujoco' in sys.modules)"
+    )
+    kept = {name: value for name, value in os.environ.items() if name != "MUJOCO_GL"}
+    done = subprocess.run([sys.executable, "-c", code], env=kept, capture_output=True, text=True)
+    assert done.stdout.split() == [repr(setting), "False"], done.stderr
+
+
+def test_a_renderer_that_fails_on_a_mac_is_one_line(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("invalid CoreGraphics\nconnection")
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.setattr(mujoco, "Renderer", broken)
+    with pytest.raises(RuntimeError, match="MUJOCO_GL=cgl .*unset MUJOCO_GL") as caught:
+        envs.make_renderer(mujoco, None, 64)
+    assert "\n" not in str(caught.value) and "apt-get" not in str(caught.value)
+
+
+# As a suite
+
+
+def test_the_suite():
+    suite = find_suite("tabletop")
+    assert (suite.name, suite.tasks, suite.horizon) == ("tabletop", (0, 1, 2, 3), envs.HORIZON)
+    assert suite.states == {"train": 50, "heldout": 50} and not suite.slow and not suite.by_task
+    assert suite.split_names.keys() == suite.states.keys() == set(suite.evaluated)
+    assert find_suite("tabletop", (3, 1)).starts("heldout", 2) == [
+        Start(task, index, "heldout") for task in (3, 1) for index in (0, 1)
+    ]
+    assert len(suite.starts("train")) == len(suite.starts("train", 99)) == 200
+    with pytest.raises(ValueError, match="^--split all: tabletop has train, heldout$"):
+        suite.starts("all")
+    env = suite.make(size=32, horizon=5)
+    assert env.reset(options=vars(Start(1, 2)))[0]["image"].shape == (32, 32, 3)
+    for tasks, words in (((4,), "unknown task 4"), ((-1,), "unknown task"), ((1, 1), "each once")):
+        with pytest.raises(ValueError, match=words) as caught:
+            find_suite("tabletop", tasks, SuiteOptions())
+        assert "\n" not in str(caught.value)

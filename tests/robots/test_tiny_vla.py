@@ -1,4 +1,5 @@
-"""robots/tiny_vla.py: its forward pass written out in loops, rows of a batch that do not touch each other, files that come back as they went."""
+"""robots/tiny_vla.py: its forward pass written out in loops, rows of a batch that do not touch each
+other, files that come back as they went, and damaged ones that are one line."""
 
 import json
 import os
@@ -12,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from robots import policy as policies
 from robots import openvla as vla
-from tests.conftest import STATS
+from robots import policy as policies
 from robots.tiny_vla import TinyVLA
+from tests.conftest import STATS
+from tests.robots.spoil import read, spoil
 
 CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "openvla_tiny" / "checkpoint"
 INSTRUCTIONS = [
@@ -210,7 +212,7 @@ def test_bad_checkpoints_are_one_clear_line(tiny, tmp_path):
             policies.load_policy(folder)
         assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
         shutil.rmtree(folder)
-    with pytest.raises(ValueError, match="is not a TinyVLA's; use OpenVLA"):
+    with pytest.raises(ValueError, match="is not a TinyVLA's; see load_policy"):
         TinyVLA.from_pretrained(CHECKPOINT)
 
 
@@ -234,3 +236,59 @@ def test_bad_input_is_one_clear_line(tiny, frames):
         with pytest.raises(ValueError, match=words) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+def test_activations_are_small(tiny):
+    with pytest.raises(ValueError, match="^--gradient_checkpointing is for OpenVLA"):
+        tiny.set_gradient_checkpointing(True)
+
+
+def test_problems(tiny, tmp_path):
+    folder = tmp_path / "policy"
+    tiny.save_pretrained(folder)
+    assert TinyVLA.problems(folder) == []
+    os.truncate(folder / "model.safetensors", 1000)
+    (line,) = TinyVLA.problems(folder)
+    assert "model.safetensors is truncated" in line and "\n" not in line
+    (folder / "model.safetensors").unlink()
+    assert "neither model.safetensors" in TinyVLA.problems(folder)[0]
+
+
+@pytest.mark.parametrize("config", [
+    {"width": -1}, {"width": 10 ** 30}, {"width": 10 ** 13}, {"width": "256"}, {"width": None},
+    {"width": 0}, {"basis": 0}, {"basis": 1e9}, {"size": 64.0}, {"size": 2 ** 70}, {"size": 0},
+    {"channels": []}, {"channels": [4, 4]}, {"channels": [10 ** 9] * 3}, {"channels": 4},
+    {"channels": [0, 0, 0]}, {"crop": [1]}, {"crop": "all"}, {"crop": [0, 0, None]},
+    {"crop": {"top": 0}}, {"colour": 3}, {"norm_stats": {}}])  # fmt: skip
+def test_a_config_that_describes_no_policy_is_one_line(tiny, tmp_path, config):
+    tiny.save_pretrained(tmp_path / "policy")
+    (tmp_path / "policy" / "config.json").write_text(json.dumps(tiny.config | config))
+    with pytest.raises(ValueError, match=f"^{tmp_path}/policy") as caught:
+        policies.load_policy(tmp_path / "policy")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    assert TinyVLA.problems(tmp_path / "policy") == [str(caught.value)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "policy"
+    TinyVLA(STATS, channels=(4, 4, 4), width=16, basis=6).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_damaged_folder_loads_or_is_one_line(saved, tmp_path, seed):
+    folder = Path(shutil.copytree(saved, tmp_path / "policy"))
+    what = spoil(folder, seed)
+    try:
+        policy = policies.load_policy(folder)
+    except (ValueError, OSError) as error:
+        assert "\n" not in str(error) and 0 < len(str(error)) < 800, what
+        if isinstance(read(folder / "config.json"), dict):
+            assert TinyVLA.problems(folder), what
+    else:
+        assert TinyVLA.problems(folder) == [], what
+        black = np.zeros((1, policy.camera, policy.camera, 3), np.uint8)
+        key = next(iter(policy.norm_stats))
+        actions, _ = policies.greedy(policy, key)(black, ["wait"])
+        assert actions.shape == (1, 8, 7) and np.isfinite(actions).all(), what
