@@ -1,17 +1,17 @@
 """Every number we report: success rates with intervals, episodes to look at, curves.
 
-    python eval.py vla --checkpoint out/srpo/policy         # per task, train and held-out
+    python eval.py vla --checkpoint out/srpo/policy     # per task, train and held-out
     python eval.py vla --checkpoint FOLDER_OR_ID --suite libero_object --split all
     python eval.py vla --checkpoint FOLDER_OR_ID --suite libero_plus --plus FOLDER
     python eval.py paper --checkpoint libero_spatial=FOLDER_OR_ID libero_10=FOLDER_OR_ID
-    python eval.py reasoning --model FOLDER_OR_ID --benchmark mathvista --out out/reasoning
+    python eval.py reasoning --model FOLDER_OR_ID --benchmark mathvista --out out/mv
     python eval.py curves results/tabletop/*/metrics.jsonl --out curves.png
     python eval.py curves results/reflection/*/metrics.jsonl --kind reflection
 
-Policies act greedily, as in the papers. Every initial state of a task is played once; 95%
-intervals are Wilson's. The published codes train and evaluate on the same 50 initial
-states of LIBERO (`--split all`); here `heldout` states never occur in training. LIBERO
-takes hours: episodes are written down one by one, and the same command goes on.
+Policies act greedily, as in the papers. Every initial state of a task is played once;
+95% intervals are Wilson's. The published codes train and evaluate on the same 50
+initial states of LIBERO (`--split all`); here `heldout` states never occur in training.
+LIBERO takes hours: episodes are written down one by one, and the same command goes on.
 """
 import hashlib
 import json
@@ -30,8 +30,8 @@ from robots.flags import SuiteSettings, check_suite
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 DIMENSIONS = ("camera", "robot", "language", "light", "background", "noise", "layout")
-# Success in percent on SUITES and their mean (arXiv 2511.15605, from notes on the paper;
-# SimpleVLA-RL, RLinf: theirs)
+# Success in percent on SUITES and their mean (arXiv 2511.15605, from notes on the
+# paper; SimpleVLA-RL, RLinf: theirs)
 PAPER = {"OpenVLA-OFT, one demonstration a task": (63.6, 54.9, 59.6, 17.3, 48.9),
          "+ offline SRPO": (92.5, 96.8, 92.0, 88.7, 92.5),
          "+ online SRPO": (98.8, 100.0, 99.4, 98.6, 99.2),
@@ -45,13 +45,13 @@ class Played(SuiteSettings):
     checkpoint: list[str] = flag([], "vla: folder of a policy, or hub id; paper: "
                                      "SUITE=CHECKPOINT, as many as you have")
     suite: list[str] = flag(["tabletop"], "tabletop, a suite of LIBERO, or libero_plus:"
-                            "DIMENSION[:SUITE]; libero_plus[::SUITE]: all seven dimensions")
+                            "DIMENSION[:SUITE]; libero_plus[::SUITE]: all dimensions")
     split: list[str] = flag([], "train, heldout or all (the suite's own)")
     states: int = flag(50, "initial states per task, 1..50")
     gifs: int = flag(1, "episodes per task to film; LIBERO: 0 none, else first success "
                         "and failure")
     videos: bool = flag(False, "also videos.npz, the episodes played now, for "
-                               "studies.progress_curves; they stay in memory until then")
+                               "studies.progress_curves; until then in memory")
     out: str = flag("", "folder for result.json and GIFs (beside the checkpoint)")
     plus: str = flag("", "folder of a LIBERO-Plus copy (LIBERO_PLUS_PATH)")
     key: str = flag("", "of the action statistics (the suite's)")
@@ -59,9 +59,9 @@ class Played(SuiteSettings):
     threads: int = flag(2, "torch threads; 0: all cores")
 
 
-def measure(policy, name: str, checkpoint: str, out: Path, s: Played) -> dict[str, dict]:
-    """A policy on one suite: prints the table, writes result.json and GIFs into `out` ->
-    {split: result of `robots.evaluate`}."""
+def measure(policy, name: str, checkpoint: str, out: Path, s: Played) -> dict:
+    """A policy on one suite: prints the table, writes result.json and GIFs into `out`
+    -> {split: result of `robots.evaluate`}."""
     from plumbing.checkpoint import write_json
     from plumbing.run import Journal
     from robots import evaluate
@@ -70,8 +70,9 @@ def measure(policy, name: str, checkpoint: str, out: Path, s: Played) -> dict[st
     evaluate.note_training(policy, key, s.fast_sim, splits)
     listed = json.dumps([suite.instructions, suite.labels]).encode()
     settings = {"checkpoint": checkpoint, "weights": evaluate.fingerprint(policy),
-                "dtype": str(next(policy.parameters()).dtype), "suite": name, "key": key,
-                "protocol": suite.protocol, "tasks": hashlib.sha256(listed).hexdigest()[:12]}
+                "dtype": str(next(policy.parameters()).dtype), "suite": name,
+                "key": key, "protocol": suite.protocol,
+                "tasks": hashlib.sha256(listed).hexdigest()[:12]}
     evaluate.try_suite(suite, splits[0], policy.camera)
     journals = {split: Journal(out / f"{split}.jsonl", settings) if suite.slow else None
                 for split in splits}
@@ -80,7 +81,7 @@ def measure(policy, name: str, checkpoint: str, out: Path, s: Played) -> dict[st
     try:
         for split, journal in journals.items():
             print(f"{name}: {suite.split_names[split]}; {suite.protocol}".rstrip("; "))
-            if journal and journal.new:                 # GIFs of one whose journal is gone
+            if journal and journal.new:             # GIFs of one whose journal is gone
                 for gif in (out / split).glob("*.gif"):
                     gif.unlink()
             results[split] = settings | evaluate.evaluate(
@@ -90,12 +91,14 @@ def measure(policy, name: str, checkpoint: str, out: Path, s: Played) -> dict[st
         workers.close()
     print(success_table(results))
     others = {}
-    with suppress(OSError, ValueError, AttributeError):     # other splits, same settings
+    with suppress(OSError, ValueError, AttributeError):
         kept = json.loads((out / "result.json").read_text())
-        others = {split: r for split, r in kept.items() if settings.items() <= r.items()}
+        others = {split: result for split, result in kept.items()
+                  if settings.items() <= result.items()}    # other splits of the same
     write_json(out / "result.json", others | results)
     for split in splits if s.gifs and not suite.slow else ():
-        evaluate.film(policy, suite, suite.starts(split, s.gifs), key, out / f"{split}.gif")
+        starts = suite.starts(split, s.gifs)
+        evaluate.film(policy, suite, starts, key, out / f"{split}.gif")
     if played:
         evaluate.save_videos(played, out / "videos.npz")
     elif s.videos:
@@ -113,32 +116,34 @@ def suite_and_key(name: str, norm_stats: dict, s: Played):
     from robots.policy import find_key
     suite = find_suite(name, tuple(s.tasks), s.options())
     for split in s.split:
-        suite.starts(split, 1)                              # refuses one it does not have
-    key = s.key or find_key(norm_stats, name.split(":")[-1] if name.count(":") > 1 else name)
+        suite.starts(split, 1)                          # refuses one it does not have
+    of = name.split(":")[-1] if name.count(":") > 1 else name
+    key = s.key or find_key(norm_stats, of)
     action_stats(norm_stats, key)                           # refuses an unknown key
     trained = key.removesuffix("_no_noops")
     others = sorted(set(suite.labels) - {trained})
     if trained in SUITES and others:
         print(f"note: this policy was trained on {trained}, and plays tasks of "
-              f"{', '.join(others)} too; {name}:{trained} is of its own", file=sys.stderr)
+              f"{', '.join(others)} too; {name}:{trained} is of its own",
+              file=sys.stderr)
     return suite, key
 
 
 def paper_table(ours: dict[str, dict]) -> str:
-    """{suite: result} -> the paper's rows and ours, percent; the mean only where all four
-    suites are there; and how ours was played."""
+    """{suite: result} -> the paper's rows and ours, percent; the mean only where all
+    four suites are there; and how ours was played."""
     def line(name: str, cells) -> str:
         return f"{name:44}" + "".join(f"{cell:>9}" for cell in cells)
     own = [100 * ours[name]["success"] if name in ours else math.nan for name in SUITES]
     parts = any(result["episodes"] < 500 for result in ours.values())
     cells = ["-" if math.isnan(x) else f"{x:.1f}" for x in (*own, sum(own) / len(own))]
     return "\n".join([
-        line("success, %", [name.removeprefix("libero_") for name in (*SUITES, "mean")]),
+        line("success, %", [name[len("libero_"):] for name in SUITES] + ["mean"]),
         *(line(name, [f"{x:.1f}" for x in row]) for name, row in PAPER.items()),
         line("ours" + ", parts of the suites" * parts, cells),
-        *(f"  {name}: {r['episodes']} of 500 episodes, 95% interval {r['interval'][0]:.1%} "
-          f"to {r['interval'][1]:.1%}; initial states: {r['split']}; {r['protocol']}"
-          for name, r in ours.items())])
+        *(f"  {name}: {r['episodes']} of 500 episodes, 95% interval "
+          f"{r['interval'][0]:.1%} to {r['interval'][1]:.1%}; initial states: "
+          f"{r['split']}; {r['protocol']}" for name, r in ours.items())])
 
 
 def pairs_of(s: Played, command: str) -> dict[str, str]:
@@ -150,8 +155,8 @@ def pairs_of(s: Played, command: str) -> dict[str, str]:
         pairs = dict(pair.partition("=")[::2] for pair in s.checkpoint)
         for name, checkpoint in pairs.items():
             if name not in SUITES or not checkpoint:
-                raise ValueError(f"--checkpoint {name}: write SUITE=CHECKPOINT, with SUITE "
-                                 f"one of {', '.join(SUITES)}")
+                raise ValueError(f"--checkpoint {name}: write SUITE=CHECKPOINT, with "
+                                 f"SUITE one of {', '.join(SUITES)}")
         return pairs
     names = []
     for name in s.suite:
@@ -159,8 +164,8 @@ def pairs_of(s: Played, command: str) -> dict[str, str]:
         rest = f":{every[2]}" if every and every[2] else ""
         names += [f"libero_plus:{d}{rest}" for d in DIMENSIONS] if every else [name]
     if len({"plus" in name for name in names}) > 1:
-        raise ValueError("--suite: LIBERO-Plus and LIBERO are two packages of one name; "
-                         "measure them in two runs")
+        raise ValueError("--suite: LIBERO-Plus and LIBERO are two packages of one "
+                         "name; measure them in two runs")
     return dict.fromkeys(names, s.checkpoint[0])
 
 

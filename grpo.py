@@ -305,7 +305,7 @@ def respond(model: nn.Module, prompts: Tensor, greedy: bool = False) -> Tensor:
 
 def train(steps: int = 200, prompts: int = 16, samples: int = 16, lr: float = 1e-3,
           seed: int = 0) -> tuple[list[dict], float]:
-    """GRPO from random weights, samples (G) of each of so many prompts (P) a step: every
+    """GRPO from random weights, `samples` (G) of each of `prompts` (P) a step: every
     step's metrics, and greedy exact match on 1000 prompts never trained on."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -345,7 +345,8 @@ def train(steps: int = 200, prompts: int = 16, samples: int = 16, lr: float = 1e
                      **merge_stats([stats])})
         if step == 1 or step % 20 == 0:
             shown = ("reward", "exact", "entropy", "no_signal", "grad_norm")
-            print(f"step {step:4d}  " + "  ".join(f"{k} {rows[-1][k]:.3f}" for k in shown))
+            print(f"step {step:4d}  "
+                  + "  ".join(f"{k} {rows[-1][k]:.3f}" for k in shown))
             for i in (rewards[0].argmax(), rewards[0].argmin()):    # the first group's
                 prompt, response = ("".join("0123456789#"[t] for t in x)
                                     for x in (asked[0], responses[i]))

@@ -167,7 +167,7 @@ def cold_start(run: Run, parts: Parts, rows: list[Row]) -> None:
         rate = s.sft_lr * warm * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
         parts.optimizer.param_groups[0]["lr"] = rate
         own = [rows[i] for i in run.mine(batches[step - 1])]
-        some = own or rows[:1]          # of a rank without rows: its pass counts nothing
+        some = own or rows[:1]      # of a rank without rows: its pass counts nothing
         batch = r.Batch(r.encode(some, s, processor),
                         [processor.target(row.target) for row in some], None, len(own))
         tokens = sum(run.gather([len(x) for x in batch.completions[:len(own)]]))

@@ -191,8 +191,10 @@ def train(run: Run, parts: Parts, before: dict) -> None:
         starts = [pool[i] for i in run.mine(states) for _ in range(s.group_size)]
         act = policies.sampler(policy, temperature, parts.key)
         with ranks.whole_weights(policy):
-            played = play(act, parts.workers, starts, suite, every=s.video_every,
-                          clip=parts.encoder and parts.encoder.seen)
+            # The frames that the policy saw are its clip's, but where more are wanted
+            played = play(act, parts.workers, starts, suite,
+                          **{} if parts.encoder is None else {
+                              "every": s.video_every, "clip": parts.encoder.seen})
         run.lap("rollout")
 
         # 2. A success earns 1, a failure up to alpha: how near did it come?   [VLA 2-5]

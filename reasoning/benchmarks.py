@@ -224,7 +224,7 @@ def is_right(question: Question, answer: str | None) -> bool:
             return False
     if question.kind == "float" and question.precision is not None and (read := quantity(answer)):
         # MathVista rounds to the decimals of the truth. Its code also truncates what should be an integer; not so here.
-        answer = f"{round(float(read[0]), question.precision)}{read[1]}"
+        answer = f"{round(float(read[0]), question.precision)} {read[1]}"
     return same(answer, question.answer)
 
 

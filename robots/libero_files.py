@@ -157,7 +157,7 @@ def prepare(assets: str = "", plus: str = ""):
                            f"run: {fix.get(top, 'bash setup.sh')}") from None
     except (AttributeError, ImportError, OSError, RuntimeError) as e:   # many ways to lack OpenGL
         fix = ("run: apt-get install -y libmagickwand-dev" if "MagickWand" in str(e)
-               else f"if that is OpenGL, run: {gl_help()}")
+               else f"if that is OpenGL, {gl_help()}")
         raise RuntimeError(f"importing {name} failed ({type(e).__name__}: "
                            f"{' '.join(str(e).split())[:120]}); {fix}") from None
     finally:

@@ -503,9 +503,11 @@ def action_statistics(folder: Path) -> dict:
     """Quantiles of the training data's actions, by data set: those of fine-tuning, else the
     config's. ValueError names file and key of what no action can be decoded with."""
     file = folder / "dataset_statistics.json"
-    own = file.is_file()
-    stats = read_json(file) if own else read_json(folder / "config.json").get("norm_stats", {})
-    where = file if own else folder / "config.json"
+    where = folder / "config.json"
+    if file.is_file() or "norm_stats" not in read_json(where):
+        where, stats = file, read_json(file)
+    else:
+        stats = read_json(where)["norm_stats"]
     if not isinstance(stats, dict):
         raise ValueError(f"{where}: the statistics are no JSON object; copy it again")
     for key, value in stats.items():
@@ -515,7 +517,7 @@ def action_statistics(folder: Path) -> dict:
         for name in ("q01", "q99", "mask"):
             numbers = actions.get(name, [True] * ACTION_DIM if name == "mask" else None)
             if (not isinstance(numbers, list) or len(numbers) != ACTION_DIM
-                    or not all(isinstance(x, (int, float)) and np.isfinite(x) for x in numbers)):
+                    or not all(isinstance(x, (int, float)) and abs(x) < 1e300 for x in numbers)):
                 raise ValueError(f"{where}: {key!r} needs {name}, {ACTION_DIM} finite numbers, and "
                                  f"has {str(numbers)[:60]}; give the checkpoint's own statistics")
         if any(low > high for low, high in zip(actions["q01"], actions["q99"])):
@@ -582,6 +584,7 @@ def read_tokenizer(text: bytes) -> Tokenizer:
     numbers, and the policy would see another instruction."""
     try:
         tokenizer = Tokenizer.from_str(text.decode())
+        tokenizer.encode("In: What action?")            # fails where words lack, and an <unk>
     except Exception as error:                          # the library raises nothing more special
         raise ValueError(f"tokenizer.json cannot be read ({error}); copy it again from the "
                          "original checkpoint") from None
@@ -611,10 +614,11 @@ def _described(cls, folder: Path, tensors: dict, files: dict[str, bytes]) -> Ope
     config, pixels = (read_json(folder / f"{name}config.json") for name in ("", "preprocessor_"))
     sizes = [tower_size(tensors, f"vision_backbone.{tower}", folder) for tower in TOWERS]
     try:
+        model = cls(config, *sizes, preprocessor=pixels, files=files)
         norms = [[len(norm[k]) for k in ("mean", "std")] for norm in pixels["tvf_normalize_params"]]
         if norms != [[3, 3], [3, 3]]:
             raise ValueError("tvf_normalize_params are not two of mean and std")
-        return cls(config, *sizes, preprocessor=pixels, files=files)
+        return model
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     except Exception as error:              # whatever transformers makes of a damaged text_config

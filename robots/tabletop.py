@@ -4,9 +4,7 @@
    instruction, each with 50 training and 50 held-out initial states that never overlap. Actions of
    7 numbers in [-1, 1] with LIBERO's meaning: (dx, dy, dz, droll, dpitch, dyaw, gripper).
 2. `Expert`: the scripted demonstrator (reads the simulator's state, which no policy sees).
-3. `ActionChunk`: one step is a chunk of 8 actions, cut short at success; one frame is rendered per
-   chunk instead of eight, unless more are asked for.
-4. `suite`: the tasks as training and evaluation take them.
+3. `suite`: the tasks as training and evaluation take them.
 
 Left out: domain randomisation, proprioception and wrist camera (the paper's policy sees one
 agent-view image and the instruction).
@@ -27,17 +25,18 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict
 
-# Headless: on macOS and Windows mujoco finds the system's own OpenGL (cgl, wgl)
+from robots.suite import CHUNK, Suite, SuiteOptions
+
+# What MUJOCO_GL may be; where it is unset, mujoco takes the first itself, but on Linux
+BACKENDS = {"linux": ("egl", "osmesa", "glfw"), "darwin": ("cgl", "glfw"), "win32": ("wgl", "glfw")}
 if sys.platform == "linux":
-    os.environ.setdefault("MUJOCO_GL", "egl")
-# Mesa's software renderer: threads would only get in the workers' way
-os.environ.setdefault("LP_NUM_THREADS", "1")
+    os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL") or "egl"      # headless
+os.environ.setdefault("LP_NUM_THREADS", "1")        # Mesa's threads get in the workers' way
 
 CUBES, PLATES = ("red", "blue"), ("green", "yellow")
 TASKS = tuple(f"put the {cube} cube on the {plate} plate" for cube in CUBES for plate in PLATES)
 N_STATES = 50                   # initial states per task and split, as in LIBERO
 HORIZON = 56                    # env steps (2.8 s at 20 Hz); the expert needs about 32
-CHUNK = 8                       # actions per policy call, as in OpenVLA-OFT
 SUBSTEPS, TIMESTEP = 8, 0.00625  # 20 Hz control
 STEP = 0.04                     # metres the hand's set point moves for an action of 1
 TURN = 0.1                      # radians, likewise
@@ -67,33 +66,25 @@ XML = f"""
   <worldbody>
     <light pos="0.3 -0.3 1" dir="-0.3 0.3 -1" castshadow="false" diffuse="0.4 0.4 0.4"/>
     <camera name="agentview" pos="0.50 0 0.54" xyaxes="0 1 0 -0.72 0 0.69" fovy="34"/>
-    <geom name="table" type="box" size="0.6 0.6 0.02" pos="-0.2 0 -0.02"
-          rgba="0.75 0.72 0.68 1"/>
-    {"".join(f'''
-    <body name="{c}" pos="0 0 0.02"><freejoint name="{c}"/>
+    <geom name="table" type="box" size="0.6 0.6 0.02" pos="-0.2 0 -0.02" rgba="0.75 0.72 0.68 1"/>
+    {"".join(f'''<body name="{c}" pos="0 0 0.02"><freejoint name="{c}"/>
       <geom name="{c}" type="box" size="0.02 0.02 0.02" mass="0.05" rgba="{RGB[c]} 1"/></body>'''
              for c in CUBES)}
-    {"".join(f'''
-    <body name="{p}" mocap="true" pos="0 0 0.004">
+    {"".join(f'''<body name="{p}" mocap="true" pos="0 0 0.004">
       <geom name="{p}" type="cylinder" size="0.065 0.004" rgba="{RGB[p]} 1"/></body>'''
              for p in PLATES)}
     <body name="hand" gravcomp="1">
-      <joint name="x" type="slide" axis="1 0 0"/>
-      <joint name="y" type="slide" axis="0 1 0"/>
-      <joint name="z" type="slide" axis="0 0 1"/>
-      <joint name="roll" type="hinge" axis="1 0 0"/>
-      <joint name="pitch" type="hinge" axis="0 1 0"/>
-      <joint name="yaw" type="hinge" axis="0 0 1"/>
+      {"".join(f'<joint name="{j}" type="{kind}" axis="{axis}"/>' for kind, joints in (
+          ("slide", ("x", "y", "z")), ("hinge", ("roll", "pitch", "yaw")))
+          for j, axis in zip(joints, ("1 0 0", "0 1 0", "0 0 1")))}
       <geom class="seen" type="box" size="0.02 0.055 0.012" pos="0 0 0.065" mass="0.4"
             rgba="0.25 0.25 0.28 1"/>
       <geom class="seen" type="cylinder" size="0.02 0.06" pos="0 0 0.13" mass="0.1"
             rgba="0.9 0.9 0.9 1"/>
-      {"".join(f'''
-      <body name="{n}" gravcomp="1">
+      {"".join(f'''<body name="{n}" gravcomp="1">
         <joint name="{n}" type="slide" axis="0 {s} 0" range="0 {FINGER_OPEN}" damping="2"/>
         <geom name="{n}" type="box" size="0.015 0.006 0.03" pos="0 {s * 0.006} 0.025" mass="0.05"
-              rgba="0.15 0.15 0.15 1"/></body>'''
-              for n, s in (("left", 1), ("right", -1)))}
+              rgba="0.15 0.15 0.15 1"/></body>''' for n, s in (("left", 1), ("right", -1)))}
     </body>
   </worldbody>
   <contact><exclude body1="left" body2="right"/></contact>
@@ -107,28 +98,35 @@ XML = f"""
 
 
 def backend() -> str:
-    """What MUJOCO_GL asks for, or the system's own."""
-    return os.environ.get("MUJOCO_GL") or {"darwin": "cgl", "win32": "wgl"}.get(sys.platform, "egl")
+    """What MUJOCO_GL asks for, or the system's own. RuntimeError for what this system lacks."""
+    known = BACKENDS.get(sys.platform, BACKENDS["linux"])
+    name = os.environ.get("MUJOCO_GL") or known[0]
+    if name not in known:
+        raise RuntimeError(f"MUJOCO_GL={name} is unknown; set it to one of {', '.join(known)}")
+    return name
 
 
 def gl_help() -> str:
     """How to mend OpenGL on this system."""
-    if sys.platform == "linux":
-        packages = "libosmesa6" if backend() == "osmesa" else "libegl1 libgl1-mesa-dri libopengl0"
-        return f"run: apt-get install -y --no-install-recommends {packages}"
-    return "unset MUJOCO_GL and run it in a session with a display"
+    if sys.platform != "linux":
+        return "unset MUJOCO_GL, and run it where somebody is logged in to the desktop"
+    packages = "libosmesa6" if backend() == "osmesa" else "libegl1 libgl1-mesa-dri libopengl0"
+    return f"run: apt-get install -y --no-install-recommends {packages}"
+
+
+def _no_opengl(problem: Exception) -> RuntimeError:
+    return RuntimeError(f"no OpenGL with MUJOCO_GL={backend()} ({type(problem).__name__}); "
+                        f"{gl_help()}")
 
 
 def load_mujoco():
     """Import mujoco; the many ways in which a machine can lack OpenGL are one line with the fix."""
-    if (name := backend()) not in (known := ("egl", "osmesa", "glfw", "cgl", "wgl")):
-        raise RuntimeError(f"MUJOCO_GL={name} is unknown; set it to one of {', '.join(known)}")
+    backend()
     try:
         import mujoco
         return mujoco
     except (AttributeError, ImportError, OSError, RuntimeError) as e:
-        raise RuntimeError(f"no OpenGL for MUJOCO_GL={name} ({type(e).__name__}); "
-                           f"{gl_help()}") from None
+        raise _no_opengl(e) from None
 
 
 @contextmanager
@@ -148,10 +146,9 @@ def make_renderer(mujoco, model, size: int):
         try:
             return mujoco.Renderer(model, size, size)
         except (AttributeError, ImportError, OSError, RuntimeError, mujoco.FatalError) as e:
-            problem = type(e).__name__
+            problem = _no_opengl(e)
         gc.collect()
-    raise RuntimeError(f"cannot make an OpenGL context with MUJOCO_GL={backend()} ({problem}); "
-                       f"{gl_help()}")
+    raise problem
 
 
 @cache
@@ -167,19 +164,15 @@ def initial_states(split: str) -> np.ndarray:
 class Scene:
     """The MuJoCo model and the renderers: one per process, shared by all its tables (contexts do
     not survive fork)."""
-    _here: "Scene | None" = None
 
     def __init__(self):
-        mujoco = load_mujoco()
-        self.mujoco, self.renderers = mujoco, {}
-        self.model = mujoco.MjModel.from_xml_string(XML)
+        self.mujoco, self.renderers = load_mujoco(), {}
+        self.model = self.mujoco.MjModel.from_xml_string(XML)
 
-    @classmethod
-    def get(cls) -> "Scene":
-        if cls._here is None or cls._here.pid != os.getpid():
-            cls._here = cls()
-            cls._here.pid = os.getpid()
-        return cls._here
+    @staticmethod
+    @cache
+    def of(pid: int) -> "Scene":
+        return Scene()
 
     def render(self, data, size: int) -> np.ndarray:
         """uint8 (size, size, 3) from the agent's camera."""
@@ -213,7 +206,7 @@ class Tabletop(gymnasium.Env):
         if size < 16 or size > 256:
             raise ValueError(f"size={size}: the camera makes images of 16 to 256 pixels")
         initial_states(split)       # refuses an unknown split here rather than at the first reset
-        self.scene, self.size, self.horizon = Scene.get(), size, horizon
+        self.scene, self.size, self.horizon = Scene.of(os.getpid()), size, horizon
         self.split, self.render_mode = split, render_mode
         self.data = self.scene.mujoco.MjData(self.scene.model)
         self.observation_space = Dict({"image": Box(0, 255, (size, size, 3), np.uint8)})
@@ -289,14 +282,11 @@ class Tabletop(gymnasium.Env):
                 "success": self.success}
 
 
-def suite(name: str, tasks: tuple[int, ...], options):
-    """The built-in tasks, or some of them by number, as a robots.suite.Suite."""
-    from robots.suite import Suite
+def suite(name: str, tasks: tuple[int, ...], options: SuiteOptions) -> Suite:
+    """The built-in tasks, or some of them by number. ValueError for any other name or number."""
     if name != "tabletop":
         raise ValueError(f"unknown suite {name!r}; there is tabletop")
-    if len(set(tasks)) < len(tasks):
-        raise ValueError(f"--tasks {' '.join(map(str, tasks))}: each once")
-    return Suite("tabletop", TASKS, tuple(map(task_id, tasks or range(len(TASKS)))),
+    return Suite(name, TASKS, tuple(map(task_id, tasks or range(len(TASKS)))),
                  {"train": N_STATES, "heldout": N_STATES}, Tabletop,
                  {"train": "training initial states", "heldout": "held-out initial states"},
                  HORIZON, tables=128, evaluated=("train", "heldout"), slow=False)
@@ -317,97 +307,51 @@ class Expert:
     about where cube and plate are, for failures."""
 
     def __init__(self, env: Tabletop, error: float = 0.0, rng: np.random.Generator | None = None):
-        self.env, self.phase, self.wait = env, 0, 0
+        self.env, self.phase, self.calls = env, 0, 0
         self.mistake = error * (rng or np.random.default_rng()).standard_normal((2, 2))
 
     def __call__(self) -> np.ndarray:
         """Next action, float64 (7,)."""
-        env = self.env
-        hand = env.data.body("hand").xpos
+        env, hand = self.env, self.env.data.body("hand").xpos
         cube, plate = (env.data.body(name).xpos[:2] + mistake
                        for name, mistake in zip((env.cube, env.plate), self.mistake))
-        grip = -1.0
-        if self.phase == 0:                                  # hover over the cube
-            goal = np.array([*cube, 0.07])
-            if np.linalg.norm(hand[:2] - cube) < 0.008:
-                self.phase = 1
-        if self.phase == 1:                                  # descend
-            goal = np.array([*cube, 0.008])
-            if hand[2] < 0.014:
-                self.phase, self.wait = 2, 4
-        if self.phase == 2:                                  # close
-            goal, grip, self.wait = env.goal[:3].copy(), 1.0, self.wait - 1
-            if self.wait < 0:
-                self.phase = 3
-        if self.phase == 3:                                  # lift
-            goal, grip = np.array([*hand[:2], 0.08]), 1.0
-            if hand[2] > 0.06:
-                self.phase = 4
-        if self.phase == 4:                                  # carry
-            goal, grip = np.array([*plate, 0.08]), 1.0
-            if np.linalg.norm(hand[:2] - plate) < 0.012:
-                self.phase = 5
-        if self.phase == 5:                                  # lower
-            goal, grip = np.array([*plate, 0.02]), 1.0
-            if hand[2] < 0.028:
-                self.phase, self.wait = 6, 4
-        if self.phase == 6:                                  # open
-            goal, self.wait = env.goal[:3].copy(), self.wait - 1
-            if self.wait < 0:
-                self.phase = 7
-        if self.phase == 7:                                  # rise
-            goal = np.array([*hand[:2], 0.12])
+        over_cube, over_plate = (np.linalg.norm(hand[:2] - at) for at in (cube, plate))
+        ended = True
+        while ended:
+            self.calls += 1
+            # Set point of the hand, gripper, does the next phase begin?
+            goal, grip, ended = (
+                ((*cube, 0.07), -1, over_cube < 0.008),                     # hover over the cube
+                ((*cube, 0.008), -1, hand[2] < 0.014),                      # descend
+                (env.goal[:3], 1, self.calls > 4),                          # close
+                ((*hand[:2], 0.08), 1, hand[2] > 0.06),                     # lift
+                ((*plate, 0.08), 1, over_plate < 0.012),                    # carry
+                ((*plate, 0.02), 1, hand[2] < 0.028),                       # lower
+                (env.goal[:3], 1 if self.calls == 1 else -1, self.calls > 4),   # rest, open
+                ((*hand[:2], 0.12), -1, False))[self.phase]                 # rise
+            if ended:
+                self.phase, self.calls = self.phase + 1, 0
         action = np.zeros(7)
-        action[:3] = ((goal - env.goal[:3]) / STEP).clip(-0.5, 0.5)
+        action[:3] = ((np.array(goal) - env.goal[:3]) / STEP).clip(-0.5, 0.5)
         action[6] = grip
         return action
 
 
-class ActionChunk(gymnasium.Wrapper):
-    """One step executes a chunk of actions, (CHUNK, 7), and stops where the episode ends. A single
-    frame is rendered, at the end, or one after each `every` actions too, for who wants a video.
-
-    info["executed"]: number of actions that ran before success or the horizon; the tokens of the
-    others must not be trained on. info["between"]: the frames before the last, uint8 (H, W, 3)
-    each; (executed - 1) // every of them."""
-
-    def __init__(self, env: Tabletop, chunk: int = CHUNK):
-        super().__init__(env)
-        self.chunk = chunk
-        self.action_space = Box(-1.0, 1.0, (chunk, 7), np.float32)
-
-    def step(self, action, every: int = CHUNK):
-        if np.shape(action) != (self.chunk, 7):
-            raise ValueError(f"a chunk of actions has shape ({self.chunk}, 7), "
-                             f"got {np.shape(action)}")
-        env, executed, ended, between = self.env.unwrapped, 0, False, []
-        while executed < self.chunk and not ended:
-            if executed and executed % every == 0:
-                between.append(env.observe()["image"])
-            ended = env.advance(action[executed])
-            executed += 1
-        return (env.observe(), float(env.success), env.success, ended and not env.success,
-                {**env._info(), "executed": executed, "between": between})
-
-
 def main(argv: list[str] | None = None) -> None:
-    from robots.evaluate import save_gif
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--episodes", type=int, default=20, help="expert episodes per task")
     parser.add_argument("--gif", default="expert.gif", help="where to write one episode per task")
     args = parser.parse_args(argv)
     if args.episodes < 1:
         raise ValueError(f"--episodes must be at least 1, got {args.episodes}")
-    if not os.path.isdir(os.path.dirname(args.gif) or "."):
-        raise ValueError(f"--gif {args.gif}: there is no such folder; make it, or choose another")
-    env, rng, frames = Tabletop(size=128), np.random.default_rng(0), []
-    for every, name in ((None, "no camera"), (CHUNK, f"a 128 px frame every {CHUNK} steps"),
+    env, rng, frames, n = Tabletop(size=128), np.random.default_rng(0), [], 480
+    for every, name in ((n + 1, "no camera"), (CHUNK, f"a 128 px frame every {CHUNK} steps"),
                         (1, "a frame every step")):
         env.reset(options={"task": 0, "index": 0})
-        began, n = time.perf_counter(), 480
-        for i in range(n):
+        began = time.perf_counter()
+        for i in range(1, n + 1):
             env.advance(rng.uniform(-1, 1, 7))
-            if every and i % every == 0:
+            if i % every == 0:
                 env.render()
         print(f"{n / (time.perf_counter() - began):7.0f} env steps per second on one core, {name}")
     for task, instruction in enumerate(TASKS):
@@ -422,6 +366,7 @@ def main(argv: list[str] | None = None) -> None:
             steps.append(env.steps)
             wins += env.success
         print(f"{instruction}: expert solves {wins}/{args.episodes}, {np.mean(steps):.0f} steps")
+    from robots.evaluate import save_gif  # here: it imports torch
     save_gif(args.gif, frames)
     print(f"wrote {args.gif}")
 

@@ -38,9 +38,9 @@ class TinyVLA(nn.Module):
         super().__init__()
         top, left, side = crop or (0, 0, size)
         if (size % 4 or side % 4 or side < 4 or min(top, left) < 0
-                or max(top, left) + side > size):
+                or max(top, left) + side > size or size > 1024):
             raise ValueError(f"size={size}, crop={crop}: both sides must be multiples of 4, and "
-                             "the crop lie within the image")
+                             "the crop lie within the image, of at most 1024 pixels")
         self.config = {"model_type": self.model_type, "channels": list(channels), "width": width,
                        "basis": basis, "size": size, "crop": crop}
         self.norm_stats, (c1, c2, c3) = norm_stats, channels
@@ -134,14 +134,17 @@ class TinyVLA(nn.Module):
             raise ValueError(f"{folder}/config.json is not a TinyVLA's; see load_policy")
         stats, tensors = openvla.action_statistics(folder), openvla.read_headers(folder)
         try:
-            model = cls(stats, **config)
-        except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
-            raise ValueError(f"{folder}/config.json does not describe a TinyVLA "
-                             f"({str(error)[:200]}); give a complete checkpoint") from None
-        wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+            with torch.device("meta"):              # a damaged width would fill the memory
+                wanted = cls(stats, **config).state_dict()
+        except (TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{folder}/config.json does not describe a TinyVLA ({reason}); give a "
+                             "complete checkpoint") from None
+        wanted = {name: tuple(p.shape) for name, p in wanted.items()}
         if {name: shape for name, (_, shape) in tensors.items()} != wanted:
             raise ValueError(f"{folder}: the tensors do not fit config.json; give a complete "
                              "checkpoint")
+        model = cls(stats, **config)
         model.load_state_dict(load_file(folder / "model.safetensors"))
         return model.to(device or "cpu", dtype)
 

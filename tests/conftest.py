@@ -84,7 +84,7 @@ def openvla(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     config = vla.TINY | {"text_config": vla.TINY["text_config"] | text, "norm_stats": {"tabletop": vla.TINY["norm_stats"]["unit"]}}
     vla.OpenVLA(config, (32, 5, 128), (48, 6, 192)).save_pretrained(folder)
-    Tokenizer(models.WordLevel({"<s>": 1, "</s>": 2, "▁": vla.SPACE}, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
+    Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "▁": vla.SPACE}, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
     return folder
 
 

@@ -606,18 +606,28 @@ def test_good_statistics_are_kept_as_they_are(tmp_path):
     content = {"a": {"action": GOOD, "num_transitions": 3}, "b": {"action": still}}
     (tmp_path / "dataset_statistics.json").write_text(json.dumps(content))
     assert vla.action_statistics(tmp_path) == content
+    (tmp_path / "config.json").write_text('{"norm_stats": {"other": {}}}')
+    assert vla.action_statistics(tmp_path) == content  # the file goes before the config
     for text in ("[]", "null", "[" * 100000):
         (tmp_path / "dataset_statistics.json").write_text(text)
         with pytest.raises(ValueError, match="dataset_statistics.json") as caught:
             vla.action_statistics(tmp_path)
         assert "\n" not in str(caught.value)
+    (tmp_path / "dataset_statistics.json").unlink()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="dataset_statistics.json is missing"):
+        vla.action_statistics(tmp_path)
+    for value in (None, [], 3):
+        (tmp_path / "config.json").write_text(json.dumps({"norm_stats": value}))
+        with pytest.raises(ValueError, match="config.json: the statistics are no JSON object"):
+            vla.action_statistics(tmp_path)
 
 
 # What would stop a run
 
 
 def words_of_llama() -> dict[str, int]:
-    return {"<s>": 1, "</s>": 2, "▁": 29871}
+    return {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 29871}
 
 
 def test_problems_are_told_from_the_headers(tmp_path):
@@ -664,7 +674,7 @@ def test_misfits():
 def test_tower_size():
     tensors = vla.read_headers(CHECKPOINT)
     sizes = [vla.tower_size(tensors, f"vision_backbone.{t}", CHECKPOINT) for t in vla.TOWERS]
-    assert sizes == [(32, 3, 128), (48, 4, 192)]
+    assert sizes == [(32, 3, 128), (48, 4, 179)]
     with pytest.raises(ValueError, match=r"lacks the tensor x.patch_embed.proj.weight; give"):
         vla.tower_size(tensors, "x", CHECKPOINT)
     mlp = "vision_backbone.featurizer.blocks.0.mlp.fc1.weight"
@@ -681,7 +691,10 @@ def test_read_tokenizer():
         with pytest.raises(ValueError, match="tokenizer.json cannot be read") as caught:
             vla.read_tokenizer(content)
         assert "\n" not in str(caught.value)
-    for word, number in (("<s>", 5), ("</s>", 0), ("▁", 3)):
+    unk = Tokenizer(models.WordLevel({"<s>": 1, "</s>": 2, "▁": 29871}, unk_token="<unk>"))
+    with pytest.raises(ValueError, match="tokenizer.json cannot be read .*UNK.*; copy it again"):
+        vla.read_tokenizer(unk.to_str().encode())  # it could encode no prompt
+    for word, number in (("<s>", 5), ("</s>", 7), ("▁", 3)):
         other = Tokenizer(models.WordLevel(words_of_llama() | {word: number}, unk_token="<unk>"))
         with pytest.raises(ValueError, match=f"gives '{word}' the number {number}, OpenVLA's"):
             vla.read_tokenizer(other.to_str().encode())
@@ -713,8 +726,8 @@ def test_a_damaged_folder_loads_or_is_one_line(complete, tmp_path, seed):
             assert problems or kind != "openvla", (what, str(error))
     else:
         assert problems == [], what
-        key = next(iter(policy.norm_stats))
-        assert np.isfinite(policy.decode(torch.zeros(1, 56).long(), key)).all(), what
+        for key in policy.norm_stats:
+            assert np.isfinite(policy.decode(torch.zeros(1, 56).long(), key)).all(), what
 
 
 def lacks_tensor(folder):
@@ -759,6 +772,10 @@ def empty_index(folder):
     (shard(folder) / "model.safetensors.index.json").write_text("{}")
 
 
+def index_of_nothing(folder):
+    (shard(folder) / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+
+
 @pytest.mark.parametrize(
     "damage, error, words",
     [
@@ -789,8 +806,9 @@ def empty_index(folder):
             ValueError,
             r"preprocessor_config.json has no tvf_normalize_params, only nothing",
         ),
+        (empty_index, ValueError, r"index.json has no weight_map of file names; copy it again"),
         (
-            empty_index,
+            index_of_nothing,
             ValueError,
             r"lacks the tensor vision_backbone.featurizer.patch_embed.proj.weight",
         ),
