@@ -381,7 +381,10 @@ def reinforce(run: Run, parts: Parts, start: str | Path) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     from plumbing.plan import show
-    return launch(Settings, work, argv, check=check, free=FREE, show=show, **READING)
+
+    def planned(s: Settings) -> int:
+        return show(s, s.model or s.resume and str(Path(s.resume) / "base"))
+    return launch(Settings, work, argv, check=check, free=FREE, show=planned, **READING)
 
 
 if __name__ == "__main__":

@@ -320,7 +320,7 @@ def evaluate(name: str, data: str, out: Path, complete: Callable, settings: dict
 def summarise(outcomes: list[Outcome], size: int, paper: tuple = ()) -> dict:
     """Accuracy, overall and per label, with 95% intervals. Rows that could not be asked are counted apart; the paper's figures are given
     only beside all `size` questions."""
-    from eval import wilson         # eval.py imports this module
+    from plumbing.plots import wilson
 
     def score(chosen: list[Outcome]) -> dict:
         result = {"questions": len(chosen)}

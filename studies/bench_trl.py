@@ -8,7 +8,6 @@ which it leaves out on a GPU.
 """
 import argparse
 import importlib.util
-import json
 import math
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from transformers.utils import logging
 
 from reasoning import arrows
 import grpo
-from plumbing import memory
+from plumbing.optimizer import make_optimizer
 from reasoning import responses as reflection_rollouts
 import reflection_srpo
 from reasoning import qwen as vlm
@@ -54,14 +53,15 @@ def pay(completion_ids, **_) -> list[float]:
 def our_trainer(case: Case, folder: Path):
     """(settings, model, processor, a function that updates the model on prompts, group by group, and their completions)."""
     s = reflection_srpo.Settings(max_new_tokens=case.length, rollout_batch=case.rows, minibatch=0, micro_tokens=10**9, lr=LR)
-    model, processor = reflection_srpo.load(s, folder)
+    model, processor = reflection_srpo.prepared(folder, s)
     model.generation_config.update(**sampling(case))
-    optimizer = reflection_srpo.optimizer_of(model, s)
+    optimizer = make_optimizer(model, s.lr, betas=(0.9, 0.99))
 
     def train(prompts: list[vlm.Prompt], completions: list[torch.Tensor]) -> dict:
         advantages = grpo.group_advantages(torch.tensor(pay(completions)).view(-1, GROUP), scale=False).flatten()
         model.train()
-        return reflection_srpo.update(model, None, processor, optimizer, reflection_srpo.Batch(prompts, completions, advantages), s)
+        batch = reflection_rollouts.Batch(prompts, completions, advantages, len(prompts))
+        return bench.update_model(model, processor, optimizer, batch, s)
     return s, model, processor, train
 
 
@@ -126,8 +126,8 @@ def measure_steps(case: Case, side: str, folder: Path) -> dict:
     register_optimizer_step_post_hook(lambda *_: updates.append(1))
     clocks, generated, trained = (our_steps if side == "ours" else trl_steps)(case, folder)
     fastest, peak = min(clocks[1:], key=lambda clock: clock.seconds), max(clock.peak for clock in clocks)
-    return {"seconds": fastest.seconds, "seconds_rollout": fastest.sampled - fastest.began, "peak_gib": peak / memory.GiB,
-            "steps_gib": (peak - clocks[0].before) / memory.GiB, "generated": generated, "trained": trained, "updates": len(updates)}
+    return {"seconds": fastest.seconds, "seconds_rollout": fastest.sampled - fastest.began, "peak_gib": peak / 2**30,
+            "steps_gib": (peak - clocks[0].before) / 2**30, "generated": generated, "trained": trained, "updates": len(updates)}
 
 
 def agreement(case: Case, folder: Path) -> dict:
@@ -139,7 +139,9 @@ def agreement(case: Case, folder: Path) -> dict:
     expected = [processor.prompt([], text).ids for text in questions(case) for _ in range(GROUP)]
     assert all(torch.equal(p.ids, ids) for p, ids in zip(prompts, expected, strict=True)), "the prompts are not the same"
     with torch.no_grad():
-        logp, _, _ = reflection_srpo.logprobs(model, processor, prompts, completions, s.temperature)
+        batch = reflection_rollouts.Batch(prompts, completions, torch.zeros(len(prompts)), len(prompts))
+        every = list(range(len(prompts)))
+        logp, _, _ = reflection_rollouts.logprobs(model, processor, batch, every, s.temperature)
     return {"logp_difference": float((logp.cpu() - theirs["logp"][order]).abs().max()),
             "gradient_norms": [train(prompts, completions)["grad_norm"], float(theirs["norm"])]}
 
@@ -156,7 +158,7 @@ def compare(case: Case, out: Path, repetitions: int = 3) -> None:
         arrows.tiny_vlm(folder)                                                         # for its tokenizer
         Qwen2_5_VLForConditionalGeneration(bench.qwen_config(case.model)).save_pretrained(folder)
         for _ in range(repetitions):
-            pairs.append({side: bench.child(case, "--side", side, "--out", folder, file=__file__) for side in ("trl", "ours")})
+            pairs.append({side: bench.alone(measure_steps, case, side, Path(folder)) for side in ("trl", "ours")})
             for side, row in pairs[-1].items():
                 same = row["generated"] == row["trained"] == [tokens] * steps and row["updates"] == steps
                 assert same, f"{side} did not generate and train on {tokens} tokens with one update in each of {steps} steps: {row}"
@@ -170,7 +172,7 @@ def compare(case: Case, out: Path, repetitions: int = 3) -> None:
     print(f"log-probabilities of {tokens} tokens differ by at most {equal['logp_difference']:.1e}, the gradient's norm is "
           f"{equal['gradient_norms'][0]:.6f}, TRL's {equal['gradient_norms'][1]:.6f}")
     assert equal["logp_difference"] < 1e-4 and math.isclose(*equal["gradient_norms"], rel_tol=1e-3), "these should be equal"
-    bench.write(out, {"trl": version("trl"), "transformers": version("transformers"), "device": memory.free_memory()[1],
+    bench.write(out, {"trl": version("trl"), "transformers": version("transformers"), "device": "cuda" if torch.cuda.is_available() else "cpu",
                       "command": f"python -m studies.bench_trl --rows {case.rows} --threads {case.threads}",
                       "case": asdict(case), "prompts": case.rows // GROUP, "group_size": GROUP, "ratios": ratios, **equal, "pairs": pairs})
 
@@ -180,13 +182,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=32, help=f"responses a step, {GROUP} to a prompt")
     parser.add_argument("--threads", type=int, default=1, help="torch threads on the CPU")
     parser.add_argument("--out", default="results/bench/trl.json", help="JSON")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     logging.disable_progress_bar()
-    if args.case:
-        print(json.dumps(measure_steps(Case(**json.loads(args.case)), args.side, Path(args.out))))
-        return 0
     try:
         compare(Case("qwen2.5-vl-small", rows=args.rows, length=64, repeats=3, threads=args.threads), Path(args.out))
         return 0

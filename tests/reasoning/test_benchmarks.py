@@ -548,7 +548,7 @@ def test_without_pyarrow(tmp_path):
     """In a process of its own, so that what other tests imported does not matter."""
     (tmp_path / "hub" / "data").mkdir(parents=True)
     (tmp_path / "hub" / "data" / "testmini-0.parquet").write_bytes(b"PAR1")
-    code = ("import sys; sys.modules['pyarrow'] = None\nimport reasoning_eval as r\nfrom pathlib import Path\n"
+    code = ("import sys; sys.modules['pyarrow'] = None\nfrom reasoning import benchmarks as reasoning_eval as r\nfrom pathlib import Path\n"
             f"r.evaluate('mathvista', {str(tmp_path / 'hub')!r}, Path({str(tmp_path / 'out')!r}), None, {{}})")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})

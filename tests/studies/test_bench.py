@@ -1,15 +1,9 @@
 """studies/bench.py: real sizes without memory for them, FLOPs against arithmetic, a measured case end to end, an unmeasured one that says so."""
 import json
-import math
-import re
-from pathlib import Path
 
 import pytest
 
 from studies import bench
-from plumbing import memory
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name, parameters", [("openvla-7b", 7.541e9), ("qwen2.5-vl-7b", 8.292e9), ("vjepa2-vitg", 1.034e9)])
@@ -18,24 +12,10 @@ def test_large_models_have_the_published_sizes(name, parameters):
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=2e-3)
 
 
-def test_plan_of_a_large_case_is_plan_py_s():
-    """bf16 weights, gradients, masters and moments of 7.54B parameters are 112 GiB; adapters need a fraction."""
-    full, lora = (bench.needed(bench.Case("openvla-7b", lora_rank=rank, gradient_checkpointing=True, rows=1), "cuda") / memory.GiB for rank in (0, 32))
-    assert 112 * memory.MARGIN < full < 125 and 14 < lora < 25
-
-
-def test_readme_says_what_is_planned(capsys):
-    assert bench.main(["--plan"]) == 0
-    lines = dict(reversed(line.strip().split(" GiB  ")) for line in capsys.readouterr().out.splitlines())
-    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if "GiB |" in line]
-    assert lines and [re.findall(r"\d+\.\d", row.split("|", 2)[2]) for row in rows] == [
-        [need for command, need in lines.items() if command.startswith(script)] for script in ("vla_srpo.py", "reflection_srpo.py")]
-
-
 def test_flops_are_two_per_weight_and_token():
     case = bench.Case("openvla-small", rows=1)
     s, model = bench.build(case, "cpu")
-    forward = bench.openvla_work(case, s, model)[2]
+    forward = bench.openvla_work(case, s, model).forward
     tokens = 256 + 24 + 57
     blocks = {"vision_backbone.featurizer.blocks": 261, "vision_backbone.fused_featurizer.blocks": 256, "projector": 256, "language_model.model.layers": tokens}
     last = tuple(f"vision_backbone.{tower}.blocks.3." for tower in ("featurizer", "fused_featurizer"))          # never run
@@ -52,10 +32,10 @@ def test_the_update_of_a_frozen_tower_is_counted_once(rank, backward, monkeypatc
     """Against the FLOPs of the update itself: its forward passes and what autograd does."""
     case = bench.Case("qwen2.5-vl-small", lora_rank=rank, rows=2)
     s, model = bench.build(case, "cpu")
-    _, update, forward, tower, _, _ = bench.qwen_work(case, s, model)
-    once, still = bench.flops(forward), bench.flops(tower)
+    work = bench.qwen_work(case, s, model)
+    once, still = bench.flops(work.forward), bench.flops(work.frozen)
     with bench.flop_counter() as counter:
-        update()
+        work.update()
     assert 0.1 * once < still < 0.9 * once
     assert (1 + backward) * (once - still) + still == pytest.approx(counter.get_total_flops(), rel=0.15)
 
@@ -68,8 +48,9 @@ def test_a_small_case_is_measured(tmp_path):
     assert row["rollout"]["mfu"] == pytest.approx(row["forward_flops"] / row["rollout"]["seconds"] / row["peak_flops"]) and row["rollout"]["peak_gib"] > 0.1
 
 
-def test_what_does_not_fit_is_marked_with_its_command(monkeypatch, capsys):
-    monkeypatch.setattr(memory, "free_memory", lambda: (memory.GiB, "a small GPU"))
+def test_what_was_not_measured_says_so_with_its_command(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     row = bench.run(bench.Case("openvla-7b"))
-    assert not row["measured"] and "a small GPU" in row["why"] and math.isfinite(row["plan_gib"])
-    assert "not measured" in bench.show(row) and "python -m studies.bench --model openvla-7b" in bench.show(row)
+    assert not row["measured"] and "GPU" in row["why"]
+    assert "not measured" in bench.show(row)
+    assert "python -m studies.bench --model openvla-7b" in bench.show(row)

@@ -5,18 +5,19 @@ import numpy as np
 import pytest
 import torch
 
-from robots import tabletop as envs
-from robots import policy as policies
-from robots import openvla as vla
-from studies import demonstrate as vla_sft
+from robots.openvla import from_env_actions, to_env_actions
+from robots.policy import load_policy
+from robots.tabletop import TASKS, Expert, Tabletop
+from studies import demonstrate
+from studies.demonstrate import Settings
 
 
 def test_demonstrations_and_fine_tuning():
-    data = vla_sft.demonstrations(1, noise=0.0)
-    env, n = envs.Tabletop(), 0
+    data = demonstrate.tabletop_demonstrations(1, noise=0.0)
+    env, n = Tabletop(), 0
     for task in range(4):
         env.reset(options={"task": task, "index": 0})
-        expert, actions, images, ended = envs.Expert(env), [], [env.render()], False
+        expert, actions, images, ended = Expert(env), [], [env.render()], False
         while not ended:
             actions.append(expert())
             ended = env.advance(actions[-1])
@@ -30,22 +31,23 @@ def test_demonstrations_and_fine_tuning():
             n += 1
     assert n == len(data["image"]) == len(data["actions"])
     torch.manual_seed(0)
-    one, two = (vla_sft.fine_tune(data, 40, 2e-3, seed=3) for _ in range(2))
+    s = Settings(steps=40, lr=2e-3, seed=3)
+    one, two = (demonstrate.fine_tune(data, s, "tabletop", TASKS) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
     rows = torch.arange(0, n, 4)
     with torch.no_grad():
-        logits = one(*one.prompt_ids([envs.TASKS[t] for t in data["task"][rows]]),
+        logits = one(*one.prompt_ids([TASKS[t] for t in data["task"][rows]]),
                      one.pixel_values(data["image"][rows][:, None]))
-    bins = one.encode(vla.from_env_actions(data["actions"][rows]), "tabletop").flatten(1)
+    bins = one.encode(from_env_actions(data["actions"][rows]), "tabletop").flatten(1)
     assert torch.nn.functional.cross_entropy(logits.flatten(0, 1), bins.flatten()) < 0.6 * math.log(256)
-    np.testing.assert_allclose(vla.to_env_actions(one.decode(bins, "tabletop"))[..., :6],
+    np.testing.assert_allclose(to_env_actions(one.decode(bins, "tabletop"))[..., :6],
                                data["actions"][rows][..., :6].clip(-0.5, 0.5), atol=0.003)      # 256 bins over -0.5..0.5
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert vla_sft.main(["--demos", "1", "--steps", "3", "--threads", "1", "--out", "policy"]) == 0
-    assert "python eval.py vla --checkpoint policy" in capsys.readouterr().out and policies.load_policy("policy").config["size"] == 64
+    assert demonstrate.main(["--demos", "1", "--steps", "3", "--threads", "1", "--out", "policy"]) == 0
+    assert "python eval.py vla --checkpoint policy" in capsys.readouterr().out and load_policy("policy").config["size"] == 64
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -56,7 +58,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 def test_bad_flags(argv, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    assert vla_sft.main(argv.split()) == 2
+    assert demonstrate.main(argv.split()) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and words in said
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
