@@ -33,7 +33,7 @@ LIMIT = 1000                        # characters: longer answers are compared as
 MP = MPContext()
 MP.dps = 1100                       # digits
 NUMBER = (MP.mpf, MP.mpc)
-FUNCTIONS = "arcsin|arccos|arctan|sin|cos|tan|ln|log|exp|sqrt|frac|factorial"
+FUNCTIONS = "arcsin|arccos|arctan|sin|cos|tan|ln|log|exp|sqrt|frac|root|fabs|factorial"
 NAME = rf"\\(?!(?:{FUNCTIONS}|pm|le|ge|ne|times|cdot)(?![a-z]))[A-Za-z]+(?![A-Za-z])"
 OPERATIONS = {ast.Add: "fadd", ast.Sub: "fsub", ast.Mult: "fmul", ast.Div: "fdiv"}
 CHARACTERS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {ord(a): b for a, b in {
@@ -105,7 +105,8 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<=\d) ?x ?(?=10\^)", "*"), (r"(?<![\w.^}])(\d+) ?(\\frac ?\{\d+\}\{\d+\})", r"(\1+\2)"),
     (r"(?<![\w.])(\d+) (\d+ ?/ ?\d+)(?![\d.])", r"(\1+\2)"), (r"\d \.?\d", "?"),        # not "6 1"
     (r"(?<![\d.])(\d*)\.(\d+)(?![\d.])", lambda m: f"({m[1]}{m[2]}/1{'0' * len(m[2])})"),
-    (rf"(\\(?:{FUNCTIONS})) ?((?:\d|[A-Za-z]|{NAME})+)", r"\1(\2)"),            # \sin 2x
+    (r"\\sqrt ?\[(\d)\]", r"\\root{\1}"), (r"\\log ?_ ?\{?(\d+|e)\}? ?", r"(1/\\ln{\1})*\\ln "),
+    (rf"(\\(?:{FUNCTIONS})) ?((?:\d|[A-Za-z]|{NAME})+)", r"\1(\2)"), (r"\|([^|]+)\|", r"\\fabs{\1}"),
     (r"(?<![\d!])(\d\d?)!(?!!)", r"\\factorial(\1)"), (r"\\times|\\cdot", "*"), (r"\\div", "/"),
     (r"\} ?\{", ");("), (r"[\[{]", "("), (r"[\]}]", ")"), (r"\^", "**"), (r"(?<!\d)0+(?=\d)", ""),
     ("=", "=="), (r"\\le ", "<="), (r"\\ge ", ">="), (r"\\ne ", "!="),
@@ -125,7 +126,8 @@ def compute(node: ast.expr, point: int):
             draw = random.Random(f"{name} {point}")
             letter = MP.mpf(draw.randint(300, 3000) * (1, -1, draw.choice((1, -1)))[point]) / 997
             known = {"pi_": +MP.pi, "infty_": MP.inf, "ve_": +MP.e, "vi_": MP.j, "log": MP.log10,
-                     "frac": lambda x: lambda y: x / y}.get(name)
+                     "frac": lambda x: lambda y: x / y, "root": lambda n: lambda x: MP.root(
+                         abs(x) if n % 2 else x, int(n)) * (MP.sign(x) if n % 2 else 1)}.get(name)
             return known or (letter if name[-1] == "_" else getattr(MP, name.replace("arc", "a")))
         case ast.UnaryOp(sign, x):
             return MP.fmul(compute(x, point), -1 if isinstance(sign, ast.USub) else 1)

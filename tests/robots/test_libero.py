@@ -18,8 +18,8 @@ from robots import libero
 from robots.libero import NO_OP, SETTLE, SPLITS, Libero, suite, thin_meshes
 from robots.libero_expert import Expert
 from robots.libero_files import initial_states, mujoco_note, prepare, tasks
-from robots.suite import Start, SuiteOptions
 from robots.rollouts import ActionChunk
+from robots.suite import Start, SuiteOptions
 from studies.libero_speed import main
 from tests.conftest import needs_assets, package, run_bare
 
