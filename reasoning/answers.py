@@ -97,7 +97,7 @@ def normalise(text: str) -> str:
 
 # From LaTeX to Python: a letter becomes vx_, a command sin or pi_, a fraction frac(a)(b)
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
-    (r",? ?\b(?:and|or)\b|;|\\cup\b", ","),
+    (r",? ?\b(?:and|or)\b|;|\\cup\b", ","), (r"\\log ?_ ?\{?(\d+|e)\}? ?", r"(1/\\ln{\1})*\\ln "),
     (r"^[A-Za-z ]{2,}$|(?<![A-Za-z\\])(?:[A-Za-z]{3,}|at|by|if|no|of)(?![A-Za-z])", "?"),
     (r"(?<![\d.,])\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,]| \d)",
      lambda m: re.sub("[ ,]", "", m[0])),
@@ -105,8 +105,8 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<=\d) ?x ?(?=10\^)", "*"), (r"(?<![\w.^}])(\d+) ?(\\frac ?\{\d+\}\{\d+\})", r"(\1+\2)"),
     (r"(?<![\w.])(\d+) (\d+ ?/ ?\d+)(?![\d.])", r"(\1+\2)"), (r"\d \.?\d", "?"),        # not "6 1"
     (r"(?<![\d.])(\d*)\.(\d+)(?![\d.])", lambda m: f"({m[1]}{m[2]}/1{'0' * len(m[2])})"),
-    (r"\\sqrt ?\[(\d)\]", r"\\root{\1}"), (r"\\log ?_ ?\{?(\d+|e)\}? ?", r"(1/\\ln{\1})*\\ln "),
-    (rf"(\\(?:{FUNCTIONS})) ?((?:\d|[A-Za-z]|{NAME})+)", r"\1(\2)"), (r"\|([^|]+)\|", r"\\fabs{\1}"),
+    (r"\\sqrt ?\[(\d)\]", r"\\root{\1}"), (r"\|([^|]+)\|", r"\\fabs{\1}"),
+    (rf"(\\(?:{FUNCTIONS})) ?((?:\d|[A-Za-z]|{NAME})+)", r"\1(\2)"),
     (r"(?<![\d!])(\d\d?)!(?!!)", r"\\factorial(\1)"), (r"\\times|\\cdot", "*"), (r"\\div", "/"),
     (r"\} ?\{", ");("), (r"[\[{]", "("), (r"[\]}]", ")"), (r"\^", "**"), (r"(?<!\d)0+(?=\d)", ""),
     ("=", "=="), (r"\\le ", "<="), (r"\\ge ", ">="), (r"\\ne ", "!="),

@@ -3,16 +3,14 @@
 1. A camera frame passes through two ViTs (DINOv2 and SigLIP); their patch features are joined on
    channels and an MLP projects each patch to one Llama embedding.
 2. Llama reads  BOS | 256 patches per image | rest of the prompt | 56 zero vectors | </s>  with
-   bidirectional attention.
-3. One forward pass gives the logits of all 56 action tokens: 8 future steps x 7 dimensions, 256
-   bins each.
-4. Bins become numbers in [-1, 1], and those become actions by the quantiles of the demonstrations.
-5. The image pipeline of the published evaluation (rotate, JPEG, lanczos3, crop) is done with Pillow
-   and numpy.
+   bidirectional attention; one pass gives the logits of all action tokens: 8 future steps x 7
+   dimensions, 256 bins each.
+3. Bins become numbers in [-1, 1], and those become actions by the quantiles of the demonstrations.
+4. The published evaluation's image pipeline (rotate, JPEG, lanczos3, crop) is Pillow and numpy.
 
 Modules carry the names of the published checkpoints' tensors, so these load as they are. Left out:
 proprioception, FiLM, diffusion and L1-regression heads (no checkpoint of the paper uses them);
-generation and its cache (all action tokens come out of one pass); timm, torchvision, tensorflow.
+generation and its cache; timm, torchvision, tensorflow.
 
     python -m robots.openvla                            # a tiny random OpenVLA: frame -> actions
     python -m robots.openvla --checkpoint FOLDER_OR_ID  # the same with a checkpoint
@@ -22,7 +20,6 @@ import io
 import json
 import os
 import shutil
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -41,17 +38,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 CHUNK, ACTION_DIM, BINS = 8, 7, 256             # a chunk is 8 steps x 7 dimensions = 56 tokens
 ACTION_TOKENS = CHUNK * ACTION_DIM
 FIRST_BIN = 32000 - BINS                        # tokens 31744..31999, the least used, are the bins
-# The prompt ends with 29871, a lone space; actions start there
-BOS, EOS, PAD, SPACE = 1, 2, 32000, 29871
+BOS, EOS, PAD, SPACE = 1, 2, 32000, 29871       # a prompt ends with a lone space; actions follow
 IMAGE, PATCH, HEADS = 224, 14, 16               # both towers: 224 px, 14 px patches, 16 heads
 PATCHES = (IMAGE // PATCH) ** 2
-TOWERS = ("featurizer", "fused_featurizer")      # DINO, SigLIP
-CAMERA = 256            # pixels of the images it is shown, as in the published evaluation
+TOWERS = ("featurizer", "fused_featurizer")     # DINO, SigLIP
+CAMERA = 256                                    # pixels that it is shown, as published
 # DINO's and SigLIP's mean and std, rounded to bf16 as the published models saw them; a checkpoint
 # brings its own
 PREPROCESSOR = {"tvf_normalize_params": [
-    {"mean": [0.484375, 0.455078125, 0.40625],
-     "std": [0.228515625, 0.2236328125, 0.224609375]},
+    {"mean": [0.484375, 0.455078125, 0.40625], "std": [0.228515625, 0.2236328125, 0.224609375]},
     {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}]}
 TINY = {"model_type": "openvla",
         "text_config": {"vocab_size": 32064, "pad_token_id": PAD, "hidden_size": 32,
@@ -64,13 +59,24 @@ TINY = {"model_type": "openvla",
 # Actions: bins <-> numbers, shared by every policy here
 
 def action_stats(norm_stats: dict, unnorm_key: str) -> dict:
-    """The q01, q99 and mask of one data set's actions; an unknown key is a ValueError that lists
-    the known ones."""
+    """The q01, q99 and mask of one data set's actions. ValueError, one line: an unknown key, or
+    numbers that no action can be decoded with."""
     if unnorm_key not in norm_stats:
-        known = ", ".join(sorted(norm_stats)) or "none"
         raise ValueError(f"unnorm_key {unnorm_key!r} has no action statistics; this model knows: "
-                         f"{known}")
-    return norm_stats[unnorm_key]["action"]
+                         f"{', '.join(sorted(norm_stats)) or 'none'}")
+    entry = norm_stats[unnorm_key]
+    stats = entry.get("action") if isinstance(entry, dict) else None
+    if not isinstance(stats, dict):
+        raise ValueError(f"{unnorm_key!r} has no statistics of an action; copy it again")
+    for name, default in (("q01", None), ("q99", None), ("mask", [True] * ACTION_DIM)):
+        numbers = stats.get(name, default)
+        if (not isinstance(numbers, list) or len(numbers) != ACTION_DIM
+                or not all(isinstance(x, (int, float)) and abs(x) < 1e300 for x in numbers)):
+            raise ValueError(f"{unnorm_key!r} needs {name}, {ACTION_DIM} finite numbers, and has "
+                             f"{str(numbers)[:60]}; give the checkpoint's own statistics")
+    if any(low > high for low, high in zip(stats["q01"], stats["q99"])):
+        raise ValueError(f"{unnorm_key!r} has a q01 above its q99; copy it again")
+    return stats
 
 
 def decode_actions(bins, stats: dict) -> np.ndarray:
@@ -86,8 +92,7 @@ def decode_actions(bins, stats: dict) -> np.ndarray:
     [[[0.002, 0.5, 0.504, 0.998, 0.998, 0.751, 0.502]]]
     """
     bins = np.asarray(bins.cpu() if torch.is_tensor(bins) else bins)
-    whole = np.issubdtype(bins.dtype, np.integer)
-    if not whole or bins.size == 0 or bins.min() < 0 or bins.max() >= BINS:
+    if bins.dtype.kind not in "iu" or not bins.size or bins.min() < 0 or bins.max() >= BINS:
         seen = f"{bins.dtype} in {bins.min()}..{bins.max()}" if bins.size else "nothing"
         raise ValueError(f"bins must be integers in 0..{BINS - 1}, got {seen}; token ids are bins "
                          f"+ {FIRST_BIN}")
@@ -104,10 +109,10 @@ def encode_actions(actions, stats: dict) -> torch.Tensor:
     supervised fine-tuning. The inverse of `decode_actions` up to half a bin; outside [q01, q99] is
     clipped; bin 0 is only reached at +1."""
     actions = np.asarray(actions, np.float64)
-    if actions.shape[-1:] != (ACTION_DIM,) or not np.isfinite(actions).all():
-        more = "" if np.isfinite(actions).all() else " with NaN or inf"
+    finite = np.isfinite(actions).all()
+    if actions.shape[-1:] != (ACTION_DIM,) or not finite:
         raise ValueError(f"actions must be finite numbers of shape (..., {ACTION_DIM}), got shape "
-                         f"{actions.shape}{more}")
+                         f"{actions.shape}{'' if finite else ' with NaN or inf'}")
     low, high, mask = _quantiles(stats)
     unit = np.where(mask, 2 * (actions - low) / (high - low + 1e-8) - 1, actions)
     return torch.from_numpy(BINS - np.digitize(unit.clip(-1, 1), np.linspace(-1, 1, BINS)))
@@ -130,8 +135,7 @@ def to_env_actions(actions: np.ndarray) -> np.ndarray:
 
 
 def from_env_actions(actions: np.ndarray) -> np.ndarray:
-    """LIBERO's gripper (-1 open, +1 close) -> the data's (1 open, 0 closed): what demonstrations
-    need before `encode`."""
+    """LIBERO's gripper (-1 open, +1 close) -> the data's (1 open, 0 closed), for `encode`."""
     return np.concatenate([actions[..., :6], (1 - actions[..., 6:]) / 2], axis=-1)
 
 
@@ -140,7 +144,6 @@ def from_env_actions(actions: np.ndarray) -> np.ndarray:
 def preprocess(frame: np.ndarray, rotate: bool = True) -> np.ndarray:
     """Camera frame (H, W, 3) uint8, as LIBERO renders it -> (224, 224, 3) uint8; store frames in
     this form (150 KB). rotate=False for frames that are upright already."""
-    frame = np.asarray(frame)
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
         raise ValueError(f"frame must be uint8 (H, W, 3), got {frame.dtype} {frame.shape}; use "
                          "0..255, channels last")
@@ -149,8 +152,7 @@ def preprocess(frame: np.ndarray, rotate: bool = True) -> np.ndarray:
 
 
 def jpeg_round_trip(frame: np.ndarray) -> np.ndarray:
-    """The training images were stored as JPEG, so the evaluation's pass through JPEG too (quality
-    95, 4:2:0)."""
+    """Through JPEG (quality 95, 4:2:0), as the training images were stored."""
     buffer, image = io.BytesIO(), Image.fromarray(np.ascontiguousarray(frame))
     image.save(buffer, "JPEG", quality=95, subsampling="4:2:0")
     return np.asarray(Image.open(buffer).convert("RGB"))
@@ -165,8 +167,7 @@ def centre_crop(frame: np.ndarray) -> np.ndarray:
     """The central 0.9 of the AREA, bilinear back to (224, 224, 3): training used random crops of
     that area."""
     side = 0.9 ** 0.5
-    # (224,) positions in pixels
-    at = (IMAGE - 1) * ((1 - side) / 2 + side * np.arange(IMAGE) / (IMAGE - 1))
+    at = (IMAGE - 1) * ((1 - side) / 2 + side * np.arange(IMAGE) / (IMAGE - 1))     # (224,) pixels
     low = at.astype(int)
     weight = (at - low)[:, None, None]
     rows = frame[low] * (1 - weight) + frame[low + 1] * weight                  # (224, 224, 3)
@@ -261,15 +262,9 @@ class OpenVLA(nn.Module):
     def __init__(self, config: dict, dino: tuple[int, int, int], siglip: tuple[int, int, int],
                  preprocessor: dict = PREPROCESSOR, files: dict[str, bytes] | None = None):
         super().__init__()
-        for file, content, key in (
-                ("config.json", config, "text_config"),
-                ("preprocessor_config.json", preprocessor, "tvf_normalize_params")):
-            if key not in content:
-                keys = ", ".join(content) or "nothing"
-                raise ValueError(f"{file} has no {key}, only {keys}; give an OpenVLA checkpoint")
         self.config, self.preprocessor, self.files = config, preprocessor, files or {}
-        self.tokenizer = None                                   # made of files at its first use
         self.norm_stats = config.get("norm_stats", {})
+        self.tokenizer = None                                   # made of files at its first use
         both, llama = dino[0] + siglip[0], LlamaConfig(**config["text_config"])
         self.vision_backbone = nn.ModuleDict({"featurizer": Tower(*dino, dino=True),
                                               "fused_featurizer": Tower(*siglip, dino=False)})
@@ -283,8 +278,8 @@ class OpenVLA(nn.Module):
         token 31744 + c.
 
         input_ids, attention_mask: (B, L), RIGHT-padded prompts that end with 29871, see
-        `prompt_ids`; pixel_values: (B, 6 * images, 224, 224), see the method. ValueError where
-        shapes disagree or the padding is on the left."""
+        `prompt_ids`; pixel_values: (B, 6 * images, 224, 224). ValueError where shapes disagree or
+        the padding is on the left."""
         _check_inputs(input_ids, attention_mask, pixel_values)
         length = attention_mask.sum(1, keepdim=True)                # (B, 1) tokens of each prompt
         # Text: the prompt, 56 zero vectors as placeholders for the action tokens, the stop token,
@@ -346,9 +341,7 @@ class OpenVLA(nn.Module):
 
     def prompt_ids(self, instructions: str | list[str]) -> tuple[Tensor, Tensor]:
         """Instructions -> right-padded input_ids and attention_mask (B, L) on the model's device.
-
-        Uses the checkpoint's tokenizer.json: FileNotFoundError if it has none, ValueError if it is
-        another model's."""
+        FileNotFoundError if the checkpoint has no tokenizer.json."""
         if "tokenizer.json" not in self.files:
             raise FileNotFoundError("prompt_ids needs tokenizer.json; copy it into the checkpoint "
                                     "from the original one")
@@ -358,9 +351,8 @@ class OpenVLA(nn.Module):
             prompt = f"In: What action should the robot take to {task.lower()}?\nOut:"
             words = self.tokenizer.encode(prompt, add_special_tokens=False).ids
             rows.append(torch.tensor([BOS, *words, SPACE]))
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
-        ones = [torch.ones_like(row) for row in rows]
-        mask = nn.utils.rnn.pad_sequence(ones, batch_first=True)
+        ids, mask = (nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=padding)
+                     for part, padding in ((rows, PAD), ([torch.ones_like(r) for r in rows], 0)))
         device = self.projector["fc1"].weight.device
         return ids.to(device), mask.to(device)
 
@@ -392,25 +384,46 @@ class OpenVLA(nn.Module):
         return self
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32,
-                        device: str | torch.device | None = None) -> "OpenVLA":
-        """A checkpoint folder or hub id, with one model.safetensors or shards and an index.
-
-        FileNotFoundError: no such folder, config or shard. ValueError: a truncated file, or tensors
-        that are missing, unknown or mis-shaped. All of it is checked from the headers, before any
-        weight is read."""
-        folder = local_folder(path)
-        tensors, stats = read_headers(folder), action_statistics(folder)
-        if wrong := misfits(folder, {name: shape for name, (_, shape) in tensors.items()}):
-            raise ValueError(wrong)
+    def described(cls, folder: Path) -> "OpenVLA":
+        """The model of a checkpoint folder without its weights, on the meta device: config.json, and
+        the tensors' headers, which alone tell the towers' sizes. FileNotFoundError or ValueError,
+        one line, where a file is missing, damaged, or does not fit the others."""
+        config = read_json(folder / "config.json", "text_config")
+        pixels = read_json(folder / "preprocessor_config.json", "tvf_normalize_params")
+        tensors = read_headers(folder)
+        sizes = [tower_size(tensors, f"vision_backbone.{tower}", folder) for tower in TOWERS]
         files = {f.name: f.read_bytes() for f in folder.iterdir()
                  if f.suffix in (".json", ".py", ".model") and not f.name.endswith(".index.json")}
-        with torch.device("meta"):          # no memory yet: the file's tensors become parameters
-            model = _described(cls, folder, tensors, files)
-        model.norm_stats = stats
-        for file in sorted({file for file, _ in tensors.values()}):
-            with safe_open(file, "pt", device=str(device or "cpu")) as shard:
-                part = {name: shard.get_tensor(name).to(dtype) for name in shard.keys()}
+        try:
+            _check_config(config["text_config"], pixels["tvf_normalize_params"], tensors)
+            with torch.device("meta"):
+                model = cls(config, *sizes, preprocessor=pixels, files=files)
+        except Exception as error:          # whatever transformers makes of a damaged text_config
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            raise ValueError(f"{folder}/config.json or preprocessor_config.json does not describe an "
+                             f"OpenVLA ({reason}); copy them again") from None
+        shapes = {name: shape for name, (_, shape) in tensors.items()}
+        wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+        wrong = [name for name in {**wanted, **shapes} if shapes.get(name) != wanted.get(name)]
+        if wrong:
+            raise ValueError(f"{folder}: {len(wrong)} tensors are not OpenVLA's; the first, "
+                             f"{wrong[0]}, has shape {shapes.get(wrong[0], 'missing')} and should "
+                             f"be {wanted.get(wrong[0], 'absent')}; give a complete checkpoint "
+                             "whose config.json fits")
+        if "tokenizer.json" in files:
+            model.tokenizer = read_tokenizer(files["tokenizer.json"], folder)
+        model.norm_stats = action_statistics(folder)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32,
+                        device: str | torch.device | None = None) -> "OpenVLA":
+        """A checkpoint folder or hub id, with one model.safetensors or shards and an index. Errors
+        are those of `described`, before any weight is read, and of `read_weights`."""
+        folder = local_folder(path)
+        model = cls.described(folder)
+        for file in sorted({file for file, _ in read_headers(folder).values()}):
+            part = read_weights(file, dtype, device)
             model.load_state_dict(part, strict=False, assign=True)
         return model._make_rotary()         # in no file, and fp32 whatever the dtype
 
@@ -426,41 +439,51 @@ class OpenVLA(nn.Module):
     @classmethod
     def problems(cls, folder: Path) -> list[str]:
         """What would stop a run with this checkpoint, a line each, from its headers alone."""
-        found, names = [], {file.name for file in folder.iterdir()}
-        for name in ("tokenizer.json", "preprocessor_config.json"):
-            if name not in names:
-                found.append(f"{folder} has no {name}; copy it from the original checkpoint")
+        found, names = [], sorted(file.name for file in folder.iterdir())
+        if "tokenizer.json" not in names:
+            found.append(f"{folder} has no tokenizer.json; copy it from the original checkpoint")
         found += [f"{folder} holds {name}, a regression head: RL needs the checkpoint with "
-                  "discrete action tokens" for name in sorted(names) if "action_head" in name]
+                  "discrete action tokens" for name in names if "action_head" in name]
         try:
-            action_statistics(folder)
-            shapes = {name: shape for name, (_, shape) in read_headers(folder).items()}
-            rows = shapes.get("language_model.lm_head.weight", (0,))[0]
-            if rows < FIRST_BIN + BINS:
-                found.append(f"{folder}: the head has {rows} rows, the action tokens end at "
-                             f"{FIRST_BIN + BINS}; give an OpenVLA-OFT checkpoint with them")
-            elif "preprocessor_config.json" in names and (wrong := misfits(folder, shapes)):
-                found.append(wrong)
-            if "tokenizer.json" in names:
-                read_tokenizer((folder / "tokenizer.json").read_bytes())
+            cls.described(folder)
         except (ValueError, OSError) as error:
             found.append(str(error))
         return found
 
 
+# Checks
+
 def _check_inputs(input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> None:
     if input_ids.ndim != 2 or attention_mask.shape != input_ids.shape:
         raise ValueError("input_ids and attention_mask must both be (B, L), got "
                          f"{tuple(input_ids.shape)} and {tuple(attention_mask.shape)}")
-    shape = tuple(pixel_values.shape)
+    shape, mask = tuple(pixel_values.shape), attention_mask.bool()
     images = shape[1] if len(shape) == 4 else 0
     if not images or images % 6 or shape != (len(input_ids), images, IMAGE, IMAGE):
         raise ValueError(f"pixel_values must be ({len(input_ids)}, 6 * images, {IMAGE}, {IMAGE}), "
                          f"got {shape}; make them with pixel_values()")
-    mask = attention_mask.bool()
     if not mask[:, 0].all() or (mask[:, 1:] & ~mask[:, :-1]).any():
         raise ValueError("attention_mask must be ones, then zeros: prompts are padded on the RIGHT "
                          "here; move each row's padding to its end")
+
+
+def _check_config(text: dict, norms: list, tensors: dict) -> None:
+    """ValueError for what no shape shows: a Llama that is not Llama-2's but for its size, pixels that
+    cannot be normalised. Other errors of all kinds for a damaged file."""
+    llama, published = LlamaConfig(**text), LlamaConfig()
+    for name in ("hidden_act", "rope_parameters", "attention_dropout", "tie_word_embeddings"):
+        if getattr(llama, name) != getattr(published, name):
+            raise ValueError(f"text_config: {name} {getattr(llama, name)} is not Llama-2's")
+    if not 0 < llama.rms_norm_eps < 1e-4:
+        raise ValueError(f"text_config: rms_norm_eps {llama.rms_norm_eps} is not Llama-2's")
+    depth = len({name.split(".")[3] for name in tensors if ".model.layers." in name})
+    if llama.num_hidden_layers != depth:            # before as many are made
+        raise ValueError(f"text_config: {llama.num_hidden_layers} layers, {depth} in the weights")
+    if tensors["language_model.lm_head.weight"][1][0] < FIRST_BIN + BINS:
+        raise ValueError(f"the head ends before token {FIRST_BIN + BINS - 1}, the last action token")
+    numbers = torch.tensor([[norm["mean"], norm["std"]] for norm in norms])         # (2, 2, 3)
+    if numbers.shape != (2, 2, 3) or not (numbers[:, 1] > 0.01).all() or not (numbers < 10).all():
+        raise ValueError("tvf_normalize_params are not mean and std of 3 colours, for two towers")
 
 
 # Checkpoint folders, from here or the hub: headers before weights
@@ -485,43 +508,39 @@ def local_folder(path: str | Path, weights: bool = True) -> Path:
                                 f"({reason}); give the folder of a downloaded copy") from None
 
 
-def read_json(file: Path) -> dict:
+def read_json(file: Path, *needed: str) -> dict:
     """The object that a small file of a checkpoint holds. FileNotFoundError; ValueError if it holds
-    anything else."""
+    anything else, or lacks a key."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; the folder is not a complete checkpoint")
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON ({error}); copy it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no JSON object; copy it again")
+    for key in needed:
+        if key not in content:
+            raise ValueError(f"{file} has no {key}, only {', '.join(content)[:200] or 'nothing'}; "
+                             "give a checkpoint that has it")
     return content
 
 
 def action_statistics(folder: Path) -> dict:
     """Quantiles of the training data's actions, by data set: those of fine-tuning, else the
     config's. ValueError names file and key of what no action can be decoded with."""
-    file = folder / "dataset_statistics.json"
-    where = folder / "config.json"
-    if file.is_file() or "norm_stats" not in read_json(where):
-        where, stats = file, read_json(file)
+    file, config = folder / "dataset_statistics.json", folder / "config.json"
+    if not file.is_file() and "norm_stats" in read_json(config):
+        file, stats = config, read_json(config)["norm_stats"]
     else:
-        stats = read_json(where)["norm_stats"]
-    if not isinstance(stats, dict):
-        raise ValueError(f"{where}: the statistics are no JSON object; copy it again")
-    for key, value in stats.items():
-        actions = value.get("action") if isinstance(value, dict) else None
-        if not isinstance(actions, dict):
-            raise ValueError(f"{where}: {key!r} has no statistics of an action; copy it again")
-        for name in ("q01", "q99", "mask"):
-            numbers = actions.get(name, [True] * ACTION_DIM if name == "mask" else None)
-            if (not isinstance(numbers, list) or len(numbers) != ACTION_DIM
-                    or not all(isinstance(x, (int, float)) and abs(x) < 1e300 for x in numbers)):
-                raise ValueError(f"{where}: {key!r} needs {name}, {ACTION_DIM} finite numbers, and "
-                                 f"has {str(numbers)[:60]}; give the checkpoint's own statistics")
-        if any(low > high for low, high in zip(actions["q01"], actions["q99"])):
-            raise ValueError(f"{where}: {key!r} has a q01 above its q99; copy it again")
+        stats = read_json(file)
+    try:
+        if not isinstance(stats, dict):
+            raise ValueError("the statistics are no JSON object; copy it again")
+        for key in stats:
+            action_stats(stats, key)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     return stats
 
 
@@ -555,6 +574,16 @@ def read_headers(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     return tensors
 
 
+def read_weights(file: Path, dtype: torch.dtype, device=None) -> dict[str, Tensor]:
+    """A safetensors file's tensors. ValueError if one holds anything but finite numbers."""
+    with safe_open(file, "pt", device=str(device or "cpu")) as shard:
+        tensors = {name: shard.get_tensor(name) for name in shard.keys()}
+    for name, x in tensors.items():
+        if not x.is_floating_point() or not x.sum(dtype=torch.float32).isfinite():
+            raise ValueError(f"{file}: {name} holds what is no finite number; copy it again")
+    return {name: x.to(dtype) for name, x in tensors.items()}
+
+
 def write_folder(path: Path, jsons: dict[str, dict], files: dict[str, bytes], state: dict) -> None:
     """Files, JSON and weights into a new folder, under another name until it is complete.
     ValueError if there is one with something in it; OSError, one line, if the disk is full."""
@@ -563,81 +592,50 @@ def write_folder(path: Path, jsons: dict[str, dict], files: dict[str, bytes], st
                          "choose another path")
     draft = path.with_name(f".{path.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)            # left behind by a killed run
+    files = files | {name: json.dumps(x, indent=2).encode() + b"\n" for name, x in jsons.items()}
     try:
         draft.mkdir(parents=True)
         for name, content in files.items():
             (draft / name).write_bytes(content)
-        for name, content in jsons.items():
-            (draft / name).write_text(json.dumps(content, indent=2) + "\n")
         save_file({name: tensor.contiguous() for name, tensor in state.items()},
                   draft / "model.safetensors", metadata={"format": "pt"})
         os.replace(draft, path)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            shutil.rmtree(draft)
+        shutil.rmtree(draft, ignore_errors=True)
         raise OSError(f"{path} cannot be written ({error}); is the disk full?") from None
 
 
-def read_tokenizer(text: bytes) -> Tokenizer:
+def read_tokenizer(text: bytes, folder: Path = Path()) -> Tokenizer:
     """tokenizer.json as it is (transformers 5 would rebuild Llama's by its own rules), without
     padding or truncation. ValueError if it is not Llama-2's: its words would be other embeddings'
     numbers, and the policy would see another instruction."""
+    file = folder / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_str(text.decode())
-        tokenizer.encode("In: What action?")            # fails where words lack, and an <unk>
-    except Exception as error:                          # the library raises nothing more special
-        raise ValueError(f"tokenizer.json cannot be read ({error}); copy it again from the "
-                         "original checkpoint") from None
+        tokenizer.encode("In: What action?")        # fails if there is no <unk> for what it lacks
+    except Exception as error:                      # the library raises nothing more special
+        raise ValueError(f"{file} cannot be read ({' '.join(str(error).split())[:200]}); copy it "
+                         "again from the original checkpoint") from None
     for word, number in (("<s>", BOS), ("</s>", EOS), ("▁", SPACE)):
         if (found := tokenizer.token_to_id(word)) != number:
-            raise ValueError(f"tokenizer.json gives {word!r} the number {found}, OpenVLA's Llama-2 "
-                             f"{number}; copy it from the original checkpoint")
+            raise ValueError(f"{file} gives {word!r} the number {found}, OpenVLA's Llama-2 {number}; "
+                             "copy it from the original checkpoint")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
 
 
-def misfits(folder: Path, shapes: dict[str, tuple[int, ...]]) -> str:
-    """A line if the tensors are not those of the OpenVLA that config.json describes."""
-    with torch.device("meta"):
-        model = _described(OpenVLA, folder, {name: (None, x) for name, x in shapes.items()}, {})
-    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    wrong = [name for name in {**wanted, **shapes} if shapes.get(name) != wanted.get(name)]
-    return wrong and (f"{folder}: {len(wrong)} tensors are not OpenVLA's; the first, {wrong[0]}, "
-                      f"has shape {shapes.get(wrong[0], 'missing')} and should be "
-                      f"{wanted.get(wrong[0], 'absent')}; give a complete checkpoint whose "
-                      "config.json fits")
-
-
-def _described(cls, folder: Path, tensors: dict, files: dict[str, bytes]) -> OpenVLA:
-    """The model that config.json and the towers' tensors describe, without weights."""
-    config, pixels = (read_json(folder / f"{name}config.json") for name in ("", "preprocessor_"))
-    sizes = [tower_size(tensors, f"vision_backbone.{tower}", folder) for tower in TOWERS]
-    try:
-        model = cls(config, *sizes, preprocessor=pixels, files=files)
-        norms = [[len(norm[k]) for k in ("mean", "std")] for norm in pixels["tvf_normalize_params"]]
-        if norms != [[3, 3], [3, 3]]:
-            raise ValueError("tvf_normalize_params are not two of mean and std")
-        return model
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-    except Exception as error:              # whatever transformers makes of a damaged text_config
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        raise ValueError(f"{folder}/config.json or preprocessor_config.json does not describe an "
-                         f"OpenVLA ({reason}); copy them again") from None
-
-
 def tower_size(tensors: dict, prefix: str, folder: Path) -> tuple[int, int, int]:
     """(width, depth, mlp) of a tower; config.json does not tell them, the tensors do."""
-    patch, mlp = f"{prefix}.patch_embed.proj.weight", f"{prefix}.blocks.0.mlp.fc1.weight"
-    for name in (patch, mlp):
-        if name not in tensors:
+    sizes = []
+    for name in (f"{prefix}.patch_embed.proj.weight", f"{prefix}.blocks.0.mlp.fc1.weight"):
+        if name not in tensors or not tensors[name][1]:
             raise ValueError(f"{folder} lacks the tensor {name}; give a checkpoint of OpenVLA with "
                              "two towers")
+        sizes.append(tensors[name][1][0])
     start = f"{prefix}.blocks."
-    numbers = [name[len(start):].split(".")[0] for name in tensors if name.startswith(start)]
-    depth = 1 + max(int(n) for n in numbers if n.isdigit())
-    return tensors[patch][1][0], depth, tensors[mlp][1][0]
+    depth = len({name[len(start):].split(".")[0] for name in tensors if name.startswith(start)})
+    return sizes[0], depth, sizes[1]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -662,11 +660,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"error: {error}") from None
     for name, tower in model.vision_backbone.items():
         fc1 = tower.blocks[0].mlp["fc1"]
-        print(f"{name}: width {fc1.in_features}, {len(tower.blocks)} blocks, mlp "
-              f"{fc1.out_features}")
-    llama = model.language_model.config
-    print(f"language_model: width {llama.hidden_size}, {llama.num_hidden_layers} blocks, mlp "
-          f"{llama.intermediate_size}")
+        print(f"{name}: width {fc1.in_features}, {len(tower.blocks)} blocks, mlp {fc1.out_features}")
     sizes = [p.numel() for p in model.parameters()]
     print(f"{sum(sizes):,} parameters in {len(sizes)} tensors, {args.dtype} on {args.device}")
     if "tokenizer.json" in model.files:
@@ -681,8 +675,7 @@ def main(argv: list[str] | None = None) -> None:
         logits = model(ids, mask, model.pixel_values(preprocess(frame)[None, None]))
     key = next(iter(model.norm_stats))
     actions = to_env_actions(model.decode(logits.argmax(-1), key))[0]
-    print("greedy actions, 8 steps x (dx, dy, dz, droll, dpitch, dyaw, gripper), un-normalised by "
-          f"{key!r}:")
+    print(f"greedy actions, 8 steps x (dx, dy, dz, droll, dpitch, dyaw, gripper), by {key!r}:")
     print(np.array2string(actions, precision=3, suppress_small=True))
 
 
