@@ -317,6 +317,7 @@ def seconds_of(function: Callable) -> Clock:
 
 def measure(case: Case) -> dict:
     """Rollout and update, after one of each to warm up; the better of the repeats."""
+    transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     torch.set_num_threads(case.threads)
     device = ranks.device()
@@ -354,9 +355,13 @@ def cases(name: str, rows: int, threads: int) -> list[Case]:
 
 
 def alone(work: Callable, *given) -> dict:
-    """work(*given) in a process of its own, whose error is raised here."""
+    """work(*given) in a process of its own. RuntimeError, one line, if it fails or is killed."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(work, *given).result()
+        try:
+            return pool.submit(work, *given).result()
+        except Exception as error:
+            said = str(error) or type(error).__name__
+            raise RuntimeError(said.splitlines()[0][:300]) from error
 
 
 def run(case: Case) -> dict:
@@ -367,13 +372,13 @@ def run(case: Case) -> dict:
         return row | {"why": "it takes a GPU"}
     try:
         return row | {"measured": True, **alone(measure, case)}
-    except (RuntimeError, MemoryError) as error:            # also where the system has killed it
-        return row | {"why": (str(error) or "out of memory").splitlines()[0][:300]}
+    except RuntimeError as error:
+        return row | {"why": str(error)}
 
 
 def show(row: dict) -> str:
-    label = row["model"] + (", LoRA" if row["lora_rank"] else ", full") * (row["model"] not in VJEPA)
-    label += ", checkpointing" * row["gradient_checkpointing"]
+    how = "" if row["model"] in VJEPA else ", LoRA" if row["lora_rank"] else ", full"
+    label = row["model"] + how + ", checkpointing" * row["gradient_checkpointing"]
     if not row["measured"]:
         return f"{label:42} not measured: {row['why']}; measure it: {row['command']}"
     return f"{label:42} " + "   ".join(

@@ -1,15 +1,30 @@
-"""studies/bench.py: real sizes without memory for them, FLOPs against arithmetic, a measured case end to end, an unmeasured one that says so."""
+"""studies/bench.py: real sizes without memory for them, FLOPs against arithmetic, a measured case
+end to end, an unmeasured one that says so."""
 import json
+import os
 
 import pytest
+import torch
 
 from studies import bench
 
 
-@pytest.mark.parametrize("name, parameters", [("openvla-7b", 7.541e9), ("qwen2.5-vl-7b", 8.292e9), ("vjepa2-vitg", 1.034e9)])
+@pytest.mark.parametrize("name, parameters", [
+    ("openvla-7b", 7.541e9), ("qwen2.5-vl-7b", 8.292e9), ("vjepa2-vitg", 1.034e9)])
 def test_large_models_have_the_published_sizes(name, parameters):
     _, model = bench.build(bench.Case(name), "meta")
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", ["openvla-small", "qwen2.5-vl-small"])
+def test_adapters_are_those_of_the_scripts(name):
+    """On Llama or Qwen all of q k v o gate up down; of OpenVLA's towers what runs, too."""
+    _, model = bench.build(bench.Case(name, lora_rank=4), "cpu")
+    trained = {n.split(".lora_")[0] for n, p in model.named_parameters() if p.requires_grad}
+    language = {n for n in trained if "language_model" in n}
+    assert len(language) == 4 * 7 and not [n for n in trained if "lm_head" in n]
+    assert (language == trained) == (name == "qwen2.5-vl-small")
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
 def test_flops_are_two_per_weight_and_token():
@@ -17,18 +32,24 @@ def test_flops_are_two_per_weight_and_token():
     s, model = bench.build(case, "cpu")
     forward = bench.openvla_work(case, s, model).forward
     tokens = 256 + 24 + 57
-    blocks = {"vision_backbone.featurizer.blocks": 261, "vision_backbone.fused_featurizer.blocks": 256, "projector": 256, "language_model.model.layers": tokens}
-    last = tuple(f"vision_backbone.{tower}.blocks.3." for tower in ("featurizer", "fused_featurizer"))          # never run
-    expected = sum(2 * p.numel() * count for name, p in model.named_parameters() for prefix, count in blocks.items()
-                   if name.startswith(prefix) and p.ndim == 2 and not name.startswith(last))
-    wide = sum(4 * count**2 * width * depth for count, width, depth in ((261, 128, 3), (256, 144, 3), (tokens, 256, 4)))       # attention: q k, and with v
+    blocks = {"vision_backbone.featurizer.blocks": 261,
+              "vision_backbone.fused_featurizer.blocks": 256, "projector": 256,
+              "language_model.model.layers": tokens}
+    never_run = tuple(f"vision_backbone.{tower}.blocks.3."
+                      for tower in ("featurizer", "fused_featurizer"))
+    expected = sum(2 * p.numel() * count for name, p in model.named_parameters()
+                   for prefix, count in blocks.items()
+                   if name.startswith(prefix) and p.ndim == 2 and not name.startswith(never_run))
+    # Attention: q k, and with v
+    wide = sum(4 * count**2 * width * depth for count, width, depth in (
+        (261, 128, 3), (256, 144, 3), (tokens, 256, 4)))
     patches = 256 * 2 * 3 * 14**2 * (128 + 144)
     head = 2 * 256 * 56 * 256
     assert bench.flops(forward) == pytest.approx(expected + wide + patches + head, rel=0.01)
 
 
 @pytest.mark.parametrize("rank, backward", [(0, 2), (4, 1)])
-def test_the_update_of_a_frozen_tower_is_counted_once(rank, backward, monkeypatch):
+def test_the_update_of_a_frozen_tower_is_counted_once(rank, backward):
     """Against the FLOPs of the update itself: its forward passes and what autograd does."""
     case = bench.Case("qwen2.5-vl-small", lora_rank=rank, rows=2)
     s, model = bench.build(case, "cpu")
@@ -37,20 +58,64 @@ def test_the_update_of_a_frozen_tower_is_counted_once(rank, backward, monkeypatc
     with bench.flop_counter() as counter:
         work.update()
     assert 0.1 * once < still < 0.9 * once
-    assert (1 + backward) * (once - still) + still == pytest.approx(counter.get_total_flops(), rel=0.15)
+    assert (1 + backward) * (once - still) + still == pytest.approx(
+        counter.get_total_flops(), rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["openvla-small", "qwen2.5-vl-small"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_an_update_moves_what_trains_and_counts_once(name, rank):
+    case = bench.Case(name, lora_rank=rank, gradient_checkpointing=True, rows=2, length=8)
+    s, model = bench.build(case, "cpu")
+    work = (bench.openvla_work if name == "openvla-small" else bench.qwen_work)(case, s, model)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    summary = work.update()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert summary["updates"] == 1 and summary["skipped"] == 0 and summary["grad_norm"] > 0
+    assert moved and moved <= trained
 
 
 def test_a_small_case_is_measured(tmp_path):
-    out = tmp_path / "small.json"
+    out = tmp_path / "new" / "small.json"
     assert bench.main(["--model", "vjepa2-small", "--out", str(out)]) == 0
     [row] = json.loads(out.read_text())["rows"]
-    assert row["measured"] and row["rollout"]["per_second"] == pytest.approx(4 / row["rollout"]["seconds"])
-    assert row["rollout"]["mfu"] == pytest.approx(row["forward_flops"] / row["rollout"]["seconds"] / row["peak_flops"]) and row["rollout"]["peak_gib"] > 0.1
+    rollout = row["rollout"]
+    assert row["measured"] and rollout["per_second"] == pytest.approx(4 / rollout["seconds"])
+    assert rollout["mfu"] == pytest.approx(
+        row["forward_flops"] / rollout["seconds"] / row["peak_flops"])
+    assert rollout["peak_gib"] > 0.1
 
 
-def test_what_was_not_measured_says_so_with_its_command(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+def test_what_takes_a_gpu_is_marked_with_its_command(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     row = bench.run(bench.Case("openvla-7b"))
-    assert not row["measured"] and "GPU" in row["why"]
-    assert "not measured" in bench.show(row)
-    assert "python -m studies.bench --model openvla-7b" in bench.show(row)
+    assert not row["measured"] and "it takes a GPU" in row["why"]
+    said = bench.show(row)
+    assert "not measured" in said and "python -m studies.bench --model openvla-7b" in said
+
+
+def killed(case):
+    os._exit(1)
+
+
+def failing(case):
+    raise RuntimeError("CUDA out of memory.\nand more lines")
+
+
+@pytest.mark.parametrize("measure, words", [
+    (killed, "terminated abruptly"), (failing, "CUDA out of memory.")])
+def test_a_case_that_does_not_fit_says_so_and_the_others_go_on(measure, words, monkeypatch):
+    """One that the system kills, and one with an error of several lines."""
+    monkeypatch.setattr(bench, "measure", measure)
+    row = bench.run(bench.Case("vjepa2-small"))
+    assert not row["measured"] and words in row["why"] and "\n" not in bench.show(row)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--model", "gpt"], "--model"), (["--rows", "-1"], "--rows must be at least 0"),
+    (["--threads", "0"], "--threads must be at least 1")])
+def test_bad_flags_are_one_line(argv, words, capsys):
+    assert bench.main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and words in said

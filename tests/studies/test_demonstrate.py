@@ -1,4 +1,5 @@
-"""studies/demonstrate.py: the demonstrations against a replay of the expert, what is learnt from them, and its flags."""
+"""studies/demonstrate.py: the demonstrations against a replay of the expert, what is learnt from
+them, and its flags."""
 import math
 
 import numpy as np
@@ -23,9 +24,10 @@ def test_demonstrations_and_fine_tuning():
             ended = env.advance(actions[-1])
             images.append(env.render())
         assert env.success
-        for t, image in enumerate(images[:-1]):             # what is seen, and the eight actions that follow
+        still = [0, 0, 0, 0, 0, 0, -1]
+        for t, image in enumerate(images[:-1]):     # what is seen, the eight actions that follow
             np.testing.assert_array_equal(data["image"][n], image)
-            chunk = [actions[t + k] if t + k < len(actions) else [0, 0, 0, 0, 0, 0, -1] for k in range(8)]
+            chunk = [actions[t + k] if t + k < len(actions) else still for k in range(8)]
             np.testing.assert_array_equal(data["actions"][n], chunk)
             assert data["task"][n] == task
             n += 1
@@ -33,28 +35,37 @@ def test_demonstrations_and_fine_tuning():
     torch.manual_seed(0)
     s = Settings(steps=40, lr=2e-3, seed=3)
     one, two = (demonstrate.fine_tune(data, s, "tabletop", TASKS) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
+    states = one.state_dict().values(), two.state_dict().values()
+    assert all(torch.equal(a, b) for a, b in zip(*states))
     rows = torch.arange(0, n, 4)
     with torch.no_grad():
         logits = one(*one.prompt_ids([TASKS[t] for t in data["task"][rows]]),
                      one.pixel_values(data["image"][rows][:, None]))
     bins = one.encode(from_env_actions(data["actions"][rows]), "tabletop").flatten(1)
-    assert torch.nn.functional.cross_entropy(logits.flatten(0, 1), bins.flatten()) < 0.6 * math.log(256)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), bins.flatten())
+    assert loss < 0.6 * math.log(256)
+    # 256 bins over -0.5..0.5
     np.testing.assert_allclose(to_env_actions(one.decode(bins, "tabletop"))[..., :6],
-                               data["actions"][rows][..., :6].clip(-0.5, 0.5), atol=0.003)      # 256 bins over -0.5..0.5
+                               data["actions"][rows][..., :6].clip(-0.5, 0.5), atol=0.003)
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert demonstrate.main(["--demos", "1", "--steps", "3", "--threads", "1", "--out", "policy"]) == 0
-    assert "python eval.py vla --checkpoint policy" in capsys.readouterr().out and load_policy("policy").config["size"] == 64
+    argv = ["--demos", "1", "--steps", "3", "--threads", "1", "--out", "policy"]
+    assert demonstrate.main(argv) == 0
+    assert "python eval.py vla --checkpoint policy" in capsys.readouterr().out
+    assert load_policy("policy").config["size"] == 64
 
 
 @pytest.mark.parametrize("argv, words", [
-    ("", "--out must be a new folder"), ("--out .", ". is not empty"), ("--out x --demos 0", "--demos must be at least 1"),
-    ("--out x --lr nan", "--lr must be positive"), ("--out x --suite libero_goal", "libero_goal"), ("--out x --size 128", "--size and --crop are LIBERO's"),
-    ("--out x --suite libero_object --size 66", "--size 66 --crop : both sides must be multiples of 4"),
-    ("--out x --suite libero_object --crop 8 8", "--crop 8 8: both"), ("--out x --suite libero_object --crop 0 8 60", "lie within the image")])
+    ("", "--out must be a new folder"), ("--out .", ". is not empty"),
+    ("--out x --demos 0", "--demos must be at least 1"),
+    ("--out x --lr nan", "--lr must be positive"), ("--out x --suite libero_goal", "libero_goal"),
+    ("--out x --size 128", "--size and --crop are LIBERO's"),
+    ("--out x --suite libero_object --size 66",
+     "--size 66 --crop : both sides must be multiples of 4"),
+    ("--out x --suite libero_object --crop 8 8", "--crop 8 8: both"),
+    ("--out x --suite libero_object --crop 0 8 60", "lie within the image")])
 def test_bad_flags(argv, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
