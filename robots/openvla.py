@@ -385,13 +385,17 @@ class OpenVLA(nn.Module):
 
     @classmethod
     def described(cls, folder: Path) -> "OpenVLA":
-        """The model of a checkpoint folder without its weights, on the meta device: config.json, and
-        the tensors' headers, which alone tell the towers' sizes. FileNotFoundError or ValueError,
+        """The model of a checkpoint folder without its weights, on the meta device, by config.json
+        and the tensors' headers, which alone tell the towers' sizes. FileNotFoundError, ValueError:
         one line, where a file is missing, damaged, or does not fit the others."""
         config = read_json(folder / "config.json", "text_config")
         pixels = read_json(folder / "preprocessor_config.json", "tvf_normalize_params")
         tensors = read_headers(folder)
         sizes = [tower_size(tensors, f"vision_backbone.{tower}", folder) for tower in TOWERS]
+        rows = (*tensors.get("language_model.lm_head.weight", (None, ()))[1], 0)[0]
+        if rows < FIRST_BIN + BINS:
+            raise ValueError(f"{folder}: the head has {rows} rows, the action tokens end at "
+                             f"{FIRST_BIN + BINS}; give an OpenVLA-OFT checkpoint with them")
         files = {f.name: f.read_bytes() for f in folder.iterdir()
                  if f.suffix in (".json", ".py", ".model") and not f.name.endswith(".index.json")}
         try:
@@ -400,8 +404,8 @@ class OpenVLA(nn.Module):
                 model = cls(config, *sizes, preprocessor=pixels, files=files)
         except Exception as error:          # whatever transformers makes of a damaged text_config
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-            raise ValueError(f"{folder}/config.json or preprocessor_config.json does not describe an "
-                             f"OpenVLA ({reason}); copy them again") from None
+            raise ValueError(f"{folder}/config.json or preprocessor_config.json does not describe "
+                             f"an OpenVLA ({reason}); copy them again") from None
         shapes = {name: shape for name, (_, shape) in tensors.items()}
         wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         wrong = [name for name in {**wanted, **shapes} if shapes.get(name) != wanted.get(name)]
@@ -454,10 +458,10 @@ class OpenVLA(nn.Module):
 # Checks
 
 def _check_inputs(input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> None:
-    if input_ids.ndim != 2 or attention_mask.shape != input_ids.shape:
-        raise ValueError("input_ids and attention_mask must both be (B, L), got "
-                         f"{tuple(input_ids.shape)} and {tuple(attention_mask.shape)}")
     shape, mask = tuple(pixel_values.shape), attention_mask.bool()
+    if input_ids.ndim != 2 or mask.shape != input_ids.shape:
+        raise ValueError("input_ids and attention_mask must both be (B, L), got "
+                         f"{tuple(input_ids.shape)} and {tuple(mask.shape)}")
     images = shape[1] if len(shape) == 4 else 0
     if not images or images % 6 or shape != (len(input_ids), images, IMAGE, IMAGE):
         raise ValueError(f"pixel_values must be ({len(input_ids)}, 6 * images, {IMAGE}, {IMAGE}), "
@@ -468,8 +472,8 @@ def _check_inputs(input_ids: Tensor, attention_mask: Tensor, pixel_values: Tenso
 
 
 def _check_config(text: dict, norms: list, tensors: dict) -> None:
-    """ValueError for what no shape shows: a Llama that is not Llama-2's but for its size, pixels that
-    cannot be normalised. Other errors of all kinds for a damaged file."""
+    """Raises for what no shape shows: a Llama that is not Llama-2 but for its size, pixels that
+    cannot be normalised; ValueError, or any other error for a damaged file."""
     llama, published = LlamaConfig(**text), LlamaConfig()
     for name in ("hidden_act", "rope_parameters", "attention_dropout", "tie_word_embeddings"):
         if getattr(llama, name) != getattr(published, name):
@@ -479,8 +483,6 @@ def _check_config(text: dict, norms: list, tensors: dict) -> None:
     depth = len({name.split(".")[3] for name in tensors if ".model.layers." in name})
     if llama.num_hidden_layers != depth:            # before as many are made
         raise ValueError(f"text_config: {llama.num_hidden_layers} layers, {depth} in the weights")
-    if tensors["language_model.lm_head.weight"][1][0] < FIRST_BIN + BINS:
-        raise ValueError(f"the head ends before token {FIRST_BIN + BINS - 1}, the last action token")
     numbers = torch.tensor([[norm["mean"], norm["std"]] for norm in norms])         # (2, 2, 3)
     if numbers.shape != (2, 2, 3) or not (numbers[:, 1] > 0.01).all() or not (numbers < 10).all():
         raise ValueError("tvf_normalize_params are not mean and std of 3 colours, for two towers")
@@ -579,7 +581,8 @@ def read_weights(file: Path, dtype: torch.dtype, device=None) -> dict[str, Tenso
     with safe_open(file, "pt", device=str(device or "cpu")) as shard:
         tensors = {name: shard.get_tensor(name) for name in shard.keys()}
     for name, x in tensors.items():
-        if not x.is_floating_point() or not x.sum(dtype=torch.float32).isfinite():
+        extremes = torch.stack(torch.aminmax(x)) if x.numel() else torch.zeros(2)   # NaN if any is
+        if not x.is_floating_point() or not extremes.isfinite().all():
             raise ValueError(f"{file}: {name} holds what is no finite number; copy it again")
     return {name: x.to(dtype) for name, x in tensors.items()}
 
@@ -618,8 +621,8 @@ def read_tokenizer(text: bytes, folder: Path = Path()) -> Tokenizer:
                          "again from the original checkpoint") from None
     for word, number in (("<s>", BOS), ("</s>", EOS), ("▁", SPACE)):
         if (found := tokenizer.token_to_id(word)) != number:
-            raise ValueError(f"{file} gives {word!r} the number {found}, OpenVLA's Llama-2 {number}; "
-                             "copy it from the original checkpoint")
+            raise ValueError(f"{file} gives {word!r} the number {found}, OpenVLA's Llama-2 "
+                             f"{number}; copy it from the original checkpoint")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -659,20 +662,18 @@ def main(argv: list[str] | None = None) -> None:
     except (OSError, ValueError, RuntimeError, AssertionError) as error:    # last: no CUDA
         raise SystemExit(f"error: {error}") from None
     for name, tower in model.vision_backbone.items():
-        fc1 = tower.blocks[0].mlp["fc1"]
-        print(f"{name}: width {fc1.in_features}, {len(tower.blocks)} blocks, mlp {fc1.out_features}")
+        print(f"{name}: width {tower.norm.weight.numel()}, {len(tower.blocks)} blocks")
     sizes = [p.numel() for p in model.parameters()]
     print(f"{sum(sizes):,} parameters in {len(sizes)} tensors, {args.dtype} on {args.device}")
-    if "tokenizer.json" in model.files:
-        ids, mask = model.prompt_ids(args.instruction)
+    ids = torch.tensor([[BOS, *torch.randint(3, 30000, (20,)).tolist(), SPACE]], device=args.device)
+    prompt = ids, torch.ones_like(ids)
+    if model.tokenizer:
+        prompt = model.prompt_ids(args.instruction)
     else:
         print("no tokenizer in this checkpoint: a prompt of random tokens instead")
-        words = torch.randint(3, 30000, (20,)).tolist()
-        ids = torch.tensor([[BOS, *words, SPACE]], device=args.device)
-        mask = torch.ones_like(ids)
     frame = np.random.default_rng(args.seed).integers(0, 256, (256, 256, 3), np.uint8)
     with torch.no_grad():
-        logits = model(ids, mask, model.pixel_values(preprocess(frame)[None, None]))
+        logits = model(*prompt, model.pixel_values(preprocess(frame)[None, None]))
     key = next(iter(model.norm_stats))
     actions = to_env_actions(model.decode(logits.argmax(-1), key))[0]
     print(f"greedy actions, 8 steps x (dx, dy, dz, droll, dpitch, dyaw, gripper), by {key!r}:")

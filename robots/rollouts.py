@@ -103,10 +103,11 @@ class Workers:
 
     def _spawn(self, k: int) -> gymnasium.vector.AsyncVectorEnv:
         # Not fork: a fork of a process with threads or an OpenGL context can hang. The new process
-        # would import the main script, torch and all (640 MB instead of 160), if it knew its file.
+        # would import the main script, torch and all (640 MB instead of 160), if it knew which.
         known = multiprocessing.get_all_start_methods()     # Windows has spawn alone
-        script = sys.modules["__main__"]
-        file, script.__file__ = getattr(script, "__file__", None), None
+        script = vars(sys.modules["__main__"])
+        where = {name: script.get(name) for name in ("__file__", "__spec__")}
+        script.update(dict.fromkeys(where))
         try:
             return gymnasium.vector.AsyncVectorEnv(
                 [partial(self.make_batch, self.counts[k])],
@@ -114,7 +115,7 @@ class Workers:
         except (EOFError, OSError):
             raise RuntimeError(f"a worker process died while starting: {BROKEN}") from None
         finally:
-            script.__file__ = file
+            script.update(where)
 
     def reset(self, starts: dict[int, Start]) -> dict[int, np.ndarray]:
         """Start episodes, {table: Start} -> {table: image uint8 (size, size, 3)}."""

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
 
 from robots import openvla
@@ -132,20 +131,24 @@ class TinyVLA(nn.Module):
         config = openvla.read_json(folder / "config.json")
         if config.pop("model_type", None) != "tiny_vla":
             raise ValueError(f"{folder}/config.json is not a TinyVLA's; see load_policy")
-        stats, tensors = openvla.action_statistics(folder), openvla.read_headers(folder)
+        stats, headers = openvla.action_statistics(folder), openvla.read_headers(folder)
+        shapes = {name: shape for name, (_, shape) in headers.items()}
+        c1, c2, c3, width, head = ((*shapes.get(f"{layer}.bias", ()), 0)[0]
+                                   for layer in ("conv1", "conv2", "conv3", "fc1", "head"))
+        sizes = {"channels": [c1, c2, c3], "width": width, "basis": head // ACTION_TOKENS}
+        misfit = ValueError(f"{folder}: the tensors do not fit config.json; give a complete "
+                            "checkpoint")
+        if any(config.get(name) != size for name, size in sizes.items()):
+            raise misfit                            # before a damaged width fills the memory
         try:
-            with torch.device("meta"):              # a damaged width would fill the memory
-                wanted = cls(stats, **config).state_dict()
-        except (TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{folder}/config.json does not describe a TinyVLA ({reason}); give a "
-                             "complete checkpoint") from None
-        wanted = {name: tuple(p.shape) for name, p in wanted.items()}
-        if {name: shape for name, (_, shape) in tensors.items()} != wanted:
-            raise ValueError(f"{folder}: the tensors do not fit config.json; give a complete "
-                             "checkpoint")
-        model = cls(stats, **config)
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+            model = cls(stats, **config)
+        except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+            raise ValueError(f"{folder}/config.json does not describe a TinyVLA "
+                             f"({' '.join(str(error).split())[:200]}); give a complete checkpoint"
+                             ) from None
+        if shapes != {name: tuple(p.shape) for name, p in model.state_dict().items()}:
+            raise misfit
+        model.load_state_dict(openvla.read_weights(folder / "model.safetensors", torch.float32))
         return model.to(device or "cpu", dtype)
 
     def save_pretrained(self, path: str | Path, state_dict: dict | None = None) -> None:

@@ -19,6 +19,7 @@ from robots import openvla as vla
 from robots import policy as policies
 from robots import tiny_vla
 from robots.openvla import OpenVLA
+from tests.conftest import STATS
 from tests.robots.spoil import read, spoil
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "openvla_tiny"
@@ -452,7 +453,7 @@ def test_any_failure_of_the_disk_is_one_line(tmp_path, monkeypatch, where):
         raise OSError(28, "No space left on device")
 
     broken = {
-        "json": (Path, "write_text"),
+        "json": (Path, "write_bytes"),
         "weights": (vla, "save_file"),
         "rename": (os, "replace"),
     }
@@ -650,25 +651,41 @@ def test_problems_are_told_from_the_headers(tmp_path):
     save_file(tensors | {"projector.fc2.bias": torch.zeros(31)}, folder / "model.safetensors")
     (problem,) = OpenVLA.problems(folder)
     assert "1 tensors are not OpenVLA's; the first, projector.fc2.bias" in problem
-    (folder / "preprocessor_config.json").unlink()
-    (folder / "tokenizer.json").write_text("{")
-    first, second = OpenVLA.problems(folder)
-    assert "has no preprocessor_config.json" in first and "tokenizer.json cannot be read" in second
-    (folder / "model.safetensors").unlink()
-    assert "has neither model.safetensors" in OpenVLA.problems(folder)[1]
+    save_file(tensors, folder / "model.safetensors")
+    for name, words in (
+        ("tokenizer.json", "tokenizer.json cannot be read"),
+        ("preprocessor_config.json", "preprocessor_config.json is not valid JSON"),
+        ("model.safetensors", "model.safetensors is truncated"),
+    ):  # the last damage is what is told first
+        (folder / name).write_text("{")
+        (problem,) = OpenVLA.problems(folder)
+        assert words in problem and problem.startswith(str(folder))
+        (folder / "preprocessor_config.json").write_bytes(
+            (CHECKPOINT / "preprocessor_config.json").read_bytes()
+        )
 
 
-def test_misfits():
-    shapes = {name: shape for name, (_, shape) in vla.read_headers(CHECKPOINT).items()}
-    assert not vla.misfits(CHECKPOINT, shapes)
+def test_misfits(monkeypatch):
+    """Told from headers: no tensor is read."""
+    tensors = vla.read_headers(CHECKPOINT)
     name = "language_model.model.norm.weight"
-    wrong = vla.misfits(CHECKPOINT, shapes | {name: (7,)})
-    assert f"1 tensors are not OpenVLA's; the first, {name}, has shape (7,)" in wrong
-    assert wrong.startswith(f"{CHECKPOINT}: ") and "\n" not in wrong
-    fewer = {n: shape for n, shape in shapes.items() if n != name}
-    assert f"{name}, has shape missing" in vla.misfits(CHECKPOINT, fewer)
-    more = vla.misfits(CHECKPOINT, shapes | {"value_head.weight": (3, 4)})
-    assert "value_head.weight, has shape (3, 4) and should be absent" in more
+    fewer = {n: value for n, value in tensors.items() if n != name}
+    for headers, words in (
+        (tensors | {name: (None, (7,))}, f"the first, {name}, has shape (7,)"),
+        (fewer, f"the first, {name}, has shape missing"),
+        (
+            tensors | {"value_head.weight": (None, (3, 4))},
+            "value_head.weight, has shape (3, 4) and should be absent",
+        ),
+    ):
+        monkeypatch.setattr(vla, "read_headers", lambda folder, headers=headers: headers)
+        with pytest.raises(ValueError, match=f"^{CHECKPOINT}: 1 tensors are not") as caught:
+            OpenVLA.described(CHECKPOINT)
+        assert words in str(caught.value) and "\n" not in str(caught.value)
+    monkeypatch.setattr(vla, "read_headers", lambda folder: tensors)
+    model = OpenVLA.described(CHECKPOINT)
+    assert {p.device.type for p in model.state_dict().values()} == {"meta"}
+    assert list(model.norm_stats) == [KEY]
 
 
 def test_tower_size():
@@ -867,3 +884,63 @@ def test_main(capsys, monkeypatch, arguments):
     out = capsys.readouterr().out
     assert "fused_featurizer: width 48, 4 blocks" in out and "142 tensors" in out
     assert len(out.split("[[")[1].split("]\n")) == 9  # 8 rows and what follows
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_one_line(tmp_path, value):
+    """As a disk's flipped bit in an exponent makes them; also in a small policy's folder."""
+    folder = copy(tmp_path)
+    tiny_vla.TinyVLA(STATS, channels=(4, 4, 4), width=16, basis=6).save_pretrained(tmp_path / "t")
+    for path, name in ((folder, "projector.fc2.weight"), (tmp_path / "t", "fc2.weight")):
+        tensors = load_file(path / "model.safetensors")
+        tensors[name][3, 5] = value
+        save_file(tensors, path / "model.safetensors")
+        line = f"^{path}/model.safetensors: {name} holds what is no finite number"
+        with pytest.raises(ValueError, match=line) as caught:
+            policies.load_policy(path)
+        assert "\n" not in str(caught.value)
+        save_file(tensors | {name: tensors[name].short()}, path / "model.safetensors")
+        with pytest.raises(ValueError, match=f"{name} holds what is no finite number"):
+            policies.load_policy(path)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("hidden_act", "gelu"), ("tie_word_embeddings", True), ("attention_dropout", 0.1),
+    ("rms_norm_eps", 1.0), ("rms_norm_eps", 0), ("num_hidden_layers", 10**9),
+    ("rope_theta", 500000.0), ("num_attention_heads", 3), ("hidden_size", 10**12),
+])  # fmt: skip
+def test_another_llama_than_the_second_is_one_line(tmp_path, name, value):
+    """No shape shows these, or as many layers would be made first."""
+    folder = copy(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"][name] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"^{folder}") as caught:
+        policies.load_policy(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("norms", [
+    [], [{"mean": [0.5] * 3, "std": [0.5] * 3}], [{"mean": [0.5] * 4, "std": [0.5] * 4}] * 2,
+    [{"mean": [0.5] * 3, "std": [0.5, 0.5, 0.0]}] * 2, [{"mean": [0.5] * 3, "std": None}] * 2,
+    [{"mean": [float("nan")] * 3, "std": [0.5] * 3}] * 2, [{"mean": [0.5] * 3}] * 2, None, {"a": 1},
+])  # fmt: skip
+def test_pixels_that_cannot_be_normalised_are_one_line(tmp_path, norms):
+    folder = copy(tmp_path)
+    content = json.loads((folder / "preprocessor_config.json").read_text())
+    content["tvf_normalize_params"] = norms
+    (folder / "preprocessor_config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"^{folder}.*preprocessor_config.json does not") as caught:
+        policies.load_policy(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_statistics_in_memory_are_checked_too(model):
+    """Where a policy's are set by hand: the same line, with the key alone."""
+    for value, words in (
+        ({"action": {"min": LOW, "max": LOW}}, "'k' needs q01, 7 finite numbers, and has None"),
+        ({"proprio": GOOD}, "'k' has no statistics of an action"),
+        ({"action": GOOD | {"q01": [None] * 7}}, "'k' needs q01"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            vla.action_stats({"k": value}, "k")

@@ -4,11 +4,14 @@ alone in this process."""
 import multiprocessing
 import os
 import random
+import re
 import signal
+import sys
 import threading
 from dataclasses import replace
 from functools import partial
 
+import gymnasium
 import numpy as np
 import pytest
 
@@ -269,6 +272,71 @@ def test_an_error_in_a_worker_is_raised_as_it_is(recwarn, table, error, message)
         )
     finally:
         workers.close()
+
+
+class Garbled(TableBatch):
+    """Errors as simulators make them."""
+
+    def step(self, action):
+        kinds = (
+            ValueError("no\nsuch \x1b[31mmesh\r\n  Traceback (most recent call last)\n\ttable"),
+            KeyError("mesh\n"),
+            UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"),
+            MemoryError(),
+        )
+        raise kinds[int(np.flatnonzero(action["active"][:4])[0])]
+
+
+@pytest.mark.parametrize("slot, error, start", [
+    (0, ValueError, r"no such \\x1b\[31mmesh Traceback \(most recent call last\) table$"),
+    (1, RuntimeError, "KeyError: "), (2, RuntimeError, "TypeError: "),
+    (3, RuntimeError, "MemoryError: "),
+])  # fmt: skip
+def test_whatever_a_worker_says_is_one_line(slot, error, start):
+    workers = Workers(1, 4, partial(Garbled, size=64, horizon=HORIZON, make=Tabletop))
+    try:
+        workers.reset({slot: Start(0, 0)})
+        with pytest.raises(error) as caught:
+            workers.step({slot: np.zeros((8, 7))})
+        text = str(caught.value)
+        assert re.match(start, text) and "\n" not in text and text.isprintable()
+        assert type(caught.value) is error and workers.replaced == 0
+    finally:
+        workers.close()
+
+
+def test_frames_between_are_made_for_who_keeps_them(script, workers, monkeypatch):
+    asked, step = [], workers.step
+    monkeypatch.setattr(
+        workers, "step", lambda chunks, every: asked.append(every) or step(chunks, every)
+    )
+    play(script, workers, STARTS[:3], SUITE, every=1)
+    assert set(asked) == {8}
+    play(script, workers, STARTS[:3], SUITE, every=1, clip=whole)
+    assert asked[-1] == 1
+
+
+@pytest.mark.parametrize("known", [["spawn"], ["fork", "spawn", "forkserver"]])
+def test_the_start_method_is_the_system_s(script, monkeypatch, known):
+    """Windows has spawn alone; no worker imports the main script, and its file is known again."""
+    used, make = [], gymnasium.vector.AsyncVectorEnv
+
+    def vector(makers, context):
+        main = sys.modules["__main__"]
+        used.append((context, main.__file__, main.__spec__))
+        return make(makers, context=context)
+
+    monkeypatch.setattr(gymnasium.vector, "AsyncVectorEnv", vector)
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: known)
+    main = sys.modules["__main__"]
+    before = main.__file__, main.__spec__
+    workers = SUITE.workers(1, 64, 2)
+    try:
+        script.check(play(script, workers, STARTS[:3], SUITE, clip=whole), STARTS[:3])
+    finally:
+        workers.close()
+    assert used == [(known[-1] if len(known) > 1 else "spawn", None, None)]
+    assert (main.__file__, main.__spec__) == before
 
 
 def test_workers_and_tables_must_match():
