@@ -24,8 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plumbing.flags import Parser, add_flags, ending, flag, require
-from plumbing.plots import (draw_curves, draw_reflection_curves, rate, read_runs,
-                            seeds_table, success_table)
+from plumbing.plots import (
+    draw_curves,
+    draw_reflection_curves,
+    rate,
+    read_runs,
+    seeds_table,
+    success_table,
+)
 from robots.flags import SuiteSettings, check_suite
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
@@ -62,8 +68,7 @@ class Played(SuiteSettings):
 def measure(policy, name: str, checkpoint: str, out: Path, s: Played) -> dict:
     """A policy on one suite: prints the table, writes result.json and GIFs into `out`
     -> {split: result of `robots.evaluate`}."""
-    from plumbing.checkpoint import write_json
-    from plumbing.run import Journal
+    from plumbing.files import Journal, write_json
     from robots import evaluate
     suite, key = suite_and_key(name, policy.norm_stats, s)
     splits = s.split or list(suite.evaluated)

@@ -17,7 +17,6 @@ for who wants one), sampling (each script has its own).
     python -m pytest tests/test_grpo.py
 """
 import argparse
-import math
 import sys
 import time
 

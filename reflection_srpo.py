@@ -128,7 +128,7 @@ import torch
 
 import grpo
 from plumbing import adapters, plots, ranks
-from plumbing.checkpoint import whole
+from plumbing.files import whole
 from plumbing.optimizer import make_optimizer
 from plumbing.run import Run, launch
 from plumbing.update import Update
@@ -136,7 +136,6 @@ from reasoning import arrows, qwen
 from reasoning import responses as r
 from reasoning import rows as data
 from reasoning.rows import Row
-
 
 ADAPTED = re.compile(r".*language_model.*\.(q|k|v|o|gate|up|down)_proj")
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from plumbing import ranks
-from plumbing.checkpoint import whole
+from plumbing.files import whole
 
 
 def add_adapters(model: nn.Module, layers: list[str], rank: int, seed: int) -> nn.Module:

@@ -1,16 +1,10 @@
-"""Files that appear whole or not at all, and the checkpoints of a run.
+"""The checkpoints of a run: what it needs to go on.
 
-1. `whole`: a file or folder is written under another name, flushed to disk, and renamed.
-2. `save`, `load`: what a run needs to go on. One process writes safetensors; several write a folder
-   of torch.distributed.checkpoint, each rank its own shards, that any number of ranks reads.
-3. `read_json`: a small file, or one line that names it.
-
-A kill at any moment leaves the previous checkpoint or the new one, in FOLDER or FOLDER.old.
+One process writes safetensors; several write a folder of torch.distributed.checkpoint, each rank
+its own shards, that any number of ranks reads. A kill at any moment leaves the previous checkpoint or the new one, in FOLDER or FOLDER.old.
 """
 import json
-import os
 import pickle
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,74 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from plumbing import optimizer as optimizers
 from plumbing import ranks
-from plumbing.flags import jsonable
-
-
-@contextmanager
-def whole(path: str | Path) -> Iterator[Path]:
-    """A path to write a file or a folder at, which takes the place of `path` when the block ends.
-
-    Killed between any two operations, `path` or `path`.old is complete: the draft is flushed,
-    `path` is renamed to `path`.old, the draft to `path`, and `path`.old is deleted. An error
-    removes the draft and leaves `path` as it was; OSError, one line, if the disk is full."""
-    path = Path(path).absolute()
-    draft, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
-    _remove(draft)                                      # left behind by a kill
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield draft
-        for part in (*sorted(draft.rglob("*")), draft):
-            _flush(part)
-        if path.is_dir():
-            _remove(old)
-            os.rename(path, old)
-        os.replace(draft, path)
-        _flush(path.parent)
-        _remove(old)
-    except (OSError, SafetensorError) as error:
-        _remove(draft)
-        raise OSError(f"{path} cannot be written ({error}); is the disk full? "
-                      "What was there before is whole") from None
-    except BaseException:
-        _remove(draft)
-        raise
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():               # Windows cannot open a folder
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path: str | Path, content) -> None:
-    """JSON, whole or not at all; NaN and infinities become null."""
-    with whole(path) as draft:
-        draft.write_text(json.dumps(jsonable(content), indent=1, allow_nan=False) + "\n")
-
-
-def read_json(path: str | Path) -> dict:
-    """The object in a file. ValueError, one line that names it, if there is none."""
-    try:
-        content = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; the folder is not complete") from None
-    except (ValueError, RecursionError, OSError) as error:
-        raise ValueError(f"{path} is truncated or corrupt ({error}); use another copy") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object; use another copy")
-    return content
-
+from plumbing.files import read_json, whole
 
 # Checkpoints: the tensors that are trained, the optimiser's, and state.json
 

@@ -19,10 +19,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from robots import openvla as checkpoints
-from robots import tabletop as envs
 from robots import libero as libero_envs
+from robots import openvla as checkpoints
 from robots import openvla as vla
+from robots import tabletop as envs
 
 GiB = 2**30
 MARGIN = 1.05
@@ -80,7 +80,9 @@ def read_checkpoint(path: str | Path) -> tuple[Path, dict, dict[str, tuple[int, 
     except FileNotFoundError:
         if Path(path).is_dir():
             raise
-        from huggingface_hub import get_safetensors_metadata                            # a hub id whose weights are not in the cache
+        from huggingface_hub import (
+            get_safetensors_metadata,  # a hub id whose weights are not in the cache
+        )
         try:
             files = get_safetensors_metadata(str(path)).files_metadata.values()
         except Exception as error:                                                      # no network, no such file: the hub's errors have no common class

@@ -9,21 +9,18 @@ import os
 import re
 import shutil
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from plumbing import checkpoint
-from robots import openvla as checkpoints
-from robots import evaluate, find_suite, policy_class
-from plumbing import memory
-from robots import policy as policies
-from robots import openvla as vla
+from plumbing import checkpoint, memory
 from plumbing.memory import GiB
-
+from robots import evaluate, find_suite, policy_class
+from robots import openvla as checkpoints
+from robots import policy as policies
 
 # Reports
 

@@ -9,10 +9,8 @@
     run.keep(...)           what a checkpoint holds, filled from it if the run is resumed
     run.write, run.read     small results in the run's folder, whole or not at all
 
-`launch` makes a Run of a command line. `Journal` is the one form of everything that is written line
-by line and gone on with: metrics, evaluations, a teacher's replies.
+`launch` makes a Run of a command line.
 """
-import json
 import math
 import os
 import shlex
@@ -30,60 +28,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from plumbing import checkpoint, plots, ranks
-from plumbing.flags import Command, check_types, ending, jsonable, printable, read_command
-
-
-class Journal:
-    """JSON lines that are only ever appended to, each flushed at once: a kill costs at most the
-    line it cuts, which is dropped at the next opening.
-
-    settings: the first line of a new file; ValueError, naming the difference, if the file was begun
-    with others. keep: rows that stay, of those that are there. `rows`: they, as they were read;
-    `new`: nothing was there. ValueError names a whole line that is no JSON object."""
-
-    def __init__(self, path: str | Path, settings: dict | None = None,
-                 keep: Callable[[dict], bool] = lambda row: True):
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        found = self.path.read_text(errors="replace") if self.path.exists() else ""
-        rows, self.new = _rows(self.path, found.split("\n")), not found
-        head = [] if settings is None else [jsonable(settings)]
-        if head and rows and (begun := rows.pop(0)) != head[0]:
-            other = [f"{name} {begun.get(name)!r}, not {settings.get(name)!r}"
-                     for name in begun | settings if begun.get(name) != head[0].get(name)]
-            raise ValueError(f"{self.path} was begun with {', '.join(other)}; "
-                             "repeat that, or choose another --out")
-        self.rows = [row for row in rows if keep(row)]
-        text = "".join(map(_line, (*head, *self.rows)))
-        if text != found:
-            with checkpoint.whole(self.path) as draft:
-                draft.write_text(text)
-        self.file = open(self.path, "a")
-
-    def add(self, row: dict) -> None:
-        self.file.write(_line(row))
-        self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
-
-
-def _line(row: dict) -> str:
-    return json.dumps(jsonable(row), allow_nan=False) + "\n"
-
-
-def _rows(path: Path, lines: list[str]) -> list[dict]:
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        elif number < len(lines):           # what a kill has cut off is not ended by a newline
-            raise ValueError(f"{path} line {number} is not a row: {line[:60]!r}; delete that line")
-    return rows
+from plumbing.files import Journal, read_json, write_json
+from plumbing.flags import Command, check_types, ending, printable, read_command
 
 
 def _step(row: dict) -> float:
@@ -190,7 +136,7 @@ class Run:
 
     def write(self, name: str, result: dict) -> dict:
         if self.first_rank:
-            checkpoint.write_json(self.out / name, result)
+            write_json(self.out / name, result)
         return result
 
     def once(self, name: str, make: Callable[[], dict]) -> dict:
@@ -200,7 +146,7 @@ class Run:
         return self.read(name)
 
     def read(self, name: str) -> dict:
-        return ranks.first(lambda: checkpoint.read_json(self.out / name))
+        return ranks.first(lambda: read_json(self.out / name))
 
     def age(self) -> float:
         """Seconds since this process began."""

@@ -146,7 +146,7 @@ def find_files(data: str, benchmark: Benchmark) -> tuple[Path, list[Path]]:
     folder = Path(data)
     if not folder.is_dir():
         try:
-            from huggingface_hub import snapshot_download       # comes with transformers
+            from huggingface_hub import snapshot_download  # comes with transformers
             folder = Path(snapshot_download(data, repo_type="dataset", allow_patterns=[benchmark.files[0], "data/" + benchmark.files[0]]))
         except Exception as error:      # offline, gated, no such id: each has a class of its own
             raise FileNotFoundError(f"{data} is no folder, and the hub does not give it ({type(error).__name__}): "
@@ -373,6 +373,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     import torch
+
     from reasoning import qwen as vlm
     data = args.data or [BENCHMARKS[name].hub for name in args.benchmark]
     if len(data) != len(args.benchmark):

@@ -315,9 +315,9 @@ class Rejections:
 
 
 def open_journal(path: Path, **kinds: type):
-    """A `plumbing.run.Journal` without the rows in which one of these is not of its type: they are
+    """A `plumbing.files.Journal` without the rows in which one of these is not of its type: they are
     damaged, and will be done again."""
-    from plumbing.run import Journal
+    from plumbing.files import Journal
     return Journal(path, keep=lambda row: all(isinstance(row.get(name), kind)
                                               for name, kind in kinds.items()))
 

@@ -333,7 +333,7 @@ def build(rows: list[Row], first_answers: Callable[[list[Row]], list[str]],
 
 class _Work:
     def __init__(self, teacher: Teacher | Generate, s: Settings):
-        from plumbing.run import Journal
+        from plumbing.files import Journal
         self.teacher, self.s, self.out = teacher, s, Path(s.out)
         self.server = isinstance(teacher, Teacher)
         try:

@@ -16,9 +16,8 @@ import torch
 from tqdm import tqdm
 
 from grpo import group_advantages
-from plumbing.checkpoint import whole
+from plumbing.files import Journal, whole
 from plumbing.plots import rate
-from plumbing.run import Journal
 from robots import policy as policies
 from robots.rollouts import play
 from robots.suite import Episode, Start, Suite

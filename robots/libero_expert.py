@@ -308,7 +308,7 @@ def demos(s: Demos, env: Libero, tasks: tuple[int, ...]) -> None:
 
 def measure(s: Measure, env: Libero, tasks: tuple[int, ...]) -> None:
     """The expert once from every initial state of the split -> s.out, a journal."""
-    from plumbing.run import Journal
+    from plumbing.files import Journal
     require(s, dict(states=1))
     env.reset(options={"task": tasks[0], "index": 0, "image": False})   # fails before it writes
     free = ("tasks", "states", "assets", "out")

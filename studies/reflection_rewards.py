@@ -53,7 +53,7 @@ def finished(folder: Path, one) -> bool:
     """Whether this run has ended. ValueError if what stands there was made with other settings."""
     if not (folder / "settings.json").exists():
         return False
-    from plumbing.checkpoint import read_json
+    from plumbing.files import read_json
     from reflection_srpo import FREE
     saved = read_json(folder / "settings.json")
     for name, value in asdict(one).items():

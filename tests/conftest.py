@@ -78,8 +78,9 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def openvla(tmp_path_factory) -> Path:
     """An OpenVLA-OFT of random weights for the tabletop, whose tokenizer knows no words, to be read only."""
-    from robots import openvla as vla
     from tokenizers import Tokenizer, models
+
+    from robots import openvla as vla
     folder, text = tmp_path_factory.mktemp("openvla") / "checkpoint", {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 6}
     torch.manual_seed(0)
     config = vla.TINY | {"text_config": vla.TINY["text_config"] | text, "norm_stats": {"tabletop": vla.TINY["norm_stats"]["unit"]}}

@@ -22,11 +22,13 @@ from safetensors.torch import load_file
 import grpo
 import vla_srpo
 import world_model
-from plumbing import adapters, update as updates
+from plumbing import adapters
+from plumbing import update as updates
 from plumbing.checkpoint import read_state
 from plumbing.optimizer import make_optimizer, optimizer_tensors
 from plumbing.run import Run
-from robots import evaluate, find_suite, policy as policies
+from robots import evaluate, find_suite
+from robots import policy as policies
 from robots.suite import Episode, Start, Suite
 from robots.tabletop import HORIZON, TASKS
 from robots.tiny_vla import TinyVLA

@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import nn
 
-from plumbing import checkpoint
+from plumbing import checkpoint, files
 from plumbing.optimizer import clip_and_step, make_optimizer, optimizer_tensors
 
 
@@ -44,7 +44,7 @@ class TinyRun:
 
     def save_shards(self, path):
         """As several ranks write it, with all of it in one shard."""
-        with checkpoint.whole(path) as draft:
+        with files.whole(path) as draft:
             draft.mkdir()
             (draft / "state.json").write_text(json.dumps({"step": self.done}))
             dcp.save(self.tensors | optimizer_tensors(self.opt), checkpoint_id=draft)
@@ -191,13 +191,13 @@ def test_a_save_killed_at_any_operation_leaves_a_whole_checkpoint(tmp_path, afte
 @pytest.mark.parametrize("after", [False, True])
 def test_a_small_file_killed_at_any_operation_is_whole(tmp_path, after):
     path = tmp_path / "before.json"
-    checkpoint.write_json(path, {"k": 0})
+    files.write_json(path, {"k": 0})
     for k in range(1, 20):
-        previous = checkpoint.read_json(path)["k"]
-        if not killed(lambda k=k: checkpoint.write_json(path, {"k": k}), k, after):
+        previous = files.read_json(path)["k"]
+        if not killed(lambda k=k: files.write_json(path, {"k": k}), k, after):
             break
-        assert checkpoint.read_json(path)["k"] in (previous, k)
-    assert k > 4 and checkpoint.read_json(path) == {"k": k}
+        assert files.read_json(path)["k"] in (previous, k)
+    assert k > 4 and files.read_json(path) == {"k": k}
     assert [p.name for p in tmp_path.iterdir()] == ["before.json"]
 
 
@@ -238,7 +238,7 @@ def test_a_disk_that_takes_no_more_bytes(tmp_path, limit):
         with pytest.raises(OSError, match="c cannot be written .*What was there before is whole"):
             run.save(tmp_path / "c")
         with pytest.raises(OSError, match="x.json cannot be written"):
-            checkpoint.write_json(tmp_path / "x.json", {"long": "x" * 1000})
+            files.write_json(tmp_path / "x.json", {"long": "x" * 1000})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
@@ -251,10 +251,10 @@ def test_a_disk_that_takes_no_more_bytes(tmp_path, limit):
 
 def test_whole_replaces_files_and_folders(tmp_path):
     for content in ("one", "two"):
-        with checkpoint.whole(tmp_path / "new" / "file") as draft:
+        with files.whole(tmp_path / "new" / "file") as draft:
             draft.write_text(content)
             assert draft.parent == tmp_path / "new"
-        with checkpoint.whole(tmp_path / "folder") as draft:
+        with files.whole(tmp_path / "folder") as draft:
             (draft / "deep").mkdir(parents=True)
             (draft / "deep" / content).write_text(content)
     assert (tmp_path / "new" / "file").read_text() == "two"
@@ -265,7 +265,7 @@ def test_whole_replaces_files_and_folders(tmp_path):
 @pytest.mark.parametrize("error", [ValueError("bad"), KeyboardInterrupt(), OSError("gone")])
 def test_an_error_leaves_what_was_there(tmp_path, error):
     for write in (Path.mkdir, Path.touch):
-        with pytest.raises(type(error)), checkpoint.whole(tmp_path / "x") as draft:
+        with pytest.raises(type(error)), files.whole(tmp_path / "x") as draft:
             write(draft)
             raise error
     assert list(tmp_path.iterdir()) == []
@@ -273,8 +273,8 @@ def test_an_error_leaves_what_was_there(tmp_path, error):
 
 def test_json_files(tmp_path):
     path = tmp_path / "a" / "x.json"
-    checkpoint.write_json(path, {"a": math.nan, "b": np.float32(0.5), "c": [torch.tensor(2)]})
-    assert checkpoint.read_json(path) == {"a": None, "b": 0.5, "c": [2]}
+    files.write_json(path, {"a": math.nan, "b": np.float32(0.5), "c": [torch.tensor(2)]})
+    assert files.read_json(path) == {"a": None, "b": 0.5, "c": [2]}
     assert os.listdir(tmp_path / "a") == ["x.json"]
 
 
@@ -295,10 +295,10 @@ def test_a_damaged_json_file_is_one_line(tmp_path, content, words):
     if content is not None:
         (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(ValueError, match=f"x.json {words}") as error:
-        checkpoint.read_json(tmp_path / "x.json")
+        files.read_json(tmp_path / "x.json")
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="is truncated or corrupt"):
-        checkpoint.read_json(tmp_path)  # a folder
+        files.read_json(tmp_path)  # a folder
 
 
 # Damaged checkpoints

@@ -15,18 +15,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from reasoning import arrows
-from studies import bench
 import grpo
-from plumbing import memory
-from robots import policy as policies
-from reasoning import responses as reflection_rollouts
 import reflection_srpo as rs
-from robots import rollouts
-from robots import openvla as vla
 import vla_srpo
-from reasoning import qwen as vlm
 import world_model
+from plumbing import memory
+from reasoning import arrows
+from reasoning import qwen as vlm
+from reasoning import responses as reflection_rollouts
+from robots import openvla as vla
+from robots import policy as policies
+from robots import rollouts
+from studies import bench
 from tests.conftest import tiny_qwen3
 
 

@@ -8,11 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from robots import tabletop as envs
-from plumbing import memory
-from plumbing import plan
 import reflection_srpo as rs
 import vla_srpo
+from plumbing import memory, plan
+from robots import tabletop as envs
 
 
 def test_the_command_says_what_is_needed_and_writes_nothing(openvla, tmp_path, capsys, monkeypatch):

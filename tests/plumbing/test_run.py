@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from plumbing import checkpoint, ranks
+from plumbing import checkpoint, files, ranks
 from plumbing import run as runs
+from plumbing.files import Journal
 from plumbing.flags import RunSettings, flag, require
 from plumbing.optimizer import clip_and_step, make_optimizer
-from plumbing.run import Journal, Run, launch
+from plumbing.run import Run, launch
 from tests.conftest import lines
 from tests.plumbing.test_checkpoint import mutations
 
@@ -131,8 +132,8 @@ def test_a_run(tmp_path, capsys):
     assert rows[1]["nothing"] is None and rows[1]["seconds_update"] > 0
     assert list(rows[1])[-2:] == ["seconds_rollout", "seconds_update"]
     assert [row["step"] for row in rows[1:] if row["due"]] == [3, 6, 7]
-    assert checkpoint.read_json(out / "before.json")["nan"] is None
-    saved = checkpoint.read_json(out / "settings.json")
+    assert files.read_json(out / "before.json")["nan"] is None
+    saved = files.read_json(out / "settings.json")
     assert saved["steps"] == 7 and saved["out"] == saved["resume"] == "" and saved["lr"] == 0.1
     state = checkpoint.read_state(out / "checkpoint")
     assert (state["stage"], state["step"], state["ended"]) == ("two", 7, False)
@@ -289,7 +290,7 @@ def test_two_runs_with_one_out(tmp_path, capsys, whole):
         assert capsys.readouterr().err == (
             f"error: {out} is in use by process {job.pid}; wait for it, or choose another --out\n"
         )
-    assert checkpoint.read_json(out / "settings.json")["wait"] == "one3"
+    assert files.read_json(out / "settings.json")["wait"] == "one3"
     job.kill()
     job.wait()
     job.stderr.close()
@@ -313,7 +314,7 @@ def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path):
 
 
 def test_a_run_that_wrote_nothing_leaves_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(checkpoint, "write_json", lambda *_: 1 / 0)
+    monkeypatch.setattr(runs, "write_json", lambda *_: 1 / 0)
     for out in (tmp_path / "a" / "b", tmp_path / "c"):
         with pytest.raises(ZeroDivisionError):
             go("--out", out)
@@ -391,7 +392,7 @@ def test_what_a_resumed_run_cannot_be_told(tmp_path, capsys):
         err = capsys.readouterr().err
         assert err.startswith("error: ") and words in err and err.count("\n") == 1
     assert go("one", "--resume", out, "--lr", 0.1, "--paper", "--save_every", 3) == 0
-    saved = checkpoint.read_json(out / "settings.json")
+    saved = files.read_json(out / "settings.json")
     assert saved["save_every"] == 3 and saved["lr"] == 0.1  # a run's own, also under --paper
 
 

@@ -19,8 +19,8 @@ from scipy.stats import binomtest
 
 from reasoning import benchmarks as re_eval
 from reasoning.answers import extract
-from tests.conftest import needs_math_verify
 from reasoning.benchmarks import BENCHMARKS, Outcome, Question, evaluate, is_right
+from tests.conftest import needs_math_verify
 
 ROOT = Path(__file__).parents[2]
 

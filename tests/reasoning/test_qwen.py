@@ -4,8 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from reasoning import arrows
 import grpo
+from reasoning import arrows
 from reasoning import qwen as vlm
 from tests.conftest import tiny_qwen3
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from plumbing.files import Journal
 from plumbing.plots import wilson
-from plumbing.run import Journal
 from robots import evaluate, find_suite
 from robots.openvla import from_env_actions, to_env_actions
 from robots.suite import Start

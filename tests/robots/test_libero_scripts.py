@@ -7,13 +7,12 @@ import pytest
 import torch
 
 import eval as evaluation
-from robots import libero as libero_envs
-from robots import libero_files
-from robots import policy as policies
-from robots import openvla as vla
-from robots import libero_expert
-from studies import demonstrate as vla_sft
 import vla_srpo
+from robots import libero as libero_envs
+from robots import libero_expert, libero_files
+from robots import openvla as vla
+from robots import policy as policies
+from studies import demonstrate as vla_sft
 from tests.conftest import needs_assets
 
 pytestmark = needs_assets
