@@ -8,16 +8,15 @@
   4. loss = -min(ratio A, clip(ratio) A) + beta KL, averaged over tokens  `policy_loss`
   5. one optimiser step, then sample again
 
-Left out: a value network (the group's mean is the baseline, which is GRPO's point), an
-entropy bonus (neither paper has one; `token_logprobs` returns a differentiable entropy
-for who wants one), sampling (each script has its own).
+Left out: a value network (the group's mean is the baseline), an entropy bonus (neither
+paper has one; `token_logprobs` returns a differentiable entropy), sampling (each script
+has its own).
 
     python grpo.py              # a tiny Llama learns to copy 4 digits: half a minute
     python grpo.py --steps 50 --lr 3e-4 --samples 8 --seed 1
     python -m pytest tests/test_grpo.py
 """
 import argparse
-import sys
 import time
 
 import torch
@@ -39,11 +38,11 @@ def group_advantages(rewards: Tensor, scale: bool = True, eps: float = 1e-6) -> 
     """Rewards (P, G), a row per group, to advantages (P, G): (r - mean) / (std + eps);
     scale=False: r - mean (Dr. GRPO). [VLA 6, 9] [MLLM 3]
 
-    fp64 rewards stay fp64; bf16, integers and booleans become fp32. std is the
-    population's. code: the frameworks under both published codes call torch.std, the
-    sample's, so their advantages are sqrt((G-1)/G) times these; paper 2 prints eps
-    inside the root, paper 1 none. A group of rewards within 1e-6 of each other gets
-    exactly 0. ValueError for another shape than (P, G >= 2), or if one is not finite.
+    fp64 stays fp64; bf16, integers and booleans become fp32. std is the population's.
+    code: both frameworks take the sample's, so their advantages are sqrt((G-1)/G) times
+    these; paper 2 prints eps inside the root, paper 1 none. Rewards within 1e-6 of each
+    other get exactly 0. ValueError for a shape other than (P, G >= 2), or a reward that
+    is not finite.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.1] * 4]), eps=0.0)
     tensor([[ 1., -1., -1.,  1.],
@@ -60,15 +59,14 @@ def group_advantages(rewards: Tensor, scale: bool = True, eps: float = 1e-6) -> 
     if scale:
         std = rewards.std(dim=1, keepdim=True, unbiased=False)                  # (P, 1)
         advantages = advantages / (std + eps)
-    # max - min and not std: the mean of equal floats can round, and the division would
-    # make a signal of the rest, as of what bounded rewards that underflow leave
+    # max - min, not std: the mean of equal floats can round, and the division would
+    # make a signal of the rest
     spread = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True)
     return advantages.masked_fill(spread < 1e-6, 0.0)
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Forward and backward by chunks of rows; kept for the backward: the logits as they
-    came, and a float a row."""
+    """By chunks of rows; kept for the backward: the logits, and a float a row."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, tokens: Tensor, temperature: float, rows: int):
@@ -113,12 +111,11 @@ def token_logprobs(logits: Tensor, tokens: Tensor,
     """(log-probability of `tokens`, entropy) in nats, both (...), under
     softmax(logits / temperature).
 
-    logits (..., V) of any float dtype, tokens (...) int64. Results and maths are fp32
-    (fp64 for fp64 logits) and exactly differentiable, yet neither pass keeps an fp32
-    copy of the logits: for a response of 4096 tokens and 152k words that were 2.5 GB.
-    Padding must hold some valid token id and be masked later. Give the temperature of
-    sampling, or the ratio is not that of the policy that acted. ValueError for wrong
-    shapes or temperature <= 0.
+    logits (..., V) of any float dtype, tokens (...) int64. Results are fp32 (fp64 for
+    fp64 logits) and exactly differentiable, yet neither pass keeps an fp32 copy of the
+    logits: of 4096 tokens and 152k words it would be 2.5 GB. Padding must hold some
+    valid token id and be masked later. temperature: that of sampling, or the ratio is
+    not that of the policy that acted. ValueError for wrong shapes or temperature <= 0.
 
     >>> logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]])
     >>> logp, entropy = token_logprobs(logits, torch.tensor([0, 0]))
@@ -139,12 +136,10 @@ def token_logprobs(logits: Tensor, tokens: Tensor,
 
 
 def trajectory_weights(mask: Tensor, trajectory: Tensor) -> Tensor:
-    """row_weight (B,) of `policy_loss` for sequences made of several rows: 1 / valid
-    tokens of the row's trajectory.
+    """row_weight (B,) of `policy_loss` where a sequence is several rows, as in SRPO-VLA
+    a rollout is several action chunks: 1 / valid tokens of the row's trajectory.
 
-    In SRPO-VLA a row is an action chunk and the sequence is the whole rollout. mask
-    (B, T); trajectory (B,) int64 numbers each row's rollout. Compute it on the whole
-    batch, before it is cut into micro-batches.
+    mask (B, T) of the whole batch; trajectory (B,) int64 numbers each row's rollout.
 
     >>> mask = torch.tensor([[1, 1], [1, 0], [1, 1]])
     >>> trajectory_weights(mask, torch.tensor([0, 0, 1])) * 6
@@ -176,10 +171,8 @@ def _token_weights(mask: Tensor, aggregate: str, row_weight: Tensor | None) -> T
 def loss_normalizer(mask: Tensor, aggregate: str = "token",
                     constant_length: int | None = None,
                     row_weight: Tensor | None = None) -> float:
-    """What a batch's summed token losses are divided by; with micro-batches, that of
-    the WHOLE batch's mask (B, T).
-
-    "token": valid tokens; "sequence": sequences with a valid token; "constant":
+    """What summed token losses are divided by, from the WHOLE batch's mask (B, T):
+    "token", valid tokens; "sequence", sequences with a valid token; "constant",
     B * constant_length. 1 if there are none.
 
     >>> mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
@@ -205,18 +198,17 @@ def policy_loss(logp: Tensor, old_logp: Tensor | None, advantages: Tensor,
     """The clipped GRPO loss of both papers: (loss to minimise, statistics).
 
     logp, old_logp, ref_logp, mask (B, T); advantages (B,) or (B, T). mask is true on
-    sampled tokens; elsewhere anything may stand, even NaN. old_logp=None means one
-    update a batch: ratio 1, gradient REINFORCE's, no second forward pass. clip (low,
-    high): 0.28 is DAPO's clip-higher, of SRPO-VLA's code; SRPO-MLLM's script has 0.2 on
-    both sides. aggregate: "token", mean over all tokens (DAPO); "sequence", mean over
-    each sequence, then over sequences (GRPO, and SRPO-VLA's code over whole rollouts:
-    `trajectory_weights`); "constant", sum / (B * constant_length) (Dr. GRPO).
-    Micro-batches: with normalizer = `loss_normalizer` of the whole batch, their losses
-    add up to the whole batch's.
+    sampled tokens; elsewhere anything may stand, even NaN. old_logp=None: one update a
+    batch, at ratio 1. clip (low, high): 0.28 is DAPO's clip-higher, of SRPO-VLA's code;
+    SRPO-MLLM's script has 0.2 on both sides. aggregate: "token", mean over all tokens
+    (DAPO); "sequence", over each sequence, then over sequences (GRPO; SRPO-VLA's code
+    over whole rollouts: `trajectory_weights`); "constant", sum / (B * constant_length)
+    (Dr. GRPO). With normalizer = `loss_normalizer` of the whole batch the losses of
+    micro-batches add up to its own.
 
-    Statistics are detached 0-d tensors: `loss` adds up like the loss, `tokens` is a
-    count, `ratio_max` a maximum, others means over this call's valid tokens;
-    `merge_stats` joins micro-batches. ValueError for impossible arguments.
+    Statistics are detached 0-d tensors for `merge_stats`: `loss` adds up, `tokens` is a
+    count, `ratio_max` a maximum, others means over valid tokens. ValueError for
+    impossible arguments.
 
     >>> logp = torch.tensor([[0.6, 0.2]]).log()
     >>> old_logp = torch.tensor([[0.4, 0.2]]).log()
@@ -317,8 +309,7 @@ def train(steps: int = 200, prompts: int = 16, samples: int = 16, lr: float = 1e
     numbers = torch.randperm(10**DIGITS)[:, None]
     digits = torch.cat([numbers // 10**i % 10 for i in reversed(range(DIGITS))]
                        + [torch.full_like(numbers, COPY)], dim=1)           # (10000, 5)
-    fresh, trained = digits[:1000], digits[1000:]
-    rows = []
+    fresh, trained, rows = digits[:1000], digits[1000:], []
     for step in range(1, steps + 1):
         asked = trained[torch.randint(len(trained), (prompts,))]            # (P, 5)
         asked = asked.repeat_interleave(samples, dim=0)                     # (P*G, 5)
@@ -344,41 +335,33 @@ def train(steps: int = 200, prompts: int = 16, samples: int = 16, lr: float = 1e
                      **merge_stats([stats])})
         if step == 1 or step % 20 == 0:
             shown = ("reward", "exact", "entropy", "no_signal", "grad_norm")
+            prompt, response = ("".join("0123456789#"[token] for token in x)
+                                for x in (asked[0], responses[0]))
             print(f"step {step:4d}  "
-                  + "  ".join(f"{k} {rows[-1][k]:.3f}" for k in shown))
-            for i in (rewards[0].argmax(), rewards[0].argmin()):    # the first group's
-                prompt, response = ("".join("0123456789#"[t] for t in x)
-                                    for x in (asked[0], responses[i]))
-                print(f"           {prompt} {response}  reward {rewards[0, i]:.2f}  "
-                      f"advantage {advantages[0, i]:+.2f}")
+                  + "  ".join(f"{k} {rows[-1][k]:.3f}" for k in shown)
+                  + f"  {prompt} {response} earns {rewards[0, 0]:.2f}")
     answers = respond(model, fresh, greedy=True)
     return rows, (answers == fresh[:, :DIGITS]).all(1).float().mean().item()
 
 
-def refuse(message: str):
-    raise ValueError(message)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="GRPO teaches a tiny Llama to copy.")
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("grpo.py", usage=argparse.SUPPRESS,
+                                     description="GRPO teaches a tiny Llama to copy.")
     for name, default in (("steps", 200), ("prompts", 16), ("samples", 16),
                           ("lr", 1e-3), ("seed", 0)):
         parser.add_argument(f"--{name}", type=type(default), default=default)
-    parser.error = refuse           # argparse's own prints its usage, and exits
+    args = parser.parse_args(argv)
+    if args.steps < 0 or args.prompts < 1:
+        parser.error("--steps must be at least 0 and --prompts at least 1")
     torch.set_num_threads(1)        # at this size threads cost more than they give
     start = time.perf_counter()
     try:
-        args = parser.parse_args(argv)
-        if args.steps < 0 or args.prompts < 1:
-            refuse("--steps must be at least 0 and --prompts at least 1")
         _, exact = train(**vars(args))
     except ValueError as error:
-        print(f"grpo.py: error: {error}", file=sys.stderr)
-        return 2
+        parser.error(str(error))
     print(f"greedy exact match {exact:.1%} on 1000 prompts never trained on, after "
           f"{args.steps} steps and {time.perf_counter() - start:.0f} s")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

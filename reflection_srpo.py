@@ -3,16 +3,14 @@ answer, reflect, and answer again.
 
 Stage 1, cold start: fine-tuning on first answers, a teacher's reflections and corrected
 answers (reasoning/teacher.py makes them). Stage 2, one step, numbered as in `train`:
-  1. Sample G responses <think> <answer> <reflection> <think> <answer> to each of P
-     prompts.
-  2. Reward: format, first answer, what the reflection made of it, a well-formed
-     reflection, length (rewards.py).
+  1. Sample G responses <think> <answer> <reflection> <think> <answer> to P prompts.
+  2. Reward: format, first answer, what the reflection made of it, its form, length.
   3. Advantages compare each response with the others to its own prompt.
   4. Clipped policy gradient over the tokens of the responses.
 
 Without arguments both stages run on small pictures of arrows (reasoning/arrows.py),
-with a Qwen2.5-VL of 0.2 M parameters from random weights; the same file trains the real
-one. Left out: a value network, sequence packing.
+with a Qwen2.5-VL of 0.2 M parameters from random weights. Left out: a value network,
+sequence packing.
 
     python reflection_srpo.py                               # both stages on a laptop
     python reflection_srpo.py --resume out/reflection       # go on after Ctrl-C
@@ -170,7 +168,8 @@ def cold_start(run: Run, parts: Parts, rows: list[Row]) -> None:
         batch = r.Batch(r.encode(some, s, processor),
                         [processor.target(row.target) for row in some], None, len(own))
         tokens = sum(run.gather([len(x) for x in batch.completions[:len(own)]]))
-        update = Update(model, parts.optimizer, summed, s.max_norm)
+        update = Update(model, parts.optimizer, lambda seen: {
+            "loss": sum(x["loss"] for x in seen)}, s.max_norm)
         for chosen in update.minibatches(len(own), 1, 0):
             for part in update.micro_batches(chosen, r.split(batch, s)):
                 logp, _, mask = r.logprobs(model, processor, batch, part)       # (B, n)
@@ -179,10 +178,6 @@ def cold_start(run: Run, parts: Parts, rows: list[Row]) -> None:
             update.step()
         row = update.summary() | {"lr": rate}
         run.log(row, f"loss {row['loss']:.3f}", every=100)
-
-
-def summed(seen: list[dict]) -> dict:
-    return {"loss": sum(x["loss"] for x in seen)}
 
 
 def train(run: Run, parts: Parts, rows: list[Row], heldout: list[Row],
@@ -274,9 +269,13 @@ def load(run: Run, path: str | Path) -> Parts:
 
 
 def prepared(path: str | Path, s: Settings) -> tuple[torch.nn.Module, qwen.Processor]:
-    """What is frozen frozen, with the adapters and the checkpointing asked for."""
     device = s.device or ranks.device()
     model, processor = qwen.load_vlm(path, getattr(torch, s.dtype), device)
+    return ready(model, s), processor
+
+
+def ready(model: torch.nn.Module, s: Settings) -> torch.nn.Module:
+    """What is frozen frozen, with the adapters and the checkpointing asked for."""
     if s.freeze_vision:
         model.model.visual.requires_grad_(False)    # the tower, and in it the projector
     if s.lora_rank:
@@ -284,7 +283,7 @@ def prepared(path: str | Path, s: Settings) -> tuple[torch.nn.Module, qwen.Proce
         adapters.add_adapters(model, layers, s.lora_rank, s.seed)
     if s.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model, processor
+    return model
 
 
 def save_policy(parts: Parts, folder: Path) -> None:
@@ -297,14 +296,8 @@ def save_policy(parts: Parts, folder: Path) -> None:
 def read_rows(run: Run, source: str, processor: qwen.Processor) -> list[Row]:
     """The rows of a file that can be used; others are set aside in rejected.jsonl."""
     s, rejections = run.s, data.Rejections(run.out)
-    rows = data.read_rows(source, s.images or None, data.column_names(s.columns))
+    rows = data.read_rows(source, s.images, s.columns)
     return data.usable(*rows, processor, s, rejections)
-
-
-def heldout_rows(run: Run, processor: qwen.Processor) -> list[Row]:
-    if run.s.data == "arrows":
-        return arrows.dataset(400, seed=10**6)
-    return read_rows(run, run.s.eval_data, processor) if run.s.eval_data else []
 
 
 # The whole job
@@ -321,10 +314,8 @@ def work(run: Run) -> int:
     if s.stage != "rl" and run.stage != "rl":
         parts = load(run, base)
         introduce(run, parts)
-        drawn = s.data == "arrows"
-        rows = (arrows.dataset(s.sft_rows, s.seed, targets=True) if drawn
-                else read_rows(run, s.data, parts.processor))
-        cold_start(run, parts, rows)
+        cold_start(run, parts, arrows.dataset(s.sft_rows, s.seed, targets=True)
+                   if s.data == "arrows" else read_rows(run, s.data, parts.processor))
         if not run.finished:
             return run.stopped()
         save_policy(parts, out / ("policy" if s.stage == "sft" else "sft"))
@@ -350,13 +341,16 @@ def introduce(run: Run, parts: Parts) -> None:
 def reinforce(run: Run, parts: Parts, start: str | Path) -> int:
     """Stage 2 from a fine-tuned model, with what comes before and after it."""
     s, out = run.s, run.out
-    heldout = heldout_rows(run, parts.processor)
+    if s.data == "arrows":
+        rows = arrows.dataset(s.steps * s.prompts, s.seed + 1000)
+        heldout = arrows.dataset(400, seed=10**6)
+    else:
+        rows, heldout = (read_rows(run, source, parts.processor) if source else []
+                         for source in (s.data, s.eval_data))
     before = run.once("before.json", lambda: r.evaluate(
         parts.model, parts.processor, heldout, s) if heldout else {})
     if s.beta and not s.lora_rank:
         parts.reference = prepared(start, s)[0].to("cpu").requires_grad_(False).eval()
-    rows = (arrows.dataset(s.steps * s.prompts, s.seed + 1000) if s.data == "arrows"
-            else read_rows(run, s.data, parts.processor))
     train(run, parts, rows, heldout, before)
     if run.finished:
         save_policy(parts, out / "policy")
@@ -379,11 +373,10 @@ def reinforce(run: Run, parts: Parts, start: str | Path) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from plumbing.plan import show
-
-    def planned(s: Settings) -> int:
-        return show(s, s.model or s.resume and str(Path(s.resume) / "base"))
-    return launch(Settings, work, argv, check=check, free=FREE, show=planned, **READING)
+    def planned(s: Settings):
+        from reasoning.planned import job
+        return job(s, s.model or str(Path(s.resume or s.out) / "base"), ready)
+    return launch(Settings, work, argv, check=check, free=FREE, job=planned, **READING)
 
 
 if __name__ == "__main__":

@@ -291,6 +291,18 @@ def film(run: Run, parts: Parts, name: str) -> None:
                                               parts.key, run.out / name))
 
 
+def ready(policy: torch.nn.Module, s: Settings) -> torch.nn.Module:
+    """With the adapters and the checkpointing asked for."""
+    if s.gradient_checkpointing:
+        policy.set_gradient_checkpointing(True)
+    if s.lora_rank:
+        # All but the head, of which the policy reads rows, and what it never runs
+        layers = [name for name, m in policy.named_modules() if "lm_head" not in name
+                  and isinstance(m, torch.nn.Linear) and m.weight.requires_grad]
+        adapters.add_adapters(policy, layers, s.lora_rank, s.seed)
+    return policy
+
+
 def prepare(run: Run) -> Parts:
     """All that is loaded, simulators last; a checkpoint's weights, if resumed."""
     s = run.s
@@ -299,13 +311,7 @@ def prepare(run: Run) -> Parts:
     evaluate.try_suite(suite, evaluation_split(s))
     policy = policies.load_policy(s.model, getattr(torch, s.dtype), ranks.device())
     key = policies.find_key(policy.norm_stats, suite.name)
-    if s.gradient_checkpointing:
-        policy.set_gradient_checkpointing(True)
-    if s.lora_rank:
-        # All but the head, of which the policy reads rows, and what it never runs
-        layers = [name for name, m in policy.named_modules() if "lm_head" not in name
-                  and isinstance(m, torch.nn.Linear) and m.weight.requires_grad]
-        adapters.add_adapters(policy, layers, s.lora_rank, s.seed)
+    ready(policy, s)
     reference = encoder = None
     if s.beta and not s.lora_rank:
         reference = policies.load_policy(s.model, getattr(torch, s.dtype))
@@ -365,8 +371,10 @@ def work(run: Run) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from plumbing.plan import show
-    return launch(Settings, work, argv, check=check, free=FREE, show=show, paper=PAPER)
+    def planned(s: Settings):
+        from robots.planned import job
+        return job(s, ready)
+    return launch(Settings, work, argv, check=check, free=FREE, job=planned, paper=PAPER)
 
 
 if __name__ == "__main__":

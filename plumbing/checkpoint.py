@@ -1,7 +1,8 @@
 """The checkpoints of a run: what it needs to go on.
 
 One process writes safetensors; several write a folder of torch.distributed.checkpoint, each rank
-its own shards, that any number of ranks reads. A kill at any moment leaves the previous checkpoint or the new one, in FOLDER or FOLDER.old.
+its own shards, that any number of ranks reads. A kill at any moment leaves the previous checkpoint
+or the new one, in FOLDER or FOLDER.old.
 """
 import json
 import pickle

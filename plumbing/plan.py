@@ -1,171 +1,265 @@
-"""What a run needs of a GPU and of the machine (plumbing/memory.py), and what else would stop it, said before anything is loaded: `--plan` of vla_srpo.py
-and reflection_srpo.py, whose runs begin with the short form.
+"""`--plan`: what a run needs of a GPU and of the machine, before any weight is loaded.
 
-    python vla_srpo.py --plan --model FOLDER --dtype bfloat16 --gradient_checkpointing
-    torchrun --nproc-per-node 4 reflection_srpo.py rl --paper --model FOLDER --data rows.jsonl --plan
+1. `Meter`: the real model makes its passes, and the real optimiser its step, on tensors that have a
+   size and no numbers (PyTorch's `meta` device); the bytes alive at once are counted.
+2. `measure`: a pass of the rollout, one of the world model, an update of two micro-batches.
+3. `savings`: the flags that make it fit, found by trying.
+4. `show`: all that in words, and what else would stop the run.
+
+It holds for any model, because nothing of one is written here. Left out: the allocator's
+fragmentation and the libraries' own buffers, for which 5% is added; the simulator's memory.
 """
 import math
 import os
-import re
 import shutil
 import sys
-from contextlib import contextmanager
-from dataclasses import fields, replace
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unittest.mock import patch
 
+import psutil
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
-from plumbing import checkpoint, memory
-from plumbing.memory import GiB
-from robots import evaluate, find_suite, policy_class
-from robots import openvla as checkpoints
-from robots import policy as policies
+from plumbing import ranks
+from plumbing.optimizer import clip_and_step, make_optimizer
 
-# Reports
-
-def inputs(s, model: str = "") -> tuple[Path, tuple]:
-    """The checkpoint's folder, and what `memory.needs` takes after the settings; ranks are torchrun's."""
-    if not (model or s.model):
-        raise ValueError("--plan needs --model: a folder or hub id")
-    folder, config, shapes = memory.read_checkpoint(model or s.model)
-    kind, encoder = config.get("model_type"), None
-    if hasattr(s, "micro_tokens") and not (isinstance(config.get("vision_config"), dict) and "image_token_id" in config):
-        raise ValueError(f"{folder} is a {kind}, which takes no pictures here; give a Qwen2.5-VL or Qwen3-VL")
-    if hasattr(s, "micro_batch") and kind not in ("openvla", "tiny_vla"):
-        raise ValueError(f"{folder} is a {kind}; give an OpenVLA-OFT or a TinyVLA")
-    if getattr(s, "reward", "") == "srpo" and s.world_model != "pixels":
-        where, video, tensors = memory.read_checkpoint(s.world_model)
-        if video.get("model_type") != "vjepa2":
-            raise ValueError(f"--world_model {where} is a {video.get('model_type')}; give a V-JEPA 2, or pixels")
-        encoder = video, sum(map(math.prod, tensors.values()))
-    return folder, (config, shapes, int(os.environ.get("WORLD_SIZE", 1)), encoder)
+aten, META, GiB, MARGIN = torch.ops.aten, torch.device("meta"), 2**30, 1.05
+STATIC = {"dtype", "lora_rank", "offload_optimizer"}    # change what stays, not only what passes
 
 
-def summary(s, given: tuple) -> str:
-    """One line: what is needed, beside what is there."""
-    plan, (free, what) = memory.needs(s, *given), memory.free_memory()
-    return f"rollout {plan.rollout / GiB:.2f}, update {plan.update / GiB:.2f} GiB by plan, with 5% for the allocator; {free / GiB:.2f} free ({what})"
+@dataclass
+class Job:
+    """What a script does at its largest, as functions of its settings s, which `savings` varies."""
+    model: Callable[[object], nn.Module]                # on `meta`, ready for training
+    rollout: Callable[[nn.Module, object], object]      # the largest pass while sampling
+    loss: Callable[[nn.Module, object], Tensor]         # of the largest micro-batch
+    encode: Callable[[object], object] = lambda s: None     # the world model, after its pass
+    images: Callable[[object], float] = lambda s: 0.0   # bytes of a step's images, in RAM
+    savings: tuple[dict, ...] = ()                      # flags to try, the least costly first
+    problems: list[str] = field(default_factory=list)   # what else would stop the run
 
 
-def announced(s, model: str = "") -> str:
-    """The first lines of a run, before anything is loaded: what is needed, and what to change if that is more than there is. ValueError for what
-    would stop the run later."""
-    folder, given = inputs(s, model)
-    if problems := checks(s, folder, *given[:2]):
-        raise ValueError(problems[0])
-    free, plan = memory.free_memory()[0], memory.needs(s, *given)
-    parts = [f"{field.name.replace('_', ' ')} {x / GiB:.2f}" for field in fields(plan) if (x := getattr(plan, field.name)) > 0.005 * GiB]
-    return f"memory: {summary(s, given)}" + f"\n  of it: {', '.join(parts)}" * (plan.peak > GiB) + (
-        f"\n  it does not fit: {advice(s, given, free)}" if plan.peak > free else "")
+class Meter(TorchDispatchMode):
+    """Within it floats on `meta` have no numbers and are counted: `now`, and `peak`, in bytes.
+
+    Whole numbers asked for on `meta` are real ones on the CPU: tokens, masks and positions, from
+    which shapes follow. What is asked of a number that is not there is answered by 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.held: dict[int, object] = {}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        tensors = _tensors((*args, *kwargs.values()))
+        empty = [x.device == META for x in tensors]
+        if any(empty) and op in (aten._local_scalar_dense.default, aten.is_nonzero.default):
+            return 1.0 if tensors[0].is_floating_point() else 1
+        if any(empty) and op is aten.index.Tensor and args[1][0].dtype == torch.bool:
+            shape = (int(args[1][0].sum()), *args[0].shape[args[1][0].dim():])
+            return self._count(args[0].new_empty(shape))
+        if any(empty):                                  # what comes of nothing stays nothing
+            kwargs |= {"device": META} if kwargs.get("device") else {}
+            if not all(empty):
+                args, kwargs = tree_map_only(Tensor, _without_numbers, (args, kwargs))
+        elif kwargs.get("device") == META:
+            whole = (not tensors[0].is_floating_point() if tensors
+                     else not op(*args, **kwargs).is_floating_point())
+            if whole and not (kwargs.get("dtype") or torch.int64).is_floating_point:
+                kwargs["device"] = torch.device("cpu")
+        return self._count(op(*args, **kwargs))
+
+    def _count(self, out):
+        for x in _tensors([out]):
+            if x.device == META:
+                storage = x.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self.held:
+                    self.held[key] = weakref.finalize(storage, self._free, key, size)
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+        return out
+
+    def _free(self, key: int, size: int) -> None:
+        del self.held[key]
+        self.now -= size
+
+    def of(self, work: Callable) -> int:
+        """The peak while work() runs."""
+        self.peak = self.now
+        work()
+        return self.peak
 
 
-def advice(s, given: tuple, free: float) -> str:
-    changes, best = memory.savings(s, given, free)
-    flags = " ".join(f"--{name} {value}" for name, value in changes.items()) or "these flags"
-    return f"{flags} needs {best.peak / GiB:.2f} GiB" + ("" if best.peak <= free else "; take a larger GPU, or more of them with torchrun")
+def _tensors(values: Iterable) -> list[Tensor]:
+    """Also those in lists, which is as deep as operators' arguments go."""
+    each = (x if isinstance(x, (list, tuple)) else (x,) for x in values)
+    return [x for some in each for x in some if isinstance(x, Tensor)]
 
 
-def report(s, model: str = "") -> tuple[str, list[str]]:
+def _without_numbers(x: Tensor) -> Tensor:
+    return x if x.device == META else torch.empty_strided(
+        x.shape, x.stride(), dtype=x.dtype, device=META)
+
+
+def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+               enable_gqa=False) -> Tensor:
+    """Fused, as on a CPU or GPU; on `meta` PyTorch would take the form that holds every score."""
+    if enable_gqa:
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -math.inf)
+    return aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+@dataclass
+class Needs:
+    """Bytes on each GPU, or in RAM without one: what stays, and the peaks of three phases."""
+    parameters: int
+    trained: int
+    weights: float
+    gradients: float
+    optimizer: float
+    rollout: float
+    reward: float
+    update: float
+
+    @property
+    def peak(self) -> float:
+        return MARGIN * max(self.rollout, self.reward, self.update)
+
+
+def measure(s, job: Job, n: int = 1) -> Needs:
+    """Of each of n ranks."""
+    with Meter() as meter, patch.object(nn.functional, "scaled_dot_product_attention", _attention):
+        encoder = []                                    # it is there in every phase
+        encoding = meter.of(lambda: encoder.append(job.encode(s))) - meter.now
+        model = job.model(s)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        weights, gradients = _size(model.parameters()), _size(trained)
+        optimizer, before = make_optimizer(model, 1e-6), meter.now
+
+        def step() -> None:
+            if not s.offload_optimizer:
+                clip_and_step(optimizer, model, 1.0)
+
+        def update() -> None:               # the gradients of an earlier micro-batch are there
+            job.loss(model, s).backward()
+            step()
+        _fill_gradients(trained)
+        step()                              # the optimiser's state is there from now on
+        optimizer.zero_grad()
+        state, steady = meter.now - before, meter.now
+        model.eval()
+        with torch.no_grad():
+            rollout = meter.of(lambda: job.rollout(model, s))
+        model.train()
+        _fill_gradients(trained)
+        update_peak = meter.of(update)
+    # Ranks divide what stays; in a pass a block or two and the root are whole on each of them
+    shared, part = weights + gradients + state, 1 - 1 / n
+    blocks = [_size(block.parameters()) for block in ranks.blocks(model)]
+    largest = max(blocks, default=0)
+    root = weights - sum(blocks)
+    gathered = root + 2 * largest + (0 if s.lora_rank else root + largest) * 2
+    reference = weights if s.beta and not s.lora_rank else 0
+    waiting = 0 if torch.cuda.is_available() else reference     # it waits on the CPU
+    rollout += weights / n * (n > 1) - state * part
+    reward = max(steady + encoding - (weights + state) * part, rollout + reference - waiting)
+    update_peak += gathered * (n > 1) - shared * part
+    return Needs(
+        sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trained),
+        weights / n, gradients / n, state / n, rollout + waiting, reward + waiting,
+        update_peak + waiting)
+
+
+def _fill_gradients(parameters: list[Tensor]) -> None:
+    for p in parameters:
+        p.grad = torch.empty_like(p)
+
+
+def _size(tensors) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def free_memory() -> tuple[float, str]:
+    """(bytes, of what): free on this rank's GPU, or the available RAM."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
+    return free_ram(), "RAM of the CPU"
+
+
+def free_ram() -> float:
+    """Bytes for each process of this machine."""
+    return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def savings(s, job: Job, n: int, needs: Needs, free: float) -> tuple[dict, Needs]:
+    """The settings to change so that it fits, and what is then needed; all that help if it never
+    does."""
+    changes: dict = {}
+    static = needs.weights + needs.gradients + needs.optimizer
+    order = job.savings if static <= free else sorted(job.savings, key=lambda x: not STATIC & {*x})
+    for more in (*order, *order):       # what did not help at first may help in the end
+        if needs.peak <= free:
+            break
+        if all(getattr(s, name) == x for name, x in more.items()):
+            continue
+        try:
+            tried = measure(replace(s, **changes | more), job, n)
+        except ValueError:                              # not of this model, or not with ranks
+            continue
+        if tried.peak < 0.99 * needs.peak:
+            changes, needs = changes | more, tried
+    return changes, needs
+
+
+def report(s, job: Job) -> tuple[str, list[str]]:
     """The plan as text, and what would stop the run, a line each."""
-    try:
-        folder, given = inputs(s, model)
-    except ValueError as error:                                                         # another architecture: there is nothing to count
-        return "", [str(error)]
-    config, shapes, *_ = given
-    try:
-        problems = checks(s, folder, config, shapes)
-    except (ValueError, OSError) as error:
-        problems = [str(error)]
-    problems += simulator(s)
-    plan, (free, _), (ram, disk) = memory.needs(s, *given), memory.free_memory(), memory.host(s, *given)
-    pictures = memory.images(s, config, given[3]) / given[2]
-    room = shutil.disk_usage(next(p for p in Path(s.out or "out").absolute().parents if p.exists())).free
+    n, problems = ranks.world_size(), list(job.problems)
+    needs, (free, of) = measure(s, job, n), free_memory()
+    if needs.peak > free:
+        changes, best = savings(s, job, n, needs, free)
+        flags = " ".join(f"--{name} {value}" for name, value in changes.items()) or "these flags"
+        problems.append(f"does not fit; {flags} needs {best.peak / GiB:.2f} GiB" + (
+            "" if best.peak <= free else "; take a larger GPU, or more of them with torchrun"))
+    # Beside the GPU: two checkpoints, since the old one goes when the new one is whole, the policy
+    half = 2 if s.dtype == "bfloat16" else 4
+    state = needs.trained * (8 if half == 4 or s.lora_rank else 12)
+    checkpoint = state + needs.trained * (4 if s.lora_rank else half)
+    disk, images = 2 * checkpoint + needs.parameters * half, job.images(s) / n
+    ram = (images + max(checkpoint / n, needs.parameters * half) + s.offload_optimizer * state
+           + bool(s.beta and not s.lora_rank) * needs.parameters * half)
+    out = Path(s.out or "out").absolute()
+    room = shutil.disk_usage(next(path for path in out.parents if path.exists())).free
     if disk > room:
-        problems.append(f"two checkpoints and the policy need {disk / GiB:.1f} GiB on disk, {room / GiB:.1f} are free; choose another --out")
-    if torch.cuda.is_available() and ram > (there := memory.free_ram()):
-        problems.append(f"a rank needs {ram / GiB:.1f} GiB of RAM beside the GPU, {there / GiB:.1f} are free; do without --beta and --offload_optimizer"
-                        + ", with fewer --groups" * (pictures > 0) + ", or take more GPUs")
-    lines = [f"plan for {folder}: {sum(map(math.prod, shapes.values())):,} parameters, {sum(memory.trained(shapes, s).values()):,} trained, {given[2]} rank(s); GiB each"]
-    lines += [f"  {field.name.replace('_', ' '):12} {getattr(plan, field.name) / GiB:8.2f}" for field in fields(plan)]
-    lines += [f"  beside the GPU: RAM {ram / GiB:.2f}" + f", {pictures / GiB:.2f} of it images" * (pictures > 0) + f", disk {disk / GiB:.2f}"]
-    return "\n".join([*lines, "  " + summary(s, given)]), problems + [f"does not fit; {advice(s, given, free)}"] * (plan.peak > free)
+        problems.append(f"two checkpoints and the policy need {disk / GiB:.1f} GiB on disk, "
+                        f"{room / GiB:.1f} are free; choose another --out")
+    if torch.cuda.is_available() and ram > (there := free_ram()):
+        problems.append(f"a rank needs {ram / GiB:.1f} GiB of RAM beside the GPU, "
+                        f"{there / GiB:.1f} are free; do without --beta and --offload_optimizer"
+                        + ", with fewer --groups" * bool(images) + ", or take more GPUs")
+    lines = [f"{needs.parameters:,} parameters, {needs.trained:,} trained, {n} rank(s); GiB each"]
+    lines += [f"  {name:20} {x / GiB:9.2f}" for name, x in (
+        ("weights", needs.weights), ("gradients", needs.gradients),
+        ("optimizer", needs.optimizer), ("peak of the rollout", needs.rollout),
+        ("peak of the reward", needs.reward), ("peak of the update", needs.update))]
+    return "\n".join([*lines, f"  needed with 5% for the allocator {needs.peak / GiB:.2f}, "
+                      f"{free / GiB:.2f} free ({of}); RAM {ram / GiB:.2f}, "
+                      f"{images / GiB:.2f} of it images; disk {disk / GiB:.2f}"]), problems
 
 
-def show(s, model: str = "") -> int:
-    """`--plan`: the exit code is 0 if nothing would stop the run. model: in place of the settings'."""
-    text, problems = report(s, model)
-    if int(os.environ.get("RANK", 0)) == 0:
+def show(s, job: Callable[[object], Job]) -> int:
+    """--plan of a script: the exit code is 0 if nothing would stop the run."""
+    text, problems = report(s, job(s))
+    if ranks.rank() == 0:
         print(text)
         print("".join(f"problem: {problem}\n" for problem in problems), end="", file=sys.stderr)
     return 2 if problems else 0
-
-
-@contextmanager
-def explained(s):
-    """Within it, running out of memory, on the GPU or the CPU, is a RuntimeError of one line: what settings s needed, and what to change."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not re.search("can't allocate memory|ALLOC_FAILED|out of memory", str(error)):
-            raise
-        if s.resume:
-            s = replace(s, **checkpoint.read_state(Path(s.resume) / "checkpoint")["settings"])
-        if not s.model:
-            raise RuntimeError("out of memory: lower the batch sizes, see --help") from error
-        _, given = inputs(s)
-        free = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else memory.free_memory()[0]
-        free = min(free, 0.9 * memory.needs(s, *given).peak)                                   # it did not fit, whatever the plan says
-        raise RuntimeError(f"out of memory: {summary(s, given)}; {advice(s, given, free)}") from error
-
-
-# What else would stop the run
-
-def checks(s, folder: Path, config: dict, shapes: dict) -> list[str]:
-    """Problems of the checkpoint, its tokenizer and the suite, a line each with the fix."""
-    kind, problems = config["model_type"], []
-    files = {file.name for file in folder.iterdir()}
-    if kind == "tiny_vla":
-        needed = []
-    else:
-        needed = ["tokenizer.json", *(["preprocessor_config.json"] if kind == "openvla" or "processor_config.json" not in files else [])]
-    problems += [f"{folder} has no {name}; copy it from the original checkpoint" for name in needed if name not in files]
-    if hasattr(s, "micro_tokens"):
-        return problems or _qwen_checks(folder, config, shapes)
-    problems = policy_class(kind).problems(folder)
-    try:
-        policies.find_key(checkpoints.action_statistics(folder), s.suite)
-    except ValueError as error:
-        problems.append(f"{folder}: {error}")
-    return problems
-
-
-def _qwen_checks(folder: Path, config: dict, shapes: dict) -> list[str]:
-    problems, text = [], config.get("text_config") or config
-    tokenizer = checkpoints.read_json(folder / "tokenizer.json")
-    words = (tokenizer.get("model") or {}).get("vocab") or {}
-    numbers = {*(words.values() if isinstance(words, dict) else range(len(words))), *(token["id"] for token in tokenizer.get("added_tokens", ()))}
-    if len(words) > text["vocab_size"]:
-        problems.append(f"{folder}: the tokenizer has {len(words)} words and the model {text['vocab_size']} rows; copy tokenizer.json from the model's own checkpoint")
-    elif config["image_token_id"] not in numbers:
-        problems.append(f"{folder}: the tokenizer has no word {config['image_token_id']}, the model's place holder of pictures; copy tokenizer.json from the model's own checkpoint")
-    if not any(folder.glob("chat_template.*")) and "chat_template" not in checkpoints.read_json(folder / "tokenizer_config.json"):
-        problems.append(f"{folder} has no chat template; give an instruction-tuned checkpoint")
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
-    wanted, found = {sum(p.numel() for p in tensors) for tensors in (model.parameters(), model.state_dict().values())}, sum(map(math.prod, shapes.values()))
-    if found < min(wanted):                                                             # names differ between versions of transformers, sizes do not
-        problems.append(f"{folder}: the tensors hold {found:,} numbers, and config.json describes {min(wanted):,}; copy the checkpoint again")
-    return problems
-
-
-def simulator(s) -> list[str]:
-    """Problems of the suite, its tasks, OpenGL and the simulator's assets."""
-    if hasattr(s, "micro_tokens"):
-        return []
-    try:
-        suite = find_suite(s.suite, tuple(s.tasks), s.options())
-        evaluate.try_suite(suite, "heldout" if s.split == "disjoint" else "all")
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        return [str(error).splitlines()[0]]
-    return []

@@ -18,12 +18,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
@@ -195,11 +196,11 @@ def _ctrl_c(pressed: list) -> Iterator[None]:
 # From a command line to a Run
 
 def launch(settings: type, work: Callable[[Run], int], argv: list[str] | None = None, *,
-           check: Callable, free: set[str], show: Callable, **reading) -> int:
+           check: Callable, free: set[str], job: Callable, **reading) -> int:
     """A script's exit code: flags -> Run -> work(run), whatever is wrong in one line.
 
     check(s): ValueError for settings out of range. free: settings that may change on resume.
-    show(s) -> int: what --plan prints. reading: further arguments of `read_command`."""
+    job(s) -> plan.Job, for --plan. reading: further arguments of `read_command`."""
     def whole_job() -> int:
         command = read_command(settings, argv, **reading)
         ranks.start()
@@ -208,7 +209,8 @@ def launch(settings: type, work: Callable[[Run], int], argv: list[str] | None = 
         s, state = _resumed(command, free, ("", *reading.get("words", ())))
         check(s)
         if command.plan:
-            return show(s)
+            from plumbing.plan import show
+            return show(s, job)
         out = Path(s.resume or s.out)
         with _locked(out):
             if state is None:
@@ -217,7 +219,18 @@ def launch(settings: type, work: Callable[[Run], int], argv: list[str] | None = 
             code = work(run)
         ranks.stop()
         return code
-    return ending(whole_job)
+
+    def within_memory() -> int:
+        try:
+            return whole_job()
+        except (RuntimeError, MemoryError) as error:
+            kinds = (torch.OutOfMemoryError, MemoryError)
+            if not isinstance(error, kinds) and "can't allocate memory" not in str(error):
+                raise
+            reason = " ".join(str(error).split())[:120]
+            raise RuntimeError(f"out of memory ({reason}); the same command with --plan says what "
+                               "needs it, and which flags make it fit") from error
+    return ending(within_memory)
 
 
 def _resumed(command: Command, free: set[str], stages: tuple[str, ...]
@@ -265,37 +278,25 @@ def _locked(out: Path) -> Iterator[None]:
     if ranks.rank():
         yield
         return
-    lock, made = out / ".lock", [path for path in (out, *out.parents) if not path.exists()]
+    made = [path for path in (out, *out.parents) if not path.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "a+")
+        (out / ".lock").touch()
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written to ({error.strerror}); "
                          "choose another folder") from None
-    with file:
-        _take(file, out)
-        try:
-            yield
-        finally:
-            with suppress(OSError):                     # folders that are not empty stay
-                lock.unlink()
-                for path in made:
-                    path.rmdir()
-
-
-def _take(file, out: Path) -> None:
     try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Whoever had it may have ended, and removed it, since it was opened
-        if os.fstat(file.fileno()).st_nlink == 0:
-            raise BlockingIOError
-    except BlockingIOError:
-        file.seek(0)
-        raise ValueError(f"{out} is in use by process {file.read().strip() or '?'}; "
-                         "wait for it, or choose another --out") from None
-    except (ImportError, OSError):          # Windows and some network disks have no flock
-        return
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
+        lock = FileLock(out / ".lock", timeout=0).acquire()
+    except Timeout:
+        raise ValueError(f"{out} is in use by another run; wait for it, or choose another --out"
+                         ) from None
+    except (OSError, NotImplementedError):      # some network disks have no locks
+        lock = nullcontext()
+    try:
+        with lock:
+            yield
+    finally:
+        with suppress(OSError):                         # folders that are not empty stay
+            (out / ".lock").unlink(missing_ok=True)
+            for path in made:
+                path.rmdir()

@@ -5,7 +5,8 @@ answer is read whole or not at all: no number is picked out of a longer text, so
 are 7±1, "at least 7" and "7 or 8" 7. What is unread is wrong.
   1. The answer is the last \boxed{}; without one, the whole text. Words may lead up to it ("Hence
      the area is"), without digits, negation or "or". Only a unit may follow.
-  2. One spelling: $..$, text commands, LaTeX spacing, full-width characters, \dfrac, \frac12, √, π.
+  2. One spelling: $..$, text commands, LaTeX spacing, full-width characters, \dfrac, \frac12, √, π;
+     without "quotes" around it and the last full stop, but 7' and '7' may be primes: unread.
   3. Equal as text, but for case and blanks. Of options, the letter: B, (b), "(B) 60", \text{B}.
   4. Numbers and expressions: 1,250; 1e-5; 1.6\times 10^{-27}; "minus 7"; 1\frac{1}{2}; \sqrt{12};
      letters are variables. Equal if 1,000 digits agree at three points; six digits of a root or
@@ -17,7 +18,6 @@ Right only as the same text: sums, integrals, matrices, "...", 1/2x (two reading
 explodes: exponents above 999, !!, factorials above 99!. A truth that is empty or NaN gives None.
 
     python -m reasoning.answers [bench]     examples; 2,000 hostile responses and the time they take
-    pytest tests/reasoning/test_answers.py  a table of what is right and what only looks right
 """
 import argparse
 import ast
@@ -49,8 +49,8 @@ SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
      r"\\?\$", r"\1 "), (r"(?<=[\w)}\]]) ?\*\* ?(?=[\w({-])", "^"), (r"\*\*", " "),     # 2**10
     (r" ?\^ ?\{? ?\\circ(?![a-z]) ?\}?|(?:\\| ?\b)degrees?(?![a-z])", "°"),
     (r" ?\b(?:per ?cent|pct|percentage)\b", "%"), (r"\\[dtc]frac(?![a-z])", r"\\frac"),
-    (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"), (r"\\frac ?(\d) ?\{", r"\\frac{\1}{"),
-    (r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}"), (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),
+    (r"\\frac ?(\d)(?= ?[\d{])", r"\\frac{\1}"), (r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}"),
+    (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),
     (r"\\leq?(?:slant)?(?![a-z])|<=", r"\\le "), (r"\\geq?(?:slant)?(?![a-z])|>=", r"\\ge "),
     (r"\\neq?(?![a-z])| !=", r"\\ne "), (rf"(?<![A-Za-z\\])(pi|{FUNCTIONS})(?![A-Za-z])", r"\\\1 "),
     (r"[⁻⁰¹²³⁴-⁹]+", lambda m: "^" + m[0].translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789"))),

@@ -9,9 +9,9 @@ that its reflection names, arrow by arrow:
     <reflection> check from b3 </reflection>
     <think> b3 down c3 right c4 down d4 left d3 </think> <answer> d3 </answer>
 
-The second pass has what the first lacks: a forward pass for every arrow. What reinforcement
-learning can find is how far to go back, and to glance better. The teacher errs: most of its glances
-stop an arrow short, and it seldom sees where it went wrong.
+The second pass has a forward pass for every arrow, which the first lacks. The teacher errs: most of
+its glances stop an arrow short, and it seldom sees where it went wrong. What reinforcement learning
+can find is how far to go back, and to glance better.
 
     python -m reasoning.arrows --out arrows --rows 200        # rows.jsonl and its pictures
 """
@@ -19,7 +19,7 @@ import argparse
 import io
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -39,43 +39,30 @@ HOPS, GLANCE = 6, 2                 # arrows to follow, arrows per glance
 SURE, NOTICE = 0.4, 0.4             # the teacher's glance is right; it sees where it went wrong
 
 
-@dataclass
-class Scene:
-    """row: picture (PNG), question and answer as any data set has them. start: a cell's number;
-    follow: int (16,), the cell that each cell's arrow points at."""
-    row: Row
-    start: int
-    follow: np.ndarray
-
-
 def walk(follow: np.ndarray, cell: int, hops: int) -> list[int]:
     """The cells from `cell` on, hops + 1 of them."""
-    cells = [cell]
-    for _ in range(hops):
-        cells.append(int(follow[cells[-1]]))
-    return cells
+    return [cell, *walk(follow, int(follow[cell]), hops - 1)] if hops else [cell]
 
 
-def draw(rng: np.random.Generator) -> Scene:
-    """A random picture and a question on it. No two arrows point at each other, so paths do not
-    swing to and fro."""
-    follow, pointing = np.full(SIDE * SIDE, -1), [""] * (SIDE * SIDE)
+def draw(rng: np.random.Generator) -> tuple[Row, int, np.ndarray]:
+    """(picture and question, the cell to start from, the cell that each cell's arrow points at: int
+    (16,)). No two arrows point at each other, so paths do not swing to and fro."""
+    follow = np.full(SIDE * SIDE, -1)
     for cell in rng.permutation(SIDE * SIDE):
-        options = []
-        for name, (down, right) in MOVES.items():
-            r, c = cell // SIDE + down, cell % SIDE + right
-            if 0 <= r < SIDE and 0 <= c < SIDE and follow[r * SIDE + c] != cell:
-                options.append((name, r * SIDE + c))
+        neighbours = [(cell // SIDE + down, cell % SIDE + right) for down, right in MOVES.values()]
+        options = [r * SIDE + c for r, c in neighbours
+                   if 0 <= r < SIDE and 0 <= c < SIDE and follow[r * SIDE + c] != cell]
         if not options:
             return draw(rng)
-        pointing[cell], follow[cell] = options[rng.integers(len(options))]
+        follow[cell] = options[rng.integers(len(options))]
     image = Image.new("RGB", (SIDE * CELL, SIDE * CELL))
     pen = ImageDraw.Draw(image)
-    for cell, name in enumerate(pointing):
+    for cell, target in enumerate(follow):
         r, c = divmod(cell, SIDE)
         pen.rectangle([c * CELL, r * CELL, (c + 1) * CELL - 1, (r + 1) * CELL - 1],
                       fill=(40 + 60 * r, 40 + 60 * c, 128))
         y, x = (i * CELL + CELL // 2 + int(rng.integers(-1, 2)) for i in (r, c))
+        name = DIRECTION[target - cell]
         down, right = (5 * step for step in MOVES[name])
         pen.polygon([(x + right, y + down), (x - right + down, y - down + right),
                      (x - right - down, y - down - right)], fill=COLORS[name])
@@ -83,23 +70,22 @@ def draw(rng: np.random.Generator) -> Scene:
     image.save(png := io.BytesIO(), "PNG")
     row = Row(id="", query=f"from {NAMES[start]} go {HOPS} ?", images=[png.getvalue()],
               answer=NAMES[walk(follow, start, HOPS)[-1]], source="arrows", sizes=[image.size])
-    return Scene(row, start, follow)
+    return row, start, follow
 
 
-def teach(scene: Scene, rng: np.random.Generator) -> str:
+def teach(start: int, follow: np.ndarray, rng: np.random.Generator) -> str:
     """A reflected response to imitate, with the teacher's errors in it."""
-    places, right = [scene.start], 0        # at a glance, GLANCE arrows apart; how many are right
-    for i in range(HOPS // GLANCE):
-        sure = rng.random() < SURE
-        places.append(walk(scene.follow, places[-1], GLANCE if sure else GLANCE - 1)[-1])
-        right += sure and right == i
-    last = HOPS // GLANCE - 1
-    k = min(right, last) if rng.random() < NOTICE else last
-    cells = walk(scene.follow, places[k], HOPS - k * GLANCE)
+    places, sure = [start], []              # the places of glances, GLANCE arrows apart
+    for _ in range(HOPS // GLANCE):
+        sure.append(rng.random() < SURE)
+        places.append(walk(follow, places[-1], GLANCE if sure[-1] else GLANCE - 1)[-1])
+    sure[-1] = False                        # at the latest, it looks again from the last glance on
+    k = sure.index(False) if rng.random() < NOTICE else len(sure) - 1
+    cells = walk(follow, places[k], HOPS - k * GLANCE)
     glances = " ".join(f"about {NAMES[c]}" for c in places[1:])
     trace = " ".join(f"{NAMES[a]} {DIRECTION[b - a]}" for a, b in pairwise(cells))
     end = NAMES[cells[-1]]
-    return (f"<think> from {NAMES[scene.start]} {glances} </think> "
+    return (f"<think> from {NAMES[start]} {glances} </think> "
             f"<answer> {NAMES[places[-1]]} </answer> "
             f"<reflection> check from {NAMES[cells[0]]} </reflection> "
             f"<think> {trace} {end} </think> <answer> {end} </answer>")
@@ -109,10 +95,9 @@ def dataset(n: int, seed: int, targets: bool = False) -> list[Row]:
     """n rows, with the teacher's responses as targets or without."""
     rng, rows = np.random.default_rng(seed), []
     for i in range(n):
-        scene = draw(rng)
-        scene.row.id = f"arrows-{seed}-{i}"
-        scene.row.target = teach(scene, rng) if targets else None
-        rows.append(scene.row)
+        row, start, follow = draw(rng)
+        target = teach(start, follow, rng) if targets else None
+        rows.append(replace(row, id=f"arrows-{seed}-{i}", target=target))
     return rows
 
 
@@ -123,10 +108,9 @@ WORDS = [*SPECIAL, *TAGS, "<unk>", "user", "assistant", "from", "go", str(HOPS),
          "check", *MOVES, *NAMES]
 TEMPLATE = """\
 {% for message in messages %}<|im_start|> {{ message.role }} \
-{% if message.content is string %}{{ message.content }} {% else %}\
-{% for part in message.content %}\
-{% if part.type == 'image' %}<|vision_start|> <|image_pad|> <|vision_end|> \
-{% else %}{{ part.text }} {% endif %}{% endfor %}{% endif %}<|im_end|> {% endfor %}\
+{% if message.content is string %}{{ message.content }} {% else %}{% for part in message.content %}\
+{{ '<|vision_start|> <|image_pad|> <|vision_end|>' if part.type == 'image' else part.text }} \
+{% endfor %}{% endif %}<|im_end|> {% endfor %}\
 {% if add_generation_prompt %}<|im_start|> assistant {% endif %}"""
 
 
@@ -142,33 +126,34 @@ def tiny_vlm(path: str | Path, width: int = 64, layers: int = 2, heads: int = 4)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         unk_token="<unk>", additional_special_tokens=SPECIAL[1:], chat_template=TEMPLATE)
-    half = width // heads // 2              # rotary frequencies of a head: time, height and width
-    sections = [half - 2 * (half // 3), half // 3, half // 3]
+    third = width // heads // 2 // 3        # of a head's rotary frequencies: time, height and width
+    rope = {"rope_type": "default", "rope_theta": 1000.0,
+            "mrope_section": [width // heads // 2 - 2 * third, third, third]}
     text = dict(
         vocab_size=len(WORDS), hidden_size=width, intermediate_size=2 * width,
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
         bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"],
-        rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "mrope_section": sections})
+        rope_parameters=rope)
     vision = dict(
         depth=1, hidden_size=width, intermediate_size=2 * width, num_heads=heads,
         patch_size=CELL // 2, window_size=8 * CELL, out_hidden_size=width,
         fullatt_block_indexes=[0])
+    tokens = {f"{name}_token_id": ids[f"<|{name}|>"] for name in ("vision_start", "vision_end")}
+    tokens |= {f"{name}_token_id": ids[f"<|{name}_pad|>"] for name in ("image", "video")}
     config = transformers.Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=False,
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"])
+        text_config=text, vision_config=vision, tie_word_embeddings=False, **tokens)
     transformers.Qwen2_5_VLForConditionalGeneration(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     Qwen2VLImageProcessorPil(patch_size=CELL // 2, merge_size=2, min_pixels=CELL**2,
                              max_pixels=10**6).save_pretrained(path)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write the small data set to a folder.")
     parser.add_argument("--out", required=True)
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     out = Path(args.out)
     if args.rows < 1:
         raise ValueError(f"--rows must be at least 1, got {args.rows}")

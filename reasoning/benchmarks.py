@@ -1,48 +1,63 @@
-r"""Multimodal reasoning benchmarks for SRPO-MLLM (arXiv 2506.01713): MathVista, MathVerse, MathVision, MMMU-Pro.
+r"""Benchmarks of multimodal reasoning for SRPO-MLLM (arXiv 2506.01713): MathVista, MathVerse,
+MathVision, MMMU-Pro.
 
     python eval.py reasoning --model out/policy --benchmark mathvista mathverse --out out/reasoning
-    python eval.py reasoning --model Qwen/Qwen2.5-VL-7B-Instruct --prompt plain --benchmark mathvision --data MathVision/ --out out/base
+    python eval.py reasoning --model Qwen/Qwen2.5-VL-7B-Instruct --prompt plain \
+        --benchmark mathvision --data MathVision/ --out out/base
 
-Reads the published files from a folder (hub snapshot or GitHub clone) or the hub, asks every question once, greedily, saves each
-response as it comes (the same command goes on where it stopped) and scores by rule. What cannot be read is wrong: the benchmarks' own
-scorers have a language model extract or judge the answer, take the option nearest in spelling, or draw a letter, so ours may read lower.
-Left out: the paper's other benchmarks, and MathVerse's Text Only version, which has no image and no part in its overall score.
-File names and columns follow the dataset cards and the benchmarks' code. Not verified: MathVision's card (its columns are from code that
-reads it), and where MathVerse's images.zip puts its folders (images are looked up in the folder, images/, data/ and data/images/).
+1. `BENCHMARKS`: the published files, in a folder (hub snapshot or GitHub clone) or from the hub,
+   and how their rows are read.
+2. `evaluate` asks each question once, greedily, and saves every response as it comes.
+3. `is_right` scores by rule, and what cannot be read is wrong: the benchmarks' own scorers have a
+   language model judge, take the nearest option or draw a letter, so ours may read lower.
+
+Left out: the paper's other benchmarks, and MathVerse's Text Only version, which has no image and no
+part in its overall score. File names and columns follow the dataset cards and the benchmarks' code.
+Not verified: MathVision's card (its columns are from code that reads it), and where MathVerse's
+images.zip puts its folders (see `decode`).
 """
 import argparse
 import ast
-import importlib.util
 import json
+import os
 import re
+import reprlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 from PIL import Image
 from tqdm import tqdm
 
+from plumbing.files import Journal, read_json, write_json
+from plumbing.plots import wilson
+from reasoning import rows
 from reasoning.answers import LETTERS, extract, option_letter, quantity, same, tidy
-from reasoning.rows import MAX_PIXELS, fit_image, open_image, reflection_prompt
 
-FORMS = {"reflection": reflection_prompt,       # the prompt that training uses
-         "plain": lambda query: f"{query}\n\nThink step by step, then give the final answer in \\boxed{{}}."}
-KINDS = {"choice": "The answer is the letter of the right option.", "integer": "The answer is an integer.",
-         "float": "The answer is a number, to {} decimal place(s).", "list": "The answer is a list, such as [1, 2].",
+FORMS = {"reflection": rows.reflection_prompt,      # the prompt that training uses
+         "plain": lambda query: f"{query}\n\nThink step by step, then give the final answer in "
+                                r"\boxed{}."}
+KINDS = {"choice": "The answer is the letter of the right option.",
+         "integer": "The answer is an integer.",
+         "float": "The answer is a number, to {} decimal place(s).",
+         "list": "The answer is a list, such as [1, 2].",
          "expression": "The answer is a number or an expression."}
-# Rows of the paper's results (accuracy in percent, see Benchmark.paper). Its prompts, its scoring and whether its MathVision is the whole
-# test set are not verified.
-PAPER = "Qwen2.5-VL-7B", "SRPO-7B", "Qwen2.5-VL-32B", "SRPO-32B"
+# The paper's accuracies in percent, on whole sets. Its prompts, its scoring and whether its
+# MathVision is the whole test set are not verified.
+MODELS = "Qwen2.5-VL-7B", "SRPO-7B", "Qwen2.5-VL-32B", "SRPO-32B"
+PAPER = {"mathvista": (68.2, 75.8, 74.7, 78.5), "mathverse": (46.3, 55.8, 48.5, 58.9),
+         "mathvision": (25.1, 32.9, 38.4, 39.6), "mmmu-pro": (36.9, 42.3, 49.5, 51.3)}
 
 
 @dataclass
 class Question:
-    """answer: a letter for kind "choice"; other kinds: "integer", "float" (rounded to `precision` decimals), "list", "expression".
-    images: cells as published, parquet's {"bytes", "path"} or JSON's path. options: texts from (A) on, [] if unknown; shown: the prompt
-    lists them, else the image does."""
+    """answer: of kind "choice" the option's letter. options: their texts from A on, [] if unknown;
+    shown: the prompt lists them, else the image does. images: cells as published, parquet's
+    {"bytes", "path"} or JSON's path. precision: decimals of a "float". labels: its subsets."""
     id: str
     text: str
     answer: str
@@ -57,8 +72,8 @@ class Question:
 
 @dataclass
 class Outcome:
-    """A line of <benchmark>.jsonl. right is None for a row that could not be asked (see error): no part of any score.
-    answer, first_answer: as extracted; the first is read with the reflection prompt only."""
+    """A line of <benchmark>.jsonl. right is None for a row that could not be asked (see error): no
+    part of any score. The first answer is read with the reflection prompt only."""
     id: str
     labels: list[str] = field(default_factory=list)
     gold: str = ""
@@ -73,341 +88,375 @@ class Outcome:
     error: str = ""
 
 
-# Reading: a function per benchmark, row -> Question. ValueError: this row is unusable. KeyError: these are not the benchmark's columns.
+# A benchmark's rows, their answers numbers no more; any error makes a row unusable
+
 def read_mathvista(row: dict) -> Question:
-    answer, options, kind = str(row["answer"] or ""), list(row["choices"] or []), row["answer_type"]
+    answer, kind = row["answer"], row["answer_type"]
+    options = [*map(rows.in_full, row["choices"] or [])]
     if row["question_type"] == "multi_choice":
         if answer not in options:
             raise ValueError(f"its answer {answer!r} is none of its choices")
-        answer, kind = LETTERS[options.index(answer)], "choice"         # published as the text of the option
-    labels = [f"task: {row['metadata']['task']}", *(f"skill: {s}" for s in row["metadata"]["skills"])]
-    return Question(row["pid"], row["question"], answer, kind if kind in KINDS else "expression",
-                    [row.get("decoded_image") or row["image"]], options, labels,
-                    precision=None if row["precision"] is None else int(row["precision"]), unit=row["unit"] or "")
+        answer, kind = LETTERS[options.index(answer)], "choice"     # published as the option's text
+    labels = [f"task: {row['metadata']['task']}",
+              *(f"skill: {skill}" for skill in row["metadata"]["skills"])]
+    return Question(str(row["pid"]), row["question"], answer, kind if kind in KINDS else
+                    "expression", [row.get("decoded_image") or row["image"]], options, labels,
+                    precision=None if row["precision"] is None else int(row["precision"]),
+                    unit=row["unit"] or "")
 
 
 def read_mathverse(row: dict) -> Question:
-    """Options follow "Choices:" in the text, one a line, "A:40°". Vision Only has no text; there question_for_eval, the column for
-    judges, tells the scorer (not the model) what the options are."""
+    """Options follow "Choices:" in the text, one a line, "A:40°". Vision Only has no text; there
+    question_for_eval, the column for judges, tells the scorer, not the model, the options."""
     stem, shown, _ = row["question"].partition("Choices:")
-    listed = (row.get("question_for_eval") or row["question"]).partition("Choices:")[2]
-    lines = re.findall(r"^\s*\(?([A-J])\s*[:.)]\s*(.*?)\s*$", listed, re.M)
-    options = [text for _, text in lines] if "".join(letter for letter, _ in lines) == LETTERS[:len(lines)] else []
-    return Question(row["sample_index"], (stem if options else row["question"]).strip(), str(row["answer"] or ""),
-                    "choice" if row["question_type"] == "multi-choice" else "expression", [row["image"]], options,
-                    [f"version: {row['problem_version']}", f"subject: {row['metadata']['subject']}"], shown=bool(shown))
+    _, _, listed = (row.get("question_for_eval") or row["question"]).partition("Choices:")
+    found = [match for line in listed.split("\n")
+             if (match := re.match(r"\s*\(?([A-J])\s*[:.)](.*)", line))]
+    options = [match[2].strip() for match in found]
+    if "".join(match[1] for match in found) != LETTERS[:len(found)] or not all(options):
+        options = []
+    return Question(str(row["sample_index"]), (stem if options else row["question"]).strip(),
+                    row["answer"], "choice" if row["question_type"] == "multi-choice" else
+                    "expression", [row["image"]], options,
+                    [f"version: {row['problem_version']}",
+                     f"subject: {row['metadata']['subject']}"], shown=bool(shown))
 
 
 def read_mathvision(row: dict) -> Question:
-    """One picture holds all that the text calls <image1>, <image2>... Some rows without options have a letter as their answer."""
-    answer, options = str(row["answer"] or ""), list(row["options"] or [])
-    kind = "choice" if options or answer in list("ABCDE") else "expression"
-    return Question(str(row["id"]), row["question"], answer, kind, [row.get("decoded_image") or row["image"]], options,
+    """One picture holds all that the text calls <image1>, <image2>... Some rows without options
+    have a letter as their answer."""
+    answer, options = row["answer"], [*map(rows.in_full, row["options"] or [])]
+    kind = "choice" if options or answer in [*"ABCDE"] else "expression"
+    return Question(str(row["id"]), row["question"], answer, kind,
+                    [row.get("decoded_image") or row["image"]], options,
                     [f"level: {row['level']}", f"subject: {row['subject']}"])
 
 
 def read_mmmu_pro(row: dict) -> Question:
-    """options is a Python list as text. Standard: "<image 3>" in question and options is column image_3. Vision: a screenshot."""
-    options, labels = [str(option) for option in ast.literal_eval(row["options"])], [f"subject: {row['subject']}"]
+    """options is a Python list as text. Standard: "<image 3>" in question and options is column
+    image_3, and columns may have gaps. Vision: a screenshot."""
+    options = [str(option) for option in ast.literal_eval(row["options"])]
+    id, answer, labels = str(row["id"]), row["answer"], [f"subject: {row['subject']}"]
     if "question" not in row:
-        return Question(row["id"], "", row["answer"] or "", "choice", [row["image"]], options, labels, shown=False)
+        return Question(id, "", answer, "choice", [row["image"]], options, labels, shown=False)
     columns = [i for i in range(1, 8) if row[f"image_{i}"]]
-    if missing := {*map(int, re.findall(r"<image (\d+)>", row["question"] + row["options"]))} - {*columns}:
+    named = {*map(int, re.findall(r"<image (\d+)>", row["question"] + row["options"]))}
+    if missing := named - {*columns}:
         raise ValueError(f"it speaks of <image {min(missing)}>, which is empty")
-    renumber = partial(re.sub, r"<image (\d+)>", lambda match: f"<image {columns.index(int(match[1])) + 1}>")      # columns may have gaps
-    return Question(row["id"], renumber(row["question"]), row["answer"] or "", "choice", [row[f"image_{i}"] for i in columns],
-                    [renumber(option) for option in options], labels)
+    renumber = partial(re.sub, r"<image (\d+)>",
+                       lambda match: f"<image {columns.index(int(match[1])) + 1}>")
+    return Question(id, renumber(row["question"]), answer, "choice",
+                    [row[f"image_{i}"] for i in columns], [*map(renumber, options)], labels)
 
 
 @dataclass
 class Benchmark:
-    """hub: dataset id. files: patterns, in the folder or its data/; the first found counts. size: of the whole set. paper: what the paper
-    reports on the whole set for the models PAPER."""
+    """hub: dataset id. files: patterns, in the folder or its data/; the first found counts. size:
+    questions of the whole set."""
     hub: str
     files: list[str]
     read: Callable[[dict], Question]
     size: int
-    paper: tuple = ()
 
 
 BENCHMARKS = {
-    "mathvista": Benchmark("AI4Math/MathVista", ["testmini-*.parquet", "testmini.json"], read_mathvista, 1000, (68.2, 75.8, 74.7, 78.5)),
-    "mathverse": Benchmark("AI4Math/MathVerse", ["testmini.parquet", "testmini.json"], read_mathverse, 3940, (46.3, 55.8, 48.5, 58.9)),
-    "mathvision": Benchmark("MathLLMs/MathVision", ["test-*.parquet", "test.jsonl"], read_mathvision, 3040, (25.1, 32.9, 38.4, 39.6)),
-    "mathvision-testmini": Benchmark("MathLLMs/MathVision", ["testmini-*.parquet", "testmini.jsonl"], read_mathvision, 304),
-    # MMMU-Pro's overall score is the mean of these two: the paper's figure compares with neither alone.
-    "mmmu-pro-standard": Benchmark("MMMU/MMMU_Pro", ["standard (10 options)/test-*.parquet"], read_mmmu_pro, 1730),
+    "mathvista": Benchmark("AI4Math/MathVista", ["testmini-*.parquet", "testmini.json"],
+                           read_mathvista, 1000),
+    "mathverse": Benchmark("AI4Math/MathVerse", ["testmini.parquet", "testmini.json"],
+                           read_mathverse, 3940),
+    "mathvision": Benchmark("MathLLMs/MathVision", ["test-*.parquet", "test.jsonl"],
+                            read_mathvision, 3040),
+    "mathvision-testmini": Benchmark(
+        "MathLLMs/MathVision", ["testmini-*.parquet", "testmini.jsonl"], read_mathvision, 304),
+    "mmmu-pro-standard": Benchmark("MMMU/MMMU_Pro", ["standard (10 options)/test-*.parquet"],
+                                   read_mmmu_pro, 1730),
     "mmmu-pro-vision": Benchmark("MMMU/MMMU_Pro", ["vision/test-*.parquet"], read_mmmu_pro, 1730)}
-MMMU_PRO = 3460, (36.9, 42.3, 49.5, 51.3)
+HALVES = "mmmu-pro-standard", "mmmu-pro-vision"     # the overall score is their mean
+SIZES = {name: benchmark.size for name, benchmark in BENCHMARKS.items()} | {"mmmu-pro": 3460}
 
 
 def find_files(data: str, benchmark: Benchmark) -> tuple[Path, list[Path]]:
-    """The folder `data`, downloaded if that is a hub id, and the files of questions in it. Raises FileNotFoundError."""
+    """The folder `data`, downloaded if that is a hub id, and the files of questions in it. Raises
+    FileNotFoundError."""
     folder = Path(data)
     if not folder.is_dir():
         try:
-            from huggingface_hub import snapshot_download  # comes with transformers
-            folder = Path(snapshot_download(data, repo_type="dataset", allow_patterns=[benchmark.files[0], "data/" + benchmark.files[0]]))
+            from huggingface_hub import snapshot_download
+            wanted = [place + benchmark.files[0] for place in ("", "data/")]
+            folder = Path(snapshot_download(data, repo_type="dataset", allow_patterns=wanted))
         except Exception as error:      # offline, gated, no such id: each has a class of its own
-            raise FileNotFoundError(f"{data} is no folder, and the hub does not give it ({type(error).__name__}): "
-                                    f"download {benchmark.hub} and pass its folder as --data") from None
+            raise FileNotFoundError(
+                f"{data} is no folder, and the hub does not give it ({type(error).__name__}): "
+                f"download {benchmark.hub} and pass its folder as --data") from None
     for pattern in benchmark.files:
         if files := sorted(folder.glob(pattern)) or sorted(folder.glob("data/" + pattern)):
             return folder, files
-    raise FileNotFoundError(f"{folder} has no {' or '.join(benchmark.files)}, here or in data/: is it a copy of {benchmark.hub}?")
+    raise FileNotFoundError(f"{folder} has no {' or '.join(benchmark.files)}, here or in data/: "
+                            f"is it a copy of {benchmark.hub}?")
 
 
 def read_questions(files: list[Path], benchmark: Benchmark) -> Iterator[Question | Outcome]:
-    """Every row's question, or an Outcome that says what is wrong with the row. Raises ValueError for a file that cannot be read."""
+    """Every row's question, or an Outcome, named FILE:ROW, that says what is wrong with the row.
+    Raises ValueError for a file that cannot be read."""
     for file in files:
-        try:
-            if file.suffix == ".parquet":
-                import pyarrow.parquet
-                batches = pyarrow.parquet.ParquetFile(file).iter_batches(16)        # files of gigabytes: never all at once
-                content = (row for batch in batches for row in batch.to_pylist())
-            elif file.suffix == ".jsonl":
-                content = file.read_text("utf-8").strip().split("\n")
-            else:
-                content = json.loads(file.read_text("utf-8"))
-                content = content.values() if isinstance(content, dict) else content
-        except ImportError:
-            raise RuntimeError(f"{file} needs pyarrow: pip install pyarrow") from None
-        except (ValueError, OSError) as error:      # pyarrow's ArrowInvalid is a ValueError
-            raise ValueError(f"{file} cannot be read ({str(error).splitlines()[0]}): download it again") from None
-        for number, row in enumerate(content, 1):
-            where = f"{file.name} row {number}"
+        for where, row in records(file):
             try:
-                question = benchmark.read(json.loads(row) if isinstance(row, str) else row)
-                letters = LETTERS[:len(question.options) or 10]
-                if not question.answer.strip() or (question.kind == "choice" and question.answer not in list(letters)):
-                    raise ValueError(f"its answer is {question.answer!r}")
-                yield question
+                row = json.loads(row) if isinstance(row, bytes) else row
+                yield checked(benchmark.read(row | {"answer": rows.in_full(row["answer"])}))
             except KeyError as error:
-                if file.suffix == ".parquet":       # then every row lacks it
-                    raise ValueError(f"{file} has no column {error}: is it a copy of {benchmark.hub}?") from None
                 yield Outcome(where, error=f"it has no field {error}")
-            except (ValueError, TypeError, AttributeError, SyntaxError) as error:   # not JSON, a cell of another type, no Python list
-                yield Outcome(where, error=str(error))
+            except Exception as error:      # no JSON, other types, no Python list, too deep, ..
+                yield Outcome(where, error=rows.one_line(error) or type(error).__name__)
 
 
-def decode(cell: dict | str | None, folder: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """RGB image, as training sees it (reasoning/rows.py). Raises ValueError."""
-    content, name = (cell["bytes"], cell["path"]) if isinstance(cell, dict) else (None, cell)
-    places = [folder / place / (name or "") for place in ("", "images", "data", "data/images")]
-    content = content or next((path.read_bytes() for path in places if path.is_file()), None)
-    if content is None:
+def records(file: Path) -> Iterator[tuple[str, dict | bytes]]:
+    """("file:row", the row or its line of JSON)."""
+    try:
+        if file.suffix == ".json":          # a list of rows, or a dict of rows by id
+            content = json.loads(file.read_bytes())
+            listed = list(content.values() if isinstance(content, dict) else content)
+            yield from ((f"{file.name}:{number}", row) for number, row in enumerate(listed, 1))
+        else:
+            yield from rows.raw_rows(file)
+    except (ValueError, TypeError, OSError, RecursionError) as error:
+        reason = rows.one_line(error).removeprefix(f"{file} cannot be read: ")
+        raise ValueError(f"{file} cannot be read ({reason}): download it again") from None
+
+
+def checked(q: Question) -> Question:
+    """The question; ValueError if what should be text is none, or its answer cannot be right."""
+    for text in (q.id, q.text, q.answer, q.unit, *q.options, *q.labels):
+        if not isinstance(text, str) or rows.SURROGATE.search(text):
+            raise ValueError(f"{reprlib.repr(text)} is no text, or holds half a character")
+    letters = [*LETTERS[:len(q.options) or 10]]
+    if not q.answer.strip() or q.kind == "choice" and q.answer not in letters:
+        raise ValueError(f"its answer is {q.answer!r}")
+    return q
+
+
+def decode(cell: dict | str | None, folder: Path, max_pixels: int) -> Image.Image:
+    """The RGB image of a cell as training sees it; a path leads there from the folder, its images/,
+    data/ or data/images/. Raises ValueError."""
+    image, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (None, cell)
+    places = [str(folder / place / str(name)) for place in ("", "images", "data", "data/images")]
+    image = image or name and next(filter(os.path.isfile, places), None)
+    if not image:
         raise ValueError(f"there is no image {name} in {folder}" if name else "it has no image")
-    return fit_image(open_image(content, name or "its image"), max_pixels=max_pixels)
+    return rows.fit_image(rows.open_image(image, name or "its image"), max_pixels)
 
 
 def build_prompt(question: Question, form: str) -> str:
     """The text beside the images; form: a key of FORMS."""
-    text = question.text or f"The question {'and its options are' if question.options and not question.shown else 'is'} in the image."
-    options = [f"({letter}) {option}" for letter, option in zip(LETTERS, question.options)] if question.shown else []
-    text += f" (Unit: {question.unit})" if question.unit else ""
-    query = "\n".join([text, *options, KINDS[question.kind].format(question.precision)])
-    return FORMS[form](re.sub(r"<image ?(\d+)>", r"[image \1]", query))      # brackets: models have special tokens like <image>
+    options = [f"({letter}) {option}" for letter, option in zip(LETTERS, question.options)]
+    hidden = "question and its options are" if options and not question.shown else "question is"
+    text = question.text or f"The {hidden} in the image."
+    unit = f" (Unit: {question.unit})" if question.unit else ""
+    query = "\n".join([text + unit, *(options if question.shown else []),
+                       KINDS[question.kind].format(question.precision)])
+    # Brackets: models have special tokens like <image>
+    return FORMS[form](re.sub(r"<image ?(\d+)>", r"[image \1]", query))
 
 
 # Scoring
+
 def is_right(question: Question, answer: str | None) -> bool:
     """Whether the extracted answer is right; False for whatever cannot be read."""
     if not answer or not answer.strip():
         return False
-    if question.kind == "choice":
-        return option_letter(answer, question.options) == question.answer
+    if question.kind == "choice":       # two options may have one text
+        gold = option_letter(question.answer, question.options)
+        return option_letter(answer, question.options) == gold
     if question.kind == "list":
         try:
-            given, gold = (ast.literal_eval(text if text.startswith("[") else f"[{text}]") for text in map(tidy, (answer, question.answer)))
-            return len(given) == len(gold) and all(same(str(a), str(b)) for a, b in zip(given, gold))
-        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):      # a model may write any number of brackets
+            given, gold = (ast.literal_eval(text if text.startswith("[") else f"[{text}]")
+                           for text in map(tidy, (answer, question.answer)))
+            return len(given) == len(gold) and all(
+                same(str(a), str(b)) for a, b in zip(given, gold))
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             return False
     if question.kind == "float" and question.precision is not None and (read := quantity(answer)):
-        # MathVista rounds to the decimals of the truth. Its code also truncates what should be an integer; not so here.
+        # MathVista rounds to the truth's decimals. Its code also truncates for integers; not ours.
         answer = f"{round(float(read[0]), question.precision)} {read[1]}"
     return same(answer, question.answer)
 
 
 # Running
-def write(path: Path, outcomes: Iterable[Outcome], mode: str = "a") -> Path:
-    with path.open(mode, encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(outcome), ensure_ascii=False) + "\n" for outcome in outcomes)
-    return path
 
-
-def resume(log: Path, settings: dict) -> dict[str, Outcome]:
-    """Outcomes that a stopped run left; a half-written last line and rows with an error are dropped, to be tried again.
-    Raises ValueError if that run had other settings."""
-    beside, done = log.with_suffix(".settings.json"), {}
-    if not log.exists():
-        beside.write_text(json.dumps(settings, indent=1) + "\n")
-        return done
-    saved = json.loads(beside.read_text()) if beside.exists() else {}
-    if changed := [f"{key} was {saved.get(key)!r}, is {value!r}" for key, value in settings.items() if saved.get(key) != value]:
-        raise ValueError(f"{log} has responses of other settings ({'; '.join(changed)}): choose another --out")
-    lines = log.read_text("utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines[:-1], 1):       # what follows the last newline is half a line
-        try:
-            outcome = Outcome(**json.loads(line))
-        except (ValueError, TypeError):
-            raise ValueError(f"{log} line {number} is no response: delete that line, and its question will be asked again") from None
-        done |= {} if outcome.error else {outcome.id: outcome}
-    write(log.with_suffix(".tmp"), done.values(), "w").replace(log)
-    return done
-
-
-def ask(batch: list[tuple[Question, list[Image.Image]]], form: str, complete: Callable) -> list[Outcome]:
-    """Complete a batch and score it. A ValueError of `complete` (a prompt beyond the model's context) costs only the question at fault:
-    that one counts as wrong, flagged truncated."""
-    outcomes = [Outcome(q.id, q.labels, q.answer, build_prompt(q, form)) for q, _ in batch]
+def ask(batch: list[tuple[Question, list[Image.Image]]], form: str,
+        complete: Callable) -> list[Outcome]:
+    """Complete a batch and score it. A ValueError of `complete` (a prompt beyond the model's
+    context) costs only the question at fault, which counts as wrong and truncated."""
+    prompts, fault = [build_prompt(question, form) for question, _ in batch], ""
     try:
-        responses = complete([images for _, images in batch], [outcome.prompt for outcome in outcomes])
+        responses = complete([images for _, images in batch], prompts)
     except ValueError as error:
         if len(batch) > 1:
             return [outcome for one in batch for outcome in ask([one], form, complete)]
-        first = False if form == "reflection" else None
-        return [replace(outcomes[0], right=False, first_right=first, truncated=True, error=str(error))]
-    for (question, _), outcome, r in zip(batch, outcomes, responses, strict=True):
-        outcome.response, outcome.truncated, outcome.tokens = r.text, bool(r.truncated), int(r.tokens)
-        outcome.answer = extract(r.text, question.kind == "choice", r.truncated)
-        outcome.right = is_right(question, outcome.answer)
-        if form == "reflection":
-            head, tag, _ = r.text.partition("</answer>")        # a lone answer is both first and final
-            outcome.first_answer = extract(head + tag, question.kind == "choice", r.truncated)
-            outcome.first_right = is_right(question, outcome.first_answer)
+        responses, fault = [SimpleNamespace(text="", truncated=True, tokens=0)], str(error)
+    outcomes, reflects = [], form == "reflection"
+    for (q, _), prompt, r in zip(batch, prompts, responses, strict=True):
+        head, tag, _ = r.text.partition("</answer>")    # a lone answer is both first and final
+        answer, first = (extract(text, q.kind == "choice", r.truncated)
+                         for text in (r.text, head + tag))
+        outcomes.append(Outcome(
+            q.id, q.labels, q.answer, prompt, r.text, answer, is_right(q, answer),
+            first if reflects else None, is_right(q, first) if reflects else None,
+            r.truncated, r.tokens, fault))
     return outcomes
 
 
-def evaluate(name: str, data: str, out: Path, complete: Callable, settings: dict, *, form: str = "reflection", batch: int = 8,
-             limit: int | None = None, max_pixels: int = MAX_PIXELS) -> list[Outcome]:
-    """Ask a benchmark's first `limit` questions and score them; every outcome goes to out/<name>.jsonl at once.
+def settings(s) -> dict:
+    """What the runs that write one journal have in common."""
+    # A model that was trained further under the same name is another model
+    saved = [file.stat().st_mtime for file in Path(s.model).glob("*.safetensors")]
+    return {"model": s.model, "weights_saved": max(saved, default=None), "dtype": s.dtype,
+            "max_new_tokens": s.max_new_tokens, "max_pixels": s.max_pixels, "prompt": s.prompt}
 
-    complete(images: a list of RGB images per prompt, prompts) -> records with .text, .truncated, .tokens. Ids found in the file are not
-    asked again; settings: what the run that wrote it must share. Raises ValueError, FileNotFoundError, RuntimeError.
-    """
-    benchmark, log, asked, waiting = BENCHMARKS[name], out / f"{name}.jsonl", [], []
+
+def evaluate(name: str, data: str, complete: Callable, s) -> list[Outcome]:
+    """Ask a benchmark's first --limit questions and score them. Every outcome goes to
+    OUT/<name>.jsonl at once; what is there is not asked again, but for rows with an error.
+
+    complete(images, a list for each prompt; prompts) -> records with text, truncated, tokens. s:
+    what `add_arguments` adds. Raises ValueError, FileNotFoundError, RuntimeError."""
+    benchmark, asked, waiting = BENCHMARKS[name], [], []
     folder, files = find_files(data, benchmark)
-    items = islice(read_questions(files, benchmark), limit)
-    if (first := next(items, None)) is None:        # what is wrong with a whole file shows before anything is written
-        raise ValueError(f"{files[0]} holds no questions: download it again")
-    out.mkdir(parents=True, exist_ok=True)
-    done = resume(log, settings | {"data": data, "prompt": form})
+    if not any(isinstance(item, Question) for item in read_questions(files, benchmark)):
+        first = next(read_questions(files, benchmark), Outcome(files[0].name, error="it is empty"))
+        raise ValueError(f"{folder} holds no question: {first.id}: {first.error}; is it a copy of "
+                         f"{benchmark.hub}?")
+    names = {f.name for f in fields(Outcome)}
+    journal = Journal(Path(s.out) / f"{name}.jsonl", settings(s) | {"data": data},
+                      keep=lambda row: row.keys() == names and not row["error"])
+    done = {row["id"]: Outcome(**row) for row in journal.rows}
 
     def save(outcomes: list[Outcome]) -> None:
-        done.update({outcome.id: outcome for outcome in outcomes})
-        write(log, outcomes)
+        for outcome in outcomes:
+            done[outcome.id] = outcome
+            journal.add(asdict(outcome))
 
-    for item in tqdm(chain([first], items), total=min(limit or benchmark.size, benchmark.size), desc=name, unit="question"):
+    total = min(s.limit or benchmark.size, benchmark.size)
+    items = islice(read_questions(files, benchmark), s.limit)
+    for item in tqdm(items, total=total, desc=name, unit="question"):
         asked.append(item.id)
         if item.id in done:
             continue
         try:
-            if isinstance(item, Question):
-                waiting.append((item, [decode(image, folder, max_pixels) for image in item.images]))
-            else:
-                save([item])
+            if isinstance(item, Outcome):
+                raise ValueError(item.error)
+            waiting.append((item, [decode(cell, folder, s.max_pixels) for cell in item.images]))
         except ValueError as error:
-            save([Outcome(item.id, error=str(error))])
-        if len(waiting) == batch:
-            save(ask(waiting, form, complete))
+            save([Outcome(item.id, error=rows.one_line(error))])
+        if len(waiting) == s.batch:
+            save(ask(waiting, s.prompt, complete))
             waiting = []
-    save(ask(waiting, form, complete) if waiting else [])
+    save(ask(waiting, s.prompt, complete) if waiting else [])
+    journal.close()
     if all(done[id].error for id in asked):
-        raise RuntimeError(f"{name}: none of its {len(asked)} rows can be asked; {asked[0]}: {done[asked[0]].error}")
+        raise RuntimeError(f"{name}: none of its {len(asked)} rows can be asked; {asked[0]}: "
+                           f"{done[asked[0]].error}")
     return [done[id] for id in dict.fromkeys(asked)]
 
 
-def summarise(outcomes: list[Outcome], size: int, paper: tuple = ()) -> dict:
-    """Accuracy, overall and per label, with 95% intervals. Rows that could not be asked are counted apart; the paper's figures are given
-    only beside all `size` questions."""
-    from plumbing.plots import wilson
+# Results
 
+def summarise(name: str, outcomes: list[Outcome]) -> dict:
+    """Accuracy, overall and per label, with 95% intervals. Rows that could not be asked are counted
+    apart; the paper's figures are given only beside the whole benchmark."""
     def score(chosen: list[Outcome]) -> dict:
         result = {"questions": len(chosen)}
-        for key in ("right", "first_right") if chosen[0].first_right is not None else ("right",):
-            n = sum(getattr(o, key) for o in chosen)
-            result[key] = {"accuracy": n / len(chosen), "interval": wilson(n, len(chosen))}
+        for key in ("right", "first_right"):
+            if getattr(chosen[0], key) is not None:
+                n = sum(getattr(outcome, key) for outcome in chosen)
+                result[key] = {"accuracy": n / len(chosen), "interval": wilson(n, len(chosen))}
         return result
 
     scored = [o for o in outcomes if o.right is not None]
     labels = sorted({label for o in scored for label in o.labels})
-    return {"all": score(scored), "subsets": {label: score([o for o in scored if label in o.labels]) for label in labels},
-            "truncated": sum(o.truncated for o in scored), "without_answer": sum(o.answer is None for o in scored),
+    return {"all": score(scored),
+            "subsets": {label: score([o for o in scored if label in o.labels]) for label in labels},
+            "truncated": sum(o.truncated for o in scored),
+            "without_answer": sum(o.answer is None for o in scored),
             "unread": [o.id for o in outcomes if o.right is None],
-            "paper": dict(zip(PAPER, paper)) if len(scored) == size else {}}
+            "paper": dict(zip(MODELS, PAPER.get(name, ()))) if len(scored) == SIZES[name] else {}}
 
 
 def table(results: dict[str, dict]) -> str:
-    """{benchmark: result of `summarise`} -> an aligned text table, the paper's figures under the sets they compare with."""
+    """{benchmark: result of `summarise`} -> an aligned text table, the paper's figures under the
+    sets they compare with."""
     width = max(32, *(len(label) + 2 for r in results.values() for label in r["subsets"]))
 
     def line(title: str, r: dict) -> str:
-        scores = [(r[key]["accuracy"], *r[key]["interval"]) for key in ("right", "first_right") if key in r]
-        return f"{title:{width}} {r['questions']:9}" + "".join(f"  {x:6.1%} [{low:6.1%}, {high:6.1%}]" for x, low, high in scores)
+        return f"{title:{width}} {r['questions']:9}" + "".join(
+            "  {:6.1%} [{:6.1%}, {:6.1%}]".format(r[key]["accuracy"], *r[key]["interval"])
+            for key in ("right", "first_right") if key in r)
 
     first = any("first_right" in r["all"] for r in results.values())
     lines = [f"{'':{width}} questions  {'final answer':24}" + "  first answer" * first]
     for name, r in results.items():
-        lines += [line(name, r["all"]), *(line("  " + label, part) for label, part in r["subsets"].items())]
-        lines += [f"{'  the paper reports, ' + model:{width + 10}}  {percent:5.1f}%" for model, percent in r["paper"].items()]
-        lines += [f"  {r['truncated']} truncated; {r['without_answer']} without an answer, which is wrong"]
-        if r["unread"]:
-            more = ", ..." if len(r["unread"]) > 5 else ""
-            lines += [f"  {len(r['unread'])} rows could not be asked and do not count: {', '.join(r['unread'][:5])}{more}"]
+        lines += [line(name, r["all"]),
+                  *(line("  " + label, part) for label, part in r["subsets"].items()),
+                  *(f"{'  the paper reports, ' + model:{width + 10}}  {percent:5.1f}%"
+                    for model, percent in r["paper"].items()),
+                  f"  {r['truncated']} truncated; "
+                  f"{r['without_answer']} without an answer, which is wrong"]
+        if n := len(r["unread"]):
+            lines.append(f"  {n} rows could not be asked and do not count: "
+                         + ", ".join(r["unread"][:5] + ["..."] * (n > 5)))
     return "\n".join(lines)
 
 
+# Command line
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="folder of a vision-language model, or hub id")
-    parser.add_argument("--benchmark", nargs="+", required=True, choices=BENCHMARKS)
-    parser.add_argument("--data", nargs="+", help="folder or hub id of each --benchmark, in the same order (default: from the hub)")
-    parser.add_argument("--out", required=True, help="folder for <benchmark>.jsonl and result.json; the same command resumes")
-    parser.add_argument("--prompt", default="reflection", choices=FORMS)
-    parser.add_argument("--limit", type=int, help="only the first N questions of each benchmark")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--max-new-tokens", type=int, default=2048)
-    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="larger images are scaled down to this area, as in training")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--device", help="default: cuda where there is one")
+    add = parser.add_argument
+    add("--model", required=True, help="folder of a vision-language model, or hub id")
+    add("--benchmark", nargs="+", required=True, choices=BENCHMARKS)
+    add("--data", nargs="+", help="folder or hub id of each --benchmark, in the same order "
+                                  "(default: from the hub)")
+    add("--out", required=True, help="folder for <benchmark>.jsonl and result.json; the same "
+                                     "command resumes")
+    add("--prompt", default="reflection", choices=FORMS)
+    add("--limit", type=int, help="only the first N questions of each benchmark")
+    add("--batch", type=int, default=8)
+    add("--max-new-tokens", type=int, default=2048)
+    add("--max-pixels", type=int, default=rows.MAX_PIXELS,
+        help="larger images are scaled down to this area, as in training")
+    add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    add("--device", help="default: cuda where there is one")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(s: argparse.Namespace) -> int:
+    """`eval.py reasoning`. Returns the exit code."""
+    data = s.data or [BENCHMARKS[name].hub for name in s.benchmark]
+    if len(data) != len(s.benchmark):
+        raise ValueError(f"--data names {len(data)} folders for {len(s.benchmark)} benchmarks: "
+                         "give one for each, in the same order")
+    if min(s.batch, s.max_new_tokens, s.max_pixels, 1 if s.limit is None else s.limit) < 1:
+        raise ValueError("--batch, --max-new-tokens, --max-pixels and --limit must be at least 1")
+    out, outcomes, results = Path(s.out), {}, {}
+    path = out / "result.json"
+    others = read_json(path) if path.exists() else {}
     import torch
 
-    from reasoning import qwen as vlm
-    data = args.data or [BENCHMARKS[name].hub for name in args.benchmark]
-    if len(data) != len(args.benchmark):
-        raise ValueError(f"--data names {len(data)} folders for {len(args.benchmark)} benchmarks: give one for each, in the same order")
-    if min(args.batch, args.max_new_tokens, args.max_pixels, 1 if args.limit is None else args.limit) < 1:
-        raise ValueError("--batch, --max-new-tokens, --max-pixels and --limit must be at least 1")
-    verifier = importlib.util.find_spec("math_verify") is not None
-    if not verifier:
-        print("math-verify is not installed: only expressions written alike count as right (pip install math-verify)", file=sys.stderr)
-    # A model that was trained further under the same name is another model.
-    weights = max((file.stat().st_mtime for file in Path(args.model).glob("*.safetensors")), default=None)
-    settings = {"model": args.model, "weights_saved": weights, "max_new_tokens": args.max_new_tokens, "max_pixels": args.max_pixels,
-                "dtype": args.dtype, "math_verify": verifier}
-    model, processor = vlm.load_vlm(args.model, dtype=getattr(torch, args.dtype),
-                                    device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    complete = partial(vlm.complete, model, processor, max_new_tokens=args.max_new_tokens, temperature=0.0)
-    out, outcomes, results = Path(args.out), {}, {}
-    path = out / "result.json"
-
-    def record(name: str, result: dict) -> None:
-        results[name] = result
-        saved = json.loads(path.read_text()) if path.exists() else {}
-        saved[name] = {"settings": settings | {"prompt": args.prompt, "limit": args.limit}} | result
-        path.write_text(json.dumps(saved, indent=1) + "\n")
-
+    from plumbing import ranks
+    from reasoning import qwen
+    model, processor = qwen.load_vlm(s.model, getattr(torch, s.dtype), s.device or ranks.device())
+    complete = partial(qwen.complete, model, processor, max_new_tokens=s.max_new_tokens)
     try:
-        for name, source in zip(args.benchmark, data):
-            outcomes[name] = evaluate(name, source, out, complete, settings, form=args.prompt, batch=args.batch, limit=args.limit,
-                                      max_pixels=args.max_pixels)
-            record(name, summarise(outcomes[name], BENCHMARKS[name].size, BENCHMARKS[name].paper))
+        for name, source in zip(s.benchmark, data):
+            outcomes[name] = evaluate(name, source, complete, s)
+            results[name] = summarise(name, outcomes[name])
+            if outcomes.keys() >= {*HALVES}:
+                both = [outcome for half in HALVES for outcome in outcomes[half]]
+                results["mmmu-pro"] = summarise("mmmu-pro", both)
+            asked = {"settings": settings(s) | {"limit": s.limit}}
+            write_json(path, others | {name: asked | r for name, r in results.items()})
     except KeyboardInterrupt:
-        print(f"\ninterrupted; what was answered is in {out}: the same command goes on from there", file=sys.stderr)
-        raise SystemExit(130) from None
-    if {"mmmu-pro-standard", "mmmu-pro-vision"} <= outcomes.keys():     # of equal size, so their pool is their mean
-        record("mmmu-pro", summarise(outcomes["mmmu-pro-standard"] + outcomes["mmmu-pro-vision"], *MMMU_PRO))
-    print(f"\n{args.model}, {args.prompt} prompt, greedy; accuracy with 95% Wilson intervals\n{table(results)}")
-    print(f"wrote {path} and {', '.join(f'{out}/{name}.jsonl' for name in outcomes)}")
+        print(f"\ninterrupted; what was answered is in {out}: the same command goes on from there",
+              file=sys.stderr)
+        return 130
+    print(f"\n{s.model}, {s.prompt} prompt, greedy; accuracy with 95% Wilson intervals\n"
+          + table(results))
+    print(f"wrote {path}, {', '.join(f'{out}/{name}.jsonl' for name in outcomes)}")
+    return 0

@@ -25,19 +25,16 @@ Count, Verify = Callable[[str], int], Callable[[str, str], bool | None]
 @dataclass
 class PublishedRecord:
     """What rewards.ReflectionRecord holds, under its names. total: as the code weights the parts;
-    accuracy: its one number for accuracy and effectiveness; note: the quirk at work."""
+    accuracy: its one number for accuracy and effectiveness."""
     total: float = 0.0
     format: float = 0.0
     accuracy: float = 0.0
     effectiveness: float = 0.0
     reflection: float = 0.0
     length: float = 0.0
-    first_answer: str | None = None
-    final_answer: str | None = None
     first_correct: bool = False
     final_correct: bool = False
     n_tokens: int = 0
-    note: str = ""
 
 
 def openrlhf(response: str, answer: str, *, count_tokens: Count = lambda text: len(text.split()),
@@ -53,21 +50,18 @@ def openrlhf(response: str, answer: str, *, count_tokens: Count = lambda text: l
     thinks, answers = inside(response, "think"), inside(response, "answer")
     record = PublishedRecord(n_tokens=count_tokens(response))
     if answers:
-        record.first_answer, record.final_answer = answers[0], answers[-1]
         first, final = verify(answers[0], answer), verify(answers[-1], answer)
         record.first_correct, record.final_correct = bool(first), bool(final)
-    if len(thinks) < 2 or len(answers) < 2:
-        record.note = "fewer than two thinks or answers: 0 in total"  # its length term raises
+    if len(thinks) < 2 or len(answers) < 2:     # its length term raises: 0 in total
         return record
     record.format = 0.5 if format_holds(response) else 0.0
     table = {(True, True): 0.75, (False, True): 1.0, (True, False): 0.25, (False, False): 0.0}
     record.accuracy = table[record.first_correct, record.final_correct]
-    if first is None or final is None:
-        record.accuracy, record.note = 1.0, "unreadable ground truth: accuracy 1"
+    if first is None or final is None:          # unreadable ground truth
+        record.accuracy = 1.0
     elif record.accuracy == 0 and (letter := normalise(answer)) in ("a", "b", "c", "d"):
-        # Right if the final answer holds the letter, even inside a word, and no other of the four.
-        if [c for c in "abcd" if c in answers[-1].lower()] == [letter]:
-            record.accuracy, record.note = 1.0, "option letter found in the text: accuracy 1"
+        # Right if the final answer holds the letter, even inside a word, and no other of the four
+        record.accuracy = float([c for c in "abcd" if c in answers[-1].lower()] == [letter])
     first_tokens = count_tokens(thinks[0]) + count_tokens(answers[0])
     record.length = 0.1 * length_term(record.n_tokens, first_tokens)
     record.total = record.format + record.accuracy + record.length
@@ -78,29 +72,27 @@ def verl(response: str, answer: str, *, count_tokens: Count = lambda text: len(t
          verify: Verify = default_verify) -> PublishedRecord:
     """srpo_rm.py's reward of one response, but for the length term: it needs `math`, which is not
     imported there, so that as published every call raises."""
-    # Blanks round these characters go first.
+    # Blanks round these characters go first
     response = "".join(part.strip() for part in re.split("([<>/])", response))
-    record = PublishedRecord(n_tokens=count_tokens(response), note="length term left out")
+    record = PublishedRecord(n_tokens=count_tokens(response))
     record.format = 0.5 if format_holds(response) else 0.0
-    # The first and the last box anywhere, whatever the tags; the word "None" where there is none.
-    starts = [response.find("\\boxed{"), response.rfind("\\boxed{")]
-    record.first_answer, record.final_answer = (
-        (boxed(response[i:]) if i >= 0 else None) or "None" for i in starts)
-    a = record.first_correct = bool(verify(record.first_answer, answer))
-    b = record.final_correct = bool(verify(record.final_answer, answer))
-    # `a == True & b == False`: & binds first and == chains, so it means what stands here.
+    # The first and the last box anywhere, whatever the tags; the word "None" where there is none
+    starts = response.find("\\boxed{"), response.rfind("\\boxed{")
+    answers = [(boxed(response[i:]) if i >= 0 else None) or "None" for i in starts]
+    a, b = record.first_correct, record.final_correct = [bool(verify(x, answer)) for x in answers]
+    # `a == True & b == False`: & binds first and == chains, so it means what stands here
     if a and b:
         record.accuracy = 0.75
-    elif a == (True & b) and not (True & b):  # meant for T -> F, true for F -> F
+    elif a == (True & b) and not (True & b):    # meant for T -> F, true for F -> F
         record.accuracy = -0.25
-    elif a == (False & b) and (False & b):  # meant for F -> T, never true
+    elif a == (False & b) and (False & b):      # meant for F -> T, never true
         record.accuracy = 1.0
-    record.total = 0.5 * record.format + 0.5 * record.accuracy  # its format_weight halves both
+    record.total = 0.5 * record.format + 0.5 * record.accuracy      # its format_weight halves both
     return record
 
 
 def format_holds(response: str) -> bool:
     """Both codes' pattern: unlike the paper's, any text may precede it, and a blank is text."""
-    _, *pieces = TAG.split(response)  # inside, between, inside, .., after the last tag
+    _, *pieces = TAG.split(response)    # inside, between, inside, .., after the last tag
     return (TAG.findall(response) == TAG_ORDER and all(pieces[0::2])
             and not "".join(pieces[1::2]).strip())

@@ -1,12 +1,13 @@
-"""Rows -> prompts -> responses -> records, for both stages of reflection_srpo.py; `s`: its settings.
+"""Rows -> prompts -> responses -> records, for both stages of reflection_srpo.py; s: its settings.
 
 1. `encode`, `generate`: prompts, and what the policy answers.
 2. `logprobs`, `frozen_logprobs`: of the responses' tokens, with and without a gradient.
-3. `REWARDS`: what a response earns; ablations are other functions.
+3. `REWARDS`: what a response earns.
 4. `behaviour`, `evaluate`, `table`: what the policy does on average, with intervals.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,13 +21,13 @@ from plumbing.flags import printable
 from plumbing.plots import PARTS, wilson
 from reasoning import published_reward, qwen
 from reasoning.answers import default_verify
-from reasoning.rows import PROMPTS, Row, fit_image, load_image
+from reasoning.rows import PROMPTS, Row, pictures
 
 
 @dataclass
 class Batch:
-    """Responses to train on, N of this rank. It is never empty: where there are none it holds one,
-    whose pass another rank's update needs, and `rows` is 0."""
+    """N responses of this rank to train on. Where there are none it holds one, whose pass another
+    rank's update needs, and `rows` is 0."""
     prompts: list[qwen.Prompt]
     completions: list[Tensor]       # (n_i,) int64
     advantages: Tensor              # (N,) float32
@@ -40,19 +41,18 @@ class Batch:
 
 def encode(rows: list[Row], s, processor: qwen.Processor) -> list[qwen.Prompt]:
     """Prompts of rows that were found usable when they were read."""
-    return [processor.prompt(
-        [fit_image(load_image(row, i), max_pixels=s.max_pixels) for i in range(len(row.images))],
-        PROMPTS[s.prompt](row.query)) for row in rows]
+    return [processor.prompt(pictures(row, s.max_pixels), PROMPTS[s.prompt](row.query))
+            for row in rows]
 
 
 def micro_batches(lengths: list[tuple[int, int]], s) -> Iterator[list[int]]:
     """Row numbers within --micro_tokens, padding included. Of these so many are in completions,
     whose logits are what costs, as where every row is as long as a row can be."""
-    response = max(1, s.max_length - s.max_prompt) if s.stage == "sft" else s.max_new_tokens
-    longest = s.max_length if s.stage == "sft" else s.max_prompt + response
+    longest, response, least = s.max_prompt + s.max_new_tokens, s.max_new_tokens, 0
+    if s.stage == "sft":                    # where a row may be nearly all response
+        longest, response, least = s.max_length, max(1, s.max_length - s.max_prompt), s.max_length
     budget = int(max(1.0, s.micro_tokens / longest) * response)
-    return qwen.micro_batches(lengths, s.micro_tokens,
-                              max(budget, s.max_length) if s.stage == "sft" else budget)
+    return qwen.micro_batches(lengths, s.micro_tokens, max(budget, least))
 
 
 def generate(model, processor: qwen.Processor, prompts: list[qwen.Prompt], s,
@@ -107,8 +107,7 @@ def padded(rows: list[Tensor] | None, part: list[int]) -> Tensor | None:
 
 
 def old_logprobs(model, processor: qwen.Processor, batch: Batch, s, updates: float):
-    """Of the policy that sampled; None where there is one update, which starts at ratio 1: its own
-    log-probabilities serve then."""
+    """Of the policy that sampled; None for one update, whose own serve: it starts at ratio 1."""
     if updates <= 1:
         return None
     with ranks.whole_weights(model):
@@ -125,47 +124,39 @@ def reference_logprobs(model, reference, processor: qwen.Processor, batch: Batch
 
 # Rewards: (response, answer, processor) -> record. Lengths are in tokens.
 
-def paper(response: str, answer: str, processor: qwen.Processor) -> rewards.ReflectionRecord:
-    """The paper's. Ours: tags are not counted, so that writing twice what the first attempt wrote
-    meets the target, however few words there are; the published variants count them."""
-    def count(text: str) -> int:
-        return processor.count(rewards.TAG.sub(" ", text))
-    return rewards.reflection_reward(response, answer, verify=default_verify, count_tokens=count)
+def paper(response: str, answer: str, processor: qwen.Processor,
+          without: tuple[str, ...] = ()) -> rewards.ReflectionRecord:
+    """The paper's, less some parts. Ours: tags are not counted (code: they are), so that twice what
+    the first attempt wrote meets the target, however few words there are."""
+    record = rewards.reflection_reward(
+        response, answer, verify=default_verify,
+        count_tokens=lambda text: processor.count(rewards.TAG.sub(" ", text)))
+    return record.without(*without)
 
 
 def outcome(response: str, answer: str, processor: qwen.Processor) -> rewards.ReflectionRecord:
     """1 for a right final answer, nothing else: what plain GRPO would pay."""
-    record = paper(response, answer, processor)
-    silent = dict.fromkeys(PARTS, 0.0) | {"accuracy": float(record.final_correct)}
-    return replace(record, **silent)
+    record = paper(response, answer, processor, without=PARTS)
+    return replace(record, accuracy=float(record.final_correct))
 
 
-def without(part: str):
-    """The paper's reward less one of its parts."""
-    def score(response: str, answer: str, processor: qwen.Processor) -> rewards.ReflectionRecord:
-        return paper(response, answer, processor).without(part)
-    return score
+def published(rule, response: str, answer: str, processor: qwen.Processor):
+    """A published code's, whose lengths count the tags too."""
+    return rule(response, answer, verify=default_verify, count_tokens=processor.count)
 
 
-def published(rule):
-    """A published code's reward, whose lengths count the tags too."""
-    def score(response: str, answer: str, processor: qwen.Processor) -> rewards.ReflectionRecord:
-        return rule(response, answer, verify=default_verify, count_tokens=processor.count)
-    return score
-
-
-REWARDS = {"paper": paper, "openrlhf": published(published_reward.openrlhf),
-           "verl": published(published_reward.verl), "outcome": outcome,
-           "no_effectiveness": without("effectiveness"), "no_reflection": without("reflection"),
-           "no_length": without("length")}
+REWARDS = {"paper": paper, "outcome": outcome,
+           "openrlhf": partial(published, published_reward.openrlhf),
+           "verl": partial(published, published_reward.verl),
+           "no_effectiveness": partial(paper, without=("effectiveness",)),
+           "no_reflection": partial(paper, without=("reflection",)),
+           "no_length": partial(paper, without=("length",))}
 
 
 def groups_used(advantages: Tensor, records: list[rewards.ReflectionRecord], keep: str) -> Tensor:
-    """Which groups are trained on, bool (P,), from advantages (P, G) and all P * G records. code:
-    "mixed" looks at what the answers earn, without format and length; of the paper's parts that is
-    0.75 at most, so only the lower bound acts."""
+    """Which groups are trained on, bool (P,), from advantages (P, G) and all P * G records."""
     used = (advantages != 0).any(1)
-    if keep == "mixed":
+    if keep == "mixed":     # code: what the answers earn; by the paper's parts never above 0.75
         earned = torch.tensor([r.accuracy + r.effectiveness for r in records])
         earned = earned.view(advantages.shape).mean(1)
         used &= (earned >= 0.1) & (earned <= 0.9)
@@ -175,21 +166,21 @@ def groups_used(advantages: Tensor, records: list[rewards.ReflectionRecord], kee
 # What the policy does
 
 def behaviour(records: list[rewards.ReflectionRecord],
-              completions: list[qwen.Completion]) -> dict[str, float]:
+              completions: list[qwen.Completion]) -> dict[str, float | None]:
     """Means over responses: what the policy does (rates), what it is paid for (reward, parts)."""
+    def mean(values) -> float:
+        return float(np.mean(list(values)))
     first, final = (np.array([getattr(r, name) for r in records])
                     for name in ("first_correct", "final_correct"))
-    holds = [rewards.format_holds(c.text) for c in completions]
-    return {"first_accuracy": float(first.mean()), "final_accuracy": float(final.mean()),
+    return {"first_accuracy": mean(first), "final_accuracy": mean(final),
             # wrong -> right among the wrong, right -> wrong among the right
-            "fix_rate": float(final[~first].mean()) if not first.all() else None,
-            "break_rate": float((~final[first]).mean()) if first.any() else None,
-            "format_rate": float(np.mean(holds)),
-            "tokens": float(np.mean([c.tokens for c in completions])),
-            "truncated": float(np.mean([c.truncated for c in completions])),
-            "reward": float(np.mean([r.total for r in records])),
-            **{f"part_{name}": float(np.mean([getattr(r, name) for r in records]))
-               for name in PARTS}}
+            "fix_rate": mean(final[~first]) if not first.all() else None,
+            "break_rate": mean(~final[first]) if first.any() else None,
+            "format_rate": mean(rewards.format_holds(c.text) for c in completions),
+            "tokens": mean(c.tokens for c in completions),
+            "truncated": mean(c.truncated for c in completions),
+            "reward": mean(r.total for r in records),
+            **{f"part_{name}": mean(getattr(r, name) for r in records) for name in PARTS}}
 
 
 def evaluate(model, processor: qwen.Processor, rows: list[Row], s) -> dict:
@@ -210,22 +201,17 @@ def evaluate(model, processor: qwen.Processor, rows: list[Row], s) -> dict:
 
 def table(results: dict[str, dict]) -> str:
     """{column title: result of `evaluate`} -> an aligned text table."""
-    def line(title: str, cell) -> str:
-        return f"{title:20}" + "".join(f"{cell(r):>26}" for r in results.values())
-
-    def accuracy(name: str):
-        return lambda r: (f"{r[f'{name}_accuracy']:.1%} [{r[f'{name}_interval'][0]:.1%}, "
-                          f"{r[f'{name}_interval'][1]:.1%}]")
-
-    def share(name: str):
-        return lambda r: "-" if r[name] is None else f"{r[name]:.1%}"
-    return "\n".join([f"{'':20}" + "".join(f"{title:>26}" for title in results),
-                      line("first answer right", accuracy("first")),
-                      line("final answer right", accuracy("final")),
-                      line("wrong -> right", share("fix_rate")),
-                      line("right -> wrong", share("break_rate")),
-                      line("format holds", share("format_rate")),
-                      line("tokens", lambda r: f"{r['tokens']:.1f}")])
+    def column(title: str, r: dict) -> dict[str, str]:
+        right = {f"{name} answer right": "{:.1%} [{:.1%}, {:.1%}]".format(
+            r[f"{name}_accuracy"], *r[f"{name}_interval"]) for name in ("first", "final")}
+        rates = {"wrong -> right": r["fix_rate"], "right -> wrong": r["break_rate"],
+                 "format holds": r["format_rate"]}
+        return {"": title} | right | {name: "-" if rate is None else f"{rate:.1%}"
+                                      for name, rate in rates.items()} | {
+            "tokens": f"{r['tokens']:.1f}"}
+    columns = [column(title, r) for title, r in results.items()]
+    return "\n".join(f"{name:20}" + "".join(f"{cells[name]:>26}" for cells in columns)
+                     for name in columns[0])
 
 
 def describe(row: Row, completion: qwen.Completion, record: rewards.ReflectionRecord,

@@ -1,9 +1,9 @@
 """The rows of reflection-aware SRPO (arXiv 2506.01713): questions on pictures, and their answers.
 
 1. `read_rows` reads JSONL, parquet or a dataset of the hub and decodes every picture once.
-2. `usable` drops the rows that are too long for a model, so that training meets none of them.
-3. What is refused goes to rejected.jsonl with the reason (`Rejections`); the others go on.
-4. `PROMPTS`: how a model is asked. Their roles are the paper's, their words ours.
+2. `PROMPTS`: how a model is asked. Their roles are the paper's, their words ours.
+3. `usable` drops the rows that are too long for a model, so that training meets none of them.
+4. What is refused goes to rejected.jsonl with the reason (`Rejections`); the others go on.
 
 Fine-tuning needs rows with a `target`, the response to imitate; reasoning/teacher.py makes them.
 Left out: videos, and several turns.
@@ -12,7 +12,6 @@ Left out: videos, and several turns.
 """
 import argparse
 import hashlib
-import importlib.util
 import io
 import json
 import math
@@ -22,10 +21,10 @@ import reprlib
 import stat
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from threading import Lock
@@ -34,10 +33,12 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from plumbing.files import Journal
 from plumbing.flags import ending, printable
 from reasoning.answers import default_verify
 
-COLUMNS = ("query", "image", "answer", "content", "target")
+COLUMNS = {"query": "empty question", "image": "no image", "answer": "no answer",   # if it is bad
+           "content": "no text", "target": "no text"}
 MIN_PIXELS, MAX_PIXELS = 4 * 28 * 28, 1280 * 28 * 28    # 4 to 1280 of Qwen2.5-VL's image tokens
 MAX_ASPECT = 200                # Qwen's image processors refuse longer pictures
 MAX_DECODED, LARGE = 2**26, 2**24       # pixels: more are refused; more are decoded one at a time
@@ -48,8 +49,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)      
 
 @dataclass
 class Row:
-    """images: paths or encoded bytes; sizes: (width, height) of each, if they are known.
-    content: a worked solution. id: a hash of question, answer and images. source: "file:line"."""
+    """images: paths or encoded bytes; sizes: (width, height) of each. content: a worked solution.
+    id: a hash of question, answer and images. source: "file:line"."""
     id: str
     query: str
     images: list[str | bytes]
@@ -60,15 +61,6 @@ class Row:
     sizes: list[tuple[int, int]] = field(default_factory=list)
 
 
-@dataclass
-class Rejected:
-    """reason: "kind: detail", counted by kind. response: the model's or teacher's, if at fault."""
-    id: str
-    source: str
-    reason: str
-    response: str = ""
-
-
 class Number(str):
     """A number of a JSON file, as it is written there."""
 
@@ -76,42 +68,47 @@ class Number(str):
 # Reading
 
 def read_rows(source: str | Path, image_folder: str | Path | None = None,
-              columns: dict[str, str] | None = None) -> tuple[list[Row], list[Rejected]]:
+              columns: Iterable[str] = ()) -> tuple[list[Row], dict[str, str]]:
     """Rows of a JSONL file, a parquet file or folder of them, or a dataset of the hub ("org/name",
-    "org/name:split"), and what was refused.
+    "org/name:split"), and {"file:line": "kind: detail"}, why others were refused.
 
     A row has `query`, `image` (a path from image_folder, default the source's own folder; or
     {"bytes", "path"} as the hub stores them; or a list of either), `answer`, perhaps `content` and
-    `target`. columns: other names, {"query": "problem"}. OSError, ValueError or RuntimeError if the
+    `target`. columns: other names, ["query=problem"]. OSError, ValueError or RuntimeError if the
     source as a whole cannot be read or holds no good row."""
-    path, names = Path(source), {name: name for name in COLUMNS} | (columns or {})
+    path, names = Path(source), {name: name for name in COLUMNS}
     folder = Path(image_folder or (path if path.is_dir() else path.parent))
+    for pair in columns:
+        name, _, column = pair.partition("=")
+        if name not in COLUMNS or not column:
+            raise ValueError(f"--columns {pair}: it takes NAME=COLUMN, where NAME is one of "
+                             f"{', '.join(COLUMNS)}")
+        names[name] = column
 
-    def read(item: tuple[str, dict | bytes]) -> Row | Rejected:
+    def read(record: tuple[str, dict | bytes]) -> tuple[str, Row | str]:
         try:
-            row = _row(*item, folder, names)
+            row = _row(*record, folder, names)
             row.sizes = [load_image(row, i).size for i in range(len(row.images))]
-            return row
+            return row.source, row
         except ValueError as error:
-            return Rejected(item[0], item[0], one_line(error))
+            return record[0], one_line(error)
 
-    rows, rejected = {}, []
+    rows, rejected = {}, {}
     with ThreadPoolExecutor() as pool:          # Pillow decodes outside the interpreter lock
-        for item in tqdm(pool.map(read, _records(str(source))), desc="reading rows", disable=None):
-            if isinstance(item, Rejected):
-                rejected.append(item)
-            elif (first := rows.setdefault(item.id, item)) is not item:
-                rejected.append(Rejected(item.source, item.source,
-                                         f"duplicate: the same as {first.source}"))
+        for where, row in tqdm(pool.map(read, raw_rows(source)), "reading rows", disable=None):
+            if isinstance(row, str):
+                rejected[where] = row
+            elif (first := rows.setdefault(row.id, row)) is not row:
+                rejected[where] = f"duplicate: the same as {first.source}"
     if not rows:
-        why = f"{rejected[0].source}: {rejected[0].reason}" if rejected else "it is empty"
+        why = ": ".join(next(iter(rejected.items()), ["it is empty"]))
         raise ValueError(f"{source}: no good row; {why}")
     return list(rows.values()), rejected
 
 
-def _records(source: str) -> Iterator[tuple[str, dict | bytes]]:
-    """("file:line", what stands there)."""
-    path = Path(source)
+def raw_rows(source: str | Path) -> Iterator[tuple[str, dict | bytes]]:
+    """("file:line", what stands there: a line of JSON, or parquet's columns)."""
+    path, source = Path(source), str(source)
     local = path.is_file() or path.is_dir()
     if not local and (path.exists() or path.suffix in (".jsonl", ".json", ".parquet")
                       or source.count("/") != 1):
@@ -124,21 +121,24 @@ def _records(source: str) -> Iterator[tuple[str, dict | bytes]]:
             yield from ((f"{printable(path.name)}:{number}", line)
                         for number, line in enumerate(file, 1) if line.strip())
         return
-    need(*("pyarrow", f"to read {source}") if local else
-         ("datasets", f"there is no file {source}; to read it as a dataset of the hub"))
     try:
         if local:
             from pyarrow.parquet import ParquetFile
+            folder = path if path.is_dir() else path.parent
             files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-            tables = ((file.name, ParquetFile(file).iter_batches(64)) for file in files)
+            tables = ((str(file.relative_to(folder)), ParquetFile(file).iter_batches(64))
+                      for file in files)
         else:
-            import datasets
+            from datasets import load_dataset
             name, _, split = source.partition(":")
-            dataset = datasets.load_dataset(name, split=split or "train")
+            dataset = load_dataset(name, split=split or "train")
             tables = [(source, dataset.with_format("arrow").iter(64))]      # images stay encoded
         for name, batches in tables:
             records = (record for batch in batches for record in _wide(batch).to_pylist())
             yield from ((f"{printable(name)}:{n}", record) for n, record in enumerate(records, 1))
+    except ImportError as error:
+        kind = "parquet" if local else "no file; to read it as a dataset of the hub"
+        raise RuntimeError(f"{source} is {kind}: pip install {error.name}") from None
     except Exception as error:          # what pyarrow and datasets raise has no common class
         raise ValueError(f"{source} cannot be read: {one_line(error)}") from None
 
@@ -152,18 +152,6 @@ def _wide(batch):
     return batch
 
 
-def one_line(text: object, longest: int = 300) -> str:
-    """Foreign text as it may be printed."""
-    text = " ".join(str(text).split())
-    return printable(text if len(text) <= longest else text[:longest] + " ...")
-
-
-def need(package: str, purpose: str) -> None:
-    """RuntimeError, one line, if a package that not everyone has is not installed."""
-    if importlib.util.find_spec(package) is None:
-        raise RuntimeError(f"{purpose}: pip install {package}")
-
-
 def _row(where: str, record: dict | bytes, folder: Path, names: dict[str, str]) -> Row:
     try:
         if isinstance(record, bytes):
@@ -172,43 +160,53 @@ def _row(where: str, record: dict | bytes, folder: Path, names: dict[str, str]) 
             raise ValueError(f"an object is needed, not {type(record).__name__}")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"broken JSON line: {error}") from None
-    query, image, answer, content, target = (record.get(names[name]) for name in COLUMNS)
-    if type(query) is str:
-        query = query.replace("<image>", "").strip()    # chat templates place images themselves
-    answer = _in_full(answer)
-    images = [(item.get("bytes") or item.get("path")) if isinstance(item, dict) else item
-              for item in (image if isinstance(image, list) and image else [image])]
-    pictured = all(item and isinstance(item, (str, bytes)) for item in images)
-    for kind, name, value, good in (
-            ("empty question", "query", query, type(query) is str and query.strip()),
-            ("no answer", "answer", answer, type(answer) is str and answer.strip()),
-            ("no image", "image", image, pictured),
-            ("no text", "content", content, content is None or type(content) is str),
-            ("no text", "target", target, target is None or type(target) is str)):
-        if not good:
-            raise ValueError(f"{kind}: `{names[name]}` is {reprlib.repr(value)}; "
+    row = {name: record.get(names[name]) for name in COLUMNS}
+    if type(row["query"]) is str:       # chat templates place images themselves
+        row["query"] = row["query"].replace("<image>", "").strip()
+    row["answer"] = in_full(row["answer"])
+    images = row["image"] if isinstance(row["image"], list) and row["image"] else [row["image"]]
+    images = [x.get("bytes") or x.get("path") if isinstance(x, dict) else x for x in images]
+    for name, value in row.items():
+        parts, kinds = (images, (str, bytes)) if name == "image" else ([value], (str,))
+        optional = COLUMNS[name] == "no text"
+        if not (optional and value is None) and not all(
+                type(part) in kinds and (part.strip() or optional) for part in parts):
+            raise ValueError(f"{COLUMNS[name]}: `{names[name]}` is {reprlib.repr(value)}; "
                              f"the row's columns are {', '.join(record)}")
-        for text in images if name == "image" else [value]:
-            if isinstance(text, str) and (half := SURROGATE.search(text)):
-                raise ValueError(f"half a character: `{names[name]}` holds {ascii(half[0])} alone")
-    parts = (part.encode() if isinstance(part, str) else part for part in (query, answer, *images))
+        for half in SURROGATE.findall("".join(part for part in parts if isinstance(part, str))):
+            raise ValueError(f"half a character: `{names[name]}` holds {ascii(half)} alone")
+    query, answer = row["query"], row["answer"]
+    if default_verify(answer, answer) is None:
+        raise ValueError(f"unreadable ground truth: {answer[:80]!r}")
+    hashed = (x.encode() if isinstance(x, str) else x for x in (query, answer, *images))
     images = [str((folder / x).absolute()) if isinstance(x, str) else x for x in images]
-    return Row(hashlib.sha1(b"\0".join(parts)).hexdigest()[:16], query, images, answer.strip(),
-               content or None, target or None, where)
+    return Row(hashlib.sha1(b"\0".join(hashed)).hexdigest()[:16], query, images, answer.strip(),
+               row["content"] or None, row["target"] or None, where)
 
 
-def _in_full(answer):
+def in_full(answer):
     """A finite number as text: JSON's as written, a column's without exponent."""
-    if isinstance(answer, bool) or not isinstance(answer, (Number, int, float, Decimal)):
+    if type(answer) not in (Number, int, float, Decimal):
         return answer
-    text = str(answer) if isinstance(answer, Number) else format(Decimal(str(answer)), "f")
+    text = str(answer) if type(answer) is Number else format(Decimal(str(answer)), "f")
     return text if math.isfinite(float(text)) else answer
+
+
+def one_line(text: object, longest: int = 300) -> str:
+    """Foreign text as it may be printed."""
+    text = " ".join(str(text).split())
+    return printable(text if len(text) <= longest else text[:longest] + " ...")
 
 
 # Pictures
 
 def load_image(row: Row, i: int = 0) -> Image.Image:
     return open_image(row.images[i], f"image {i + 1}")
+
+
+def pictures(row: Row, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
+    """A row's, as a model is shown them."""
+    return [fit_image(load_image(row, i), max_pixels) for i in range(len(row.images))]
 
 
 def open_image(image: str | bytes, name: str) -> Image.Image:
@@ -248,21 +246,20 @@ def _rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def fit_size(size: tuple[int, int], min_pixels: int = MIN_PIXELS,
-             max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) scaled to an area within the limits, the aspect kept but for whole pixels."""
+def fit_size(size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) scaled to an area from MIN_PIXELS to max_pixels, the aspect kept but for
+    whole pixels."""
     area = math.prod(size)
-    if min_pixels <= area <= max_pixels:
+    if MIN_PIXELS <= area <= max_pixels:
         return size
-    rounded, wanted = (math.ceil, min_pixels) if area < min_pixels else (math.floor, max_pixels)
+    rounded, wanted = (math.ceil, MIN_PIXELS) if area < MIN_PIXELS else (math.floor, max_pixels)
     width, height = (max(1, rounded(side * math.sqrt(wanted / area))) for side in size)
     return width, height
 
 
-def fit_image(image: Image.Image, min_pixels: int = MIN_PIXELS,
-              max_pixels: int = MAX_PIXELS) -> Image.Image:
+def fit_image(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image itself, or resized to `fit_size`."""
-    size = fit_size(image.size, min_pixels, max_pixels)
+    size = fit_size(image.size, max_pixels)
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
@@ -290,48 +287,16 @@ PROMPTS = {"query": str, "reflection": reflection_prompt}       # question -> wh
 
 # Refusing
 
-class Rejections:
-    """Rows that are no use, each once, in `folder`/rejected.jsonl; seen: their reasons by id.
-    torchrun's ranks all refuse the same rows; the first alone reads and writes the file."""
-
-    def __init__(self, folder: str | Path, loud: bool = True):
-        self.path, self.loud = Path(folder) / "rejected.jsonl", loud
-        self.seen: dict[str, str] = {}
-        self.first, self.lock, self.journal = os.environ.get("RANK", "0") == "0", Lock(), None
-        if self.first and self.path.exists():
-            self.journal = open_journal(self.path, id=str, reason=str)
-            self.seen = {row["id"]: row["reason"] for row in self.journal.rows}
-
-    def add(self, row: Row | Rejected, reason: object, response: str = "") -> None:
-        with self.lock:
-            if row.id in self.seen:
-                return
-            self.seen[row.id] = reason = one_line(reason)
-            if self.first:
-                self.journal = self.journal or open_journal(self.path)
-                self.journal.add(asdict(Rejected(row.id, row.source, reason, response)))
-        if self.first and self.loud:
-            tqdm.write(f"{row.source}: {reason}; set aside in {self.path}")
-
-
-def open_journal(path: Path, **kinds: type):
-    """A `plumbing.files.Journal` without the rows in which one of these is not of its type: they are
-    damaged, and will be done again."""
-    from plumbing.files import Journal
-    return Journal(path, keep=lambda row: all(isinstance(row.get(name), kind)
-                                              for name, kind in kinds.items()))
-
-
-def usable(rows: list[Row], rejected: list[Rejected], processor, limits,
-           rejections: Rejections) -> list[Row]:
+def usable(rows: list[Row], rejected: dict[str, str], processor, limits,
+           rejections: "Rejections") -> list[Row]:
     """Those of `read_rows`'s rows that a model can be trained on, by their text and their pictures'
-    sizes; the others, and `rejected`, go to `rejections`.
+    sizes; the others, and `rejected`, go to `rejections`. ValueError if no row is left.
 
     processor: a reasoning.qwen.Processor. limits: settings with prompt (a key of `PROMPTS`),
-    max_pixels (larger pictures are scaled down), and in tokens, image tokens included, max_prompt,
-    max_new_tokens, and max_length of prompt and target. ValueError if no row is left."""
-    for item in rejected:
-        rejections.add(item, item.reason)
+    max_pixels, and in tokens, those of images included, max_prompt, max_new_tokens, and max_length
+    of prompt and target."""
+    for where, reason in rejected.items():
+        rejections.add(where, where, reason)
     look, blank, kept = processor.image_processor, Image.new("RGB", (64, 64)), []
     room = min(limits.max_prompt, processor.context - limits.max_new_tokens)
     whole = min(limits.max_length, processor.context)
@@ -341,12 +306,10 @@ def usable(rows: list[Row], rejected: list[Rejected], processor, limits,
 
     for row in tqdm(rows, desc="measuring rows", disable=None):
         try:
-            if default_verify(row.answer, row.answer) is None:
-                raise ValueError(f"unreadable ground truth: {row.answer[:80]!r}")
-            sizes = row.sizes or [load_image(row, i).size for i in range(len(row.images))]
-            ids = processor.prompt([blank] * len(sizes), PROMPTS[limits.prompt](row.query)).ids
-            n = len(ids) + sum(tokens(fit_size(size, max_pixels=limits.max_pixels))
-                               - tokens(blank.size) for size in sizes)
+            text = PROMPTS[limits.prompt](row.query)
+            n = len(processor.prompt([blank] * len(row.sizes), text).ids) + sum(
+                tokens(fit_size(size, limits.max_pixels)) - tokens(blank.size)
+                for size in row.sizes)
             if n > room:
                 raise ValueError(f"too long: a prompt of {n} tokens, and there is room for {room}; "
                                  "see --max_prompt and --max_pixels")
@@ -355,23 +318,43 @@ def usable(rows: list[Row], rejected: list[Rejected], processor, limits,
                                  f"for {whole}; see --max_length")
             kept.append(row)
         except ValueError as error:
-            rejections.add(row, error)
+            rejections.add(row.id, row.source, error)
     if not kept:
         raise ValueError(f"none of {len(rows)} rows can be used; {rejections.path} says why")
     return kept
 
 
+class Rejections:
+    """Rows that are no use, each once, in `folder`/rejected.jsonl; seen: their reasons by id.
+    torchrun's ranks all refuse the same rows; the first alone reads and writes the file."""
+
+    def __init__(self, folder: str | Path, loud: bool = True):
+        self.path, self.loud, self.lock = Path(folder) / "rejected.jsonl", loud, Lock()
+        self.first = os.environ.get("RANK", "0") == "0"
+        self.journal = open_journal(self.path, id=str, reason=str) if (
+            self.first and self.path.exists()) else None
+        self.seen = {row["id"]: row["reason"] for row in self.journal.rows} if self.journal else {}
+
+    def add(self, id: str, source: str, reason: object, response: str = "") -> None:
+        """response: the model's or the teacher's, if that is at fault."""
+        with self.lock:
+            if id in self.seen:
+                return
+            self.seen[id] = reason = one_line(reason)
+            if self.first:
+                self.journal = self.journal or open_journal(self.path)
+                self.journal.add(dict(id=id, source=source, reason=reason, response=response))
+        if self.first and self.loud:
+            tqdm.write(f"{source}: {reason}; set aside in {self.path}")
+
+
+def open_journal(path: Path, **kinds: type) -> Journal:
+    """Without the rows in which one of these is not of its type: damaged, they are done again."""
+    return Journal(path, keep=lambda row: all(isinstance(row.get(name), kind)
+                                              for name, kind in kinds.items()))
+
+
 # Command line
-
-def column_names(pairs: list[str]) -> dict[str, str]:
-    """["query=problem"] -> {"query": "problem"}. ValueError for any other form or name."""
-    names = dict(pair.partition("=")[::2] for pair in pairs)
-    for name, column in names.items():
-        if name not in COLUMNS or not column:
-            raise ValueError(f"--columns {name}={column}: it takes NAME=COLUMN, where NAME is one "
-                             f"of {', '.join(COLUMNS)}")
-    return names
-
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="How many rows are good, and why others are not")
@@ -382,9 +365,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--columns", nargs="*", default=[], metavar="NAME=COLUMN",
         help="other column names: query=problem image=images")
     args = parser.parse_args(argv)
-    rows, rejected = read_rows(args.rows, args.images, column_names(args.columns))
-    for item in rejected:
-        print(f"{item.source}: {item.reason}")
+    rows, rejected = read_rows(args.rows, args.images, args.columns)
+    for where, reason in rejected.items():
+        print(f"{where}: {reason}")
     print(f"{len(rows)} of {len(rows) + len(rejected)} rows are good")
     return 0
 

@@ -2,10 +2,9 @@ r"""Cold-start data for reflection-aware SRPO (arXiv 2506.01713, stage 1): rows 
 
   1. Read rows (reasoning/rows.py).
   2. The model to be trained answers each question once: <think>..</think><answer>..</answer>.
-  3. A verifier compares that answer with the ground truth.
-  4. A stronger teacher, a server that speaks OpenAI's chat API or the local model, sees question,
-     picture, response and ground truth and writes a reflection: a right response is to be
-     tightened, a wrong one revised.
+  3. The verifier (reasoning/answers.py) compares that answer with the ground truth.
+  4. A stronger teacher, a server that speaks OpenAI's chat API or the local model, sees all of it
+     and writes a reflection: a right response is to be tightened, a wrong one revised.
   5. Response, reflection and ground truth make one target, in OUT/reflections.jsonl at once.
 
 The same command goes on where the last one stopped. `read_rows` reads reflections.jsonl, target
@@ -23,25 +22,26 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from threading import Event, Lock, Thread
 from urllib.parse import unquote, urlsplit
 
 from tqdm import tqdm
 
+from plumbing.files import Journal
 from plumbing.flags import ending, flag, read_command, require
 from reasoning import rows as data
 from reasoning.answers import default_verify
-from reasoning.rows import Rejected, Row, fit_image, load_image, one_line
+from reasoning.rows import Row, one_line, pictures
+from rewards import TAG
 
-FORMS = ("paper", "release")
 TRIES = 3           # the teacher is asked at most so often for a reply that can be read
 PATIENCE = 8        # after so many rows in a row without a reply the fault is the teacher's
-TAG = re.compile(r"</?(?:think|answer|reflection)>")            # as rewards.py reads them
 Generate = Callable[[list[Row], list[str]], list[str]]          # rows, a prompt each -> texts
 
 
@@ -52,7 +52,8 @@ class Settings:
     images: str = flag("", "folder that the rows' image paths start from (the file's own)")
     columns: list[str] = flag([], "other column names: query=problem image=images")
     out: str = flag("", "folder to write to, or to go on in")
-    form: str = flag("paper", "targets with a second think, or the published code's", choices=FORMS)
+    form: str = flag("paper", "targets with a second think, or the published code's",
+                     choices=["paper", "release"])
     right_share: float = flag(None, "cap on the share of right first answers (paper: about 0.3)")
     dtype: str = flag("bfloat16", "of the model's weights", choices=["float32", "bfloat16"])
     max_new_tokens: int = flag(1024, "the model's longest response")
@@ -70,19 +71,11 @@ class Settings:
     def __post_init__(self):
         require(self, dict(batch=1, in_flight=1, teacher_tokens=1, max_new_tokens=1, retries=0,
                            max_pixels=data.MIN_PIXELS, temperature=0), ("timeout",))
-        if self.form not in FORMS or not 0 <= (self.right_share or 0) < 1:
-            raise ValueError(f"--form {self.form} must be paper or release, and "
-                             f"--right-share {self.right_share} in [0, 1)")
+        if not 0 <= (self.right_share or 0) < 1:
+            raise ValueError(f"--right-share must be in [0, 1), got {self.right_share}")
         if bool(self.teacher_url) != bool(self.teacher_model):
             raise ValueError("--teacher-url and --teacher-model go together; give both, or neither "
                              "for the local model")
-
-    def fixed(self) -> dict:
-        """What a folder is begun with."""
-        names = ("model", "dtype", "max_new_tokens", "temperature", "max_pixels", "columns", "form")
-        return {name: getattr(self, name) for name in names} | {
-            "right_share": self.right_share, "rows": Path(self.rows).name,
-            "teacher": self.teacher_model or None}
 
 
 # The teacher's prompt: its role is the paper's, the words ours
@@ -162,15 +155,14 @@ def parse_reply(text: str, form: str = "paper",
     empty, holds tags, which would break the pattern, or half a character."""
     if isinstance(text, Cut) or text.count("<think>") > text.count("</think>"):
         raise ValueError("teacher's reply: cut off; see --teacher-tokens")
-    text, found, end = LATEX.sub(r"\1\\\\", text), {}, 0
-    starts = list(re.finditer(r'\{(?=\s*")', text))
-    for match in starts[-1000:]:                # a try may read to the end of a long reply
-        try:
-            if match.start() >= end:            # not strict: line breaks may stand in strings
-                value, end = json.JSONDecoder(strict=False).raw_decode(text, match.start())
-                found = value if "reflection" in value else found
-        except (ValueError, RecursionError):
-            continue
+    text, found = LATEX.sub(r"\1\\\\", text), {}
+    decoder = json.JSONDecoder(strict=False)        # line breaks may stand in strings
+    starts = [match.start() for match in re.finditer(r'\{(?=\s*")', text)]
+    for start in reversed(starts[-1000:]):          # a try may read to the end of a long reply
+        with suppress(ValueError, RecursionError):
+            found = decoder.raw_decode(text, start)[0]
+        if "reflection" in found:
+            break
     fields = {"reflection": found.get("reflection")}
     if form == "paper":
         fields["think"] = found.get("think") or content
@@ -193,30 +185,32 @@ class TeacherError(RuntimeError):
 
 
 class Teacher:
-    """A model behind OpenAI's chat API at url, which mostly ends in /v1; callable from several
-    threads, a request per row.
+    """A model behind OpenAI's chat API; a `Generate`, but of one row, callable by many threads.
 
-    Broken connections, time-outs (seconds, of one try to its last byte), 429 and 5xx are tried
-    again `retries` times with growing pauses, or when Retry-After says. ValueError for a bad url,
-    RuntimeError without the openai package or if nothing listens, TeacherError when a row gets no
-    reply; messages are printable and without key and password."""
+    Broken connections, time-outs (of one try to its last byte), 429 and 5xx are tried again with
+    growing pauses, or when Retry-After says. ValueError for a bad url, RuntimeError without the
+    openai package or if nothing listens, TeacherError when a row gets no reply; messages are
+    printable and without key and password."""
 
-    def __init__(self, url: str, model: str, key: str | None = None, *, retries: int = 5,
-                 timeout: float = 120, max_tokens: int = 8192):
-        data.need("openai", "a teacher behind a URL needs the openai package")
-        import openai
-        self.model, self.timeout, self.max_tokens = model, timeout, max_tokens
+    def __init__(self, s: Settings, key: str | None = None):
         try:
-            parts, key = urlsplit(url), (key or "none").strip()
-            user = [unquote(part or "") for part in (parts.username, parts.password)]
-            self.secrets = [secret for secret in (key, user[1]) if len(secret) > 4]
+            import openai
+        except ImportError:
+            raise RuntimeError("a teacher behind a URL needs: pip install openai") from None
+        self.s = s
+        try:
+            parts, key = urlsplit(s.teacher_url), (key or "none").strip()
+            name, password = (unquote(part or "") for part in (parts.username, parts.password))
+            self.secrets = [secret for secret in (key, password) if len(secret) > 4]
             self.url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
             if (parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
                     or re.search("[@?#]", self.url) or not re.fullmatch("[!-~]+", key)):
                 raise ValueError
-            self.client = openai.OpenAI(
-                base_url=self.url, api_key=key, max_retries=retries, timeout=timeout,
-                http_client=_http_client(timeout, tuple(user) if parts.username else None))
+            http = openai.DefaultHttpxClient(follow_redirects=False,    # to another host, with key
+                                             auth=(name, password) if name else None)
+            http.send = in_time(http, s.timeout)
+            self.client = openai.OpenAI(base_url=self.url, api_key=key, max_retries=s.retries,
+                                        timeout=s.timeout, http_client=http)
         except Exception:               # whose text may hold the password
             raise ValueError("--teacher-url must be http://HOST:PORT/v1 or https://HOST/v1, with "
                              "what is special in a password in percent code, and the key that "
@@ -236,61 +230,56 @@ class Teacher:
         return one_line(text)
 
     def __call__(self, rows: list[Row], prompts: list[str]) -> list[str]:
-        """A `Generate`, but of one row."""
         import openai
         [row], [prompt], content = rows, prompts, []
-        for i in range(len(row.images)):
-            image = fit_image(load_image(row, i))
+        for image in pictures(row):
             image.save(buffer := io.BytesIO(), "JPEG", quality=95, subsampling=0)
             url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
             content.append({"type": "image_url", "image_url": {"url": url}})
         content.append({"type": "text", "text": prompt})
         try:        # no temperature, which reasoning models refuse; not all know response_format
             reply = self.client.chat.completions.create(
-                model=self.model, messages=[{"role": "user", "content": content}],
-                max_completion_tokens=self.max_tokens)
+                model=self.s.teacher_model, messages=[{"role": "user", "content": content}],
+                max_completion_tokens=self.s.teacher_tokens)
             if fault := getattr(reply, "error", None):
                 raise TeacherError(f"an error in place of a reply: {self.say(fault)}")
             return [_text(reply.choices[0])]
         except openai.APITimeoutError:
-            raise TeacherError(f"no reply within {self.timeout:g} s") from None
+            raise TeacherError(f"no reply within {self.s.timeout:g} s") from None
         except openai.APIConnectionError as error:
             cause = self.say(error.__cause__)
             raise TeacherError(f"cannot be reached ({cause})", down=True) from None
         except openai.APIStatusError as error:
             code, text = error.status_code, self.say(error.response.text)
-            hint = {401: " (is the key right?)", 403: " (is the key right?)",
-                    404: " (are the URL and the model's name right?)"}.get(
-                        code, " (redirects are not followed)" if code < 400 else "")
-            raise TeacherError(f"HTTP {code}{hint} {text}", bool(hint), code in (400, 413, 422)
-                               ) from None
+            hint = " (redirects are not followed)" if code < 400 else {
+                401: " (is the key right?)", 403: " (is the key right?)",
+                404: " (are the URL and the model's name right?)"}.get(code, "")
+            raise TeacherError(f"HTTP {code}{hint} {text}", down=bool(hint),
+                               refused=code in (400, 413, 422)) from None
         except (openai.OpenAIError, ValueError, AttributeError, TypeError, LookupError,
                 RecursionError):
             raise TeacherError("the reply is no chat completion; does the URL end in /v1?"
                                ) from None
 
 
-def _http_client(seconds: float, user: tuple[str, str] | None):
-    """openai's own, but a try ends after so many seconds, however slowly bytes drip in, and no
-    redirect takes pictures and key to another host."""
-    import openai
-    base = openai.DefaultHttpxClient
-    httpx = sys.modules[base.__base__.__module__.partition(".")[0]]      # httpx2 since openai 3
+def in_time(client, seconds: float) -> Callable:
+    """client.send, but a try ends after so many seconds, however slowly bytes drip in."""
+    httpx = sys.modules[type(client).__base__.__module__.partition(".")[0]]  # httpx2 since openai 3
+    send = client.send
 
-    class Client(base):
-        def send(self, request, **how):
-            def work() -> None:
-                try:
-                    done.set_result(super(Client, self).send(request, **how))
-                except BaseException as error:
-                    done.set_exception(error)
-            done = Future()
-            Thread(target=work, daemon=True).start()
+    def timed(request, **how):
+        def work() -> None:
             try:
-                return done.result(seconds)
-            except TimeoutError:
-                raise httpx.ReadTimeout("no reply in time", request=request) from None
-    return Client(follow_redirects=False, auth=user)
+                done.set_result(send(request, **how))
+            except BaseException as error:
+                done.set_exception(error)
+        done = Future()
+        Thread(target=work, daemon=True).start()
+        try:
+            return done.result(seconds)
+        except TimeoutError:
+            raise httpx.ReadTimeout("no reply in time", request=request) from None
+    return timed
 
 
 def _text(choice) -> str:
@@ -312,36 +301,20 @@ class Job:
     correct: bool
 
 
-def build(rows: list[Row], first_answers: Callable[[list[Row]], list[str]],
-          teacher: Teacher | Generate, out: str | Path, /, rejected: Iterable[Rejected] = (),
-          **options) -> tuple[dict[str, bool], dict[str, str]]:
-    """Rows to out/reflections.jsonl, the others to out/rejected.jsonl, each line as soon as it is
-    known. Returns, by id, whether the first answers of those kept were right, and why not kept.
+class Work:
+    """Rows to OUT/reflections.jsonl, the others to OUT/rejected.jsonl, each line as soon as it is
+    known; whatever stops a run, requests in flight are waited for and kept.
 
-    first_answers: a batch of rows -> responses to `first_prompt`. teacher: a `Teacher`, asked by
-    in_flight threads, or a local model, asked in batches. rejected: `read_rows`'s. options: of
-    `Settings`. ValueError for bad ones or others than out was begun with; RuntimeError if the
-    teacher is down or left rows without a reply: those are not rejected, the same call again tries
-    them. Whatever stops a run, requests in flight are waited for and kept."""
-    work = _Work(teacher, Settings(**options | {"out": str(out)}))
-    for item in rejected:
-        work.refuse(item, item.reason)
-    work.ask_model(rows, first_answers)
-    work.ask_teacher(work.judged(rows))
-    return work.kept, work.rejections.seen
+    model: gives the first answers. teacher: a `Teacher`, asked by --in_flight threads, or a local
+    model, asked in batches. kept: by id, whether the first answers of the rows in reflections.jsonl
+    were right. ValueError if OUT was begun with other settings."""
 
-
-class _Work:
-    def __init__(self, teacher: Teacher | Generate, s: Settings):
-        from plumbing.files import Journal
-        self.teacher, self.s, self.out = teacher, s, Path(s.out)
-        self.server = isinstance(teacher, Teacher)
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--out {s.out} cannot be made ({error.strerror}); choose another "
-                             "folder") from None
-        Journal(self.out / "settings.json", s.fixed()).close()
+    def __init__(self, s: Settings, model: Generate, teacher: Teacher | Generate):
+        self.s, self.model, self.teacher, self.out = s, model, teacher, Path(s.out)
+        names = ("model", "dtype", "max_new_tokens", "temperature", "max_pixels", "columns", "form",
+                 "right_share")
+        Journal(self.out / "settings.json", {name: getattr(s, name) for name in names} | {
+            "rows": Path(s.rows).name, "teacher": s.teacher_model or None}).close()
         self.answers = data.open_journal(self.out / "first_answers.jsonl", id=str, response=str)
         self.reflections = data.open_journal(self.out / "reflections.jsonl", id=str,
                                              first_correct=bool)
@@ -351,43 +324,52 @@ class _Work:
         self.silent, self.left = [], []         # failures since the last reply; rows without one
         self.lock, self.stop = Lock(), Event()
 
-    def refuse(self, row: Row | Rejected, reason: object, response: str = "") -> None:
+    def run(self, rows: list[Row], rejected: dict[str, str]) -> None:
+        """What `read_rows` gives. RuntimeError if the teacher is down or left rows without a reply:
+        those are not rejected, the next run tries them."""
+        for where, reason in rejected.items():
+            self.rejections.add(where, where, reason)
+        self.ask_model(rows)
+        self.ask_teacher(self.judged(rows))
+
+    def refuse(self, row: Row, reason: object, response: str = "") -> None:
         if row.id not in self.kept:
-            self.rejections.add(row, reason, response)
+            self.rejections.add(row.id, row.source, reason, response)
 
     def done(self, row: Row) -> bool:
         return row.id in self.kept or row.id in self.rejections.seen
 
-    def each(self, ask: Callable[[list], list[str]], jobs: list) -> list[tuple]:
-        """Jobs with their texts; if some are more than the local model takes, which?"""
+    def ask(self, generate: Generate, rows: list[Row], prompts: list[str]) -> list[str | None]:
+        """Texts; None for a row that cannot be asked, as one that is more than the model takes."""
         try:
-            return list(zip(jobs, ask(jobs), strict=True))
+            return generate(rows, prompts)
         except ValueError as error:
-            if len(jobs) > 1:
-                return [pair for job in jobs for pair in self.each(ask, [job])]
-            self.refuse(getattr(jobs[0], "row", jobs[0]), f"cannot be asked: {error}")
-            return []
+            if len(rows) > 1:
+                return [text for row, prompt in zip(rows, prompts)
+                        for text in self.ask(generate, [row], [prompt])]
+            self.refuse(rows[0], f"cannot be asked: {error}")
+            return [None]
 
-    def ask_model(self, rows: list[Row], first_answers: Callable) -> None:
+    def ask_model(self, rows: list[Row]) -> None:
         new = [row for row in rows if not self.done(row) and row.id not in self.first]
         for i in tqdm(range(0, len(new), self.s.batch), "first answers", disable=None):
-            for row, response in self.each(first_answers, new[i:i + self.s.batch]):
-                self.answers.add({"id": row.id, "response": response})
-                self.first[row.id] = response
+            some = new[i:i + self.s.batch]
+            responses = self.ask(self.model, some, [data.first_prompt(row.query) for row in some])
+            for row, response in zip(some, responses):
+                if response is not None:
+                    self.answers.add({"id": row.id, "response": response})
+                    self.first[row.id] = response
 
     def judged(self, rows: list[Row]) -> list[Job]:
         """What is to be reflected on. Rows that are done count for the share of right answers too,
         or what is left of a stopped run would be balanced by itself."""
         jobs, share = [], self.s.right_share
-        for row in (row for row in rows if row.id in self.first):
+        for row, response in ((row, self.first[row.id]) for row in rows if row.id in self.first):
             try:
-                correct = default_verify(split_first(self.first[row.id])[1], row.answer)
-                if correct is None:
-                    raise ValueError("unreadable ground truth: the verifier makes nothing of "
-                                     f"{row.answer[:80]!r}")
-                jobs.append(Job(row, self.first[row.id], correct))
+                correct = default_verify(split_first(response)[1], row.answer)
+                jobs.append(Job(row, response, bool(correct)))
             except ValueError as error:
-                self.refuse(row, error, self.first[row.id])
+                self.refuse(row, error, response)
         if share is not None:
             right = [job for job in jobs if job.correct]
             most = math.floor(share / (1 - share) * (len(jobs) - len(right)) + 1e-9)
@@ -396,7 +378,8 @@ class _Work:
         return [job for job in jobs if not self.done(job.row)]
 
     def ask_teacher(self, jobs: list[Job]) -> None:
-        workers, size = (self.s.in_flight, 1) if self.server else (1, self.s.batch)
+        size, workers = (1, self.s.in_flight) if isinstance(self.teacher, Teacher) else (
+            self.s.batch, 1)
         chunks = [jobs[i:i + size] for i in range(0, len(jobs), size)]
         with ThreadPoolExecutor(workers) as pool:       # it waits for what is under way
             for _ in tqdm(pool.map(self.reflect, chunks), "reflections", len(chunks), disable=None):
@@ -407,30 +390,28 @@ class _Work:
                 f"kept in {self.out}, the same command again goes on")
 
     def reflect(self, jobs: list[Job]) -> None:
+        """Ask the teacher until its replies can be read, and keep what they make."""
         for attempt in range(1, TRIES + 1):
             again = []
-            for job, text in self.replies(jobs) if jobs and not self.stop.is_set() else []:
+            for job, text in zip(jobs, self.replies(jobs)):
                 try:
-                    line = _line(job, *parse_reply(text, self.s.form, job.row.content), self.s)
-                    with self.lock:
-                        self.reflections.add(line)
-                        self.kept[job.row.id] = job.correct
+                    if text is not None:
+                        self.keep(job, *parse_reply(text, self.s.form, job.row.content))
                 except ValueError as error:
                     again.append(job)
                     if attempt == TRIES:
                         self.refuse(job.row, error, text)
             jobs = again
 
-    def replies(self, jobs: list[Job]) -> list[tuple[Job, str]]:
-        def ask(jobs: list[Job]) -> list[str]:
-            return self.teacher([job.row for job in jobs], [teacher_prompt(
-                job.row, job.response, job.correct, self.s.form) for job in jobs])
-        if not self.server:
-            return self.each(ask, jobs)
+    def replies(self, jobs: list[Job]) -> list[str | None]:
+        """None where there is none. Only a server raises TeacherError; it is asked one by one."""
+        if not jobs or self.stop.is_set():
+            return []
         try:
-            [text] = ask(jobs)
+            texts = self.ask(self.teacher, [job.row for job in jobs], [teacher_prompt(
+                job.row, job.response, job.correct, self.s.form) for job in jobs])
             self.silent.clear()
-            return [(jobs[0], text)]
+            return texts
         except TeacherError as error:
             self.silent.append(error)
             if error.down or len(self.silent) >= PATIENCE:
@@ -442,36 +423,46 @@ class _Work:
                 self.left.append(f"{error}; no reply for {jobs[0].row.source}")
             return []
 
-
-def _line(job: Job, reflection: str, think: str | None, s: Settings) -> dict:
-    """A line of reflections.jsonl; images that are bytes become files beside it."""
-    row, images, folder = job.row, [], Path(s.out) / "images"
-    for i, image in enumerate(row.images):
-        if isinstance(image, bytes):
-            folder.mkdir(exist_ok=True)
-            (folder / f"{row.id}_{i}").write_bytes(image)
-        images.append(image if isinstance(image, str) else f"images/{row.id}_{i}")
-    return {"id": row.id, "source": row.source, "query": row.query, "image": images,
-            "answer": row.answer, "content": row.content, "first_response": job.response,
-            "first_correct": job.correct, "reflection": reflection, "think": think,
-            "target": sft_target(job.response, reflection, think, row.answer, s.form)}
+    def keep(self, job: Job, reflection: str, think: str | None) -> None:
+        """A line of reflections.jsonl; images that are bytes become files beside it."""
+        row, images = job.row, []
+        target = sft_target(job.response, reflection, think, row.answer, self.s.form)
+        for i, image in enumerate(row.images):
+            if isinstance(image, bytes):
+                (self.out / "images").mkdir(exist_ok=True)
+                (self.out / f"images/{row.id}_{i}").write_bytes(image)
+                image = f"images/{row.id}_{i}"
+            images.append(image)
+        with self.lock:
+            self.reflections.add({
+                "id": row.id, "source": row.source, "query": row.query, "image": images,
+                "answer": row.answer, "content": row.content, "first_response": job.response,
+                "first_correct": job.correct, "reflection": reflection, "think": think,
+                "target": target})
+            self.kept[row.id] = job.correct
 
 
 # Command line
 
 def load_model(s: Settings) -> Generate:
-    """The model to be trained, whose texts are `Cut` where no end token came."""
-    import torch
+    """The model to be trained, loaded when it is first asked: a resumed run may never ask it. Its
+    texts are `Cut` where no end token came."""
+    @cache
+    def load() -> Callable:
+        import torch
 
-    from reasoning import qwen
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, processor = qwen.load_vlm(s.model, getattr(torch, s.dtype), device)
+        from reasoning import qwen
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            model, processor = qwen.load_vlm(s.model, getattr(torch, s.dtype), device)
+        except ValueError as error:
+            raise RuntimeError(error) from None         # no row is at fault
+        return partial(qwen.complete, model, processor, max_new_tokens=s.max_new_tokens,
+                       temperature=s.temperature)
 
-    def generate(rows: list[Row], texts: list[str]) -> list[str]:
-        images = [[fit_image(load_image(row, i), max_pixels=s.max_pixels)
-                   for i in range(len(row.images))] for row in rows]
-        return [Cut(c.text) if c.truncated else c.text for c in qwen.complete(
-            model, processor, images, texts, s.max_new_tokens, s.temperature)]
+    def generate(rows: list[Row], prompts: list[str]) -> list[str]:
+        completions = load()([pictures(row, s.max_pixels) for row in rows], prompts)
+        return [Cut(c.text) if c.truncated else c.text for c in completions]
     return generate
 
 
@@ -481,14 +472,10 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("--model, --rows and --out are needed; see --help")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("this runs as one process; start it without torchrun")
-    model = cache(lambda: load_model(s))        # when first needed: a resumed run may need none
-    teacher = Teacher(s.teacher_url, s.teacher_model, os.environ.get(s.teacher_key),
-                      retries=s.retries, timeout=s.timeout, max_tokens=s.teacher_tokens
-                      ) if s.teacher_url else lambda rows, prompts: model()(rows, prompts)
-    rows, rejected = data.read_rows(s.rows, s.images or None, data.column_names(s.columns))
-    kept, refused = build(
-        rows, lambda some: model()(some, [data.first_prompt(row.query) for row in some]), teacher,
-        s.out, rejected, **vars(s))
+    model = load_model(s)
+    work = Work(s, model, Teacher(s, os.environ.get(s.teacher_key)) if s.teacher_url else model)
+    work.run(*data.read_rows(s.rows, s.images, s.columns))
+    kept, refused = work.kept, work.rejections.seen
     print(f"{s.out}: {len(kept)} reflections, {sum(kept.values())} of them on right first answers; "
           f"rejected: {len(refused)}")
     for kind, n in Counter(reason.partition(":")[0] for reason in refused.values()).most_common():

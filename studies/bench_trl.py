@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from plumbing.flags import ending, flag, read_command, require
 
 GROUP, LR = 4, 1e-4             # responses to a prompt, learning rate
+FIGURES = "seconds", "seconds_rollout", "peak_gib", "steps_gib"     # of a step; of its generation
 
 
 @dataclass
@@ -57,7 +58,7 @@ import grpo
 import reflection_srpo
 from plumbing import ranks
 from plumbing.optimizer import make_optimizer
-from reasoning import arrows, qwen, responses
+from reasoning import arrows, responses
 from studies import bench
 from studies.bench import Case, Clock, GiB
 
@@ -65,55 +66,66 @@ from studies.bench import Case, Clock, GiB
 def sampling(case: Case) -> dict:
     """Every response has the full length. A picture's place holder is not drawn: TRL's loss shows
     it to the model as it is, ours as padding."""
-    holder = arrows.WORDS.index("<|image_pad|>")
-    return {"min_new_tokens": case.length, "suppress_tokens": [holder]}
+    return {"min_new_tokens": case.length,
+            "suppress_tokens": [arrows.WORDS.index("<|image_pad|>")]}
 
 
 def questions(case: Case) -> list[str]:
-    """Of unequal lengths, so that both pad. Without pictures: TRL would need transformers'
-    processor of Qwen2.5-VL, and that torchvision."""
+    """Of unequal lengths, so that both pad. Without pictures: for TRL these take torchvision."""
     names = arrows.NAMES
     return [" ".join(names[(i + j) % len(names)] for j in range(24 + 2 * i))
             for i in range(case.rows // GROUP)]
 
 
 def pay(completion_ids, **_) -> list[float]:
-    """A reward that costs next to nothing and differs within groups: how many of a response's token
-    ids are even."""
+    """A reward that differs within groups: how many of a response's token ids are even."""
     return [float(sum(int(i) % 2 == 0 for i in ids)) for ids in completion_ids]
 
 
-def our_trainer(case: Case, folder: Path):
-    """(settings, model, processor, a function that updates the model on prompts, group by group,
-    and their completions)."""
-    s = reflection_srpo.Settings(max_new_tokens=case.length, rollout_batch=case.rows,
-                                 micro_tokens=10**9)
-    model, processor = reflection_srpo.prepared(folder, s)
-    model.generation_config.update(**sampling(case))
-    optimizer = make_optimizer(model, LR, betas=(0.9, 0.99))
+class Ours:
+    """Our model, and its update on prompts, group by group, and their completions."""
 
-    def train(prompts: list[qwen.Prompt], completions: list[torch.Tensor]) -> dict:
+    def __init__(self, case: Case, folder: Path):
+        self.case, self.s = case, reflection_srpo.Settings(
+            max_new_tokens=case.length, rollout_batch=case.rows, micro_tokens=10**9)
+        self.model, self.processor = reflection_srpo.prepared(folder, self.s)
+        self.model.generation_config.update(**sampling(case))
+        self.optimizer = make_optimizer(self.model, LR, betas=(0.9, 0.99))
+        self.prompts = [self.processor.prompt([], text) for text in questions(case)
+                        for _ in range(GROUP)]
+
+    def train(self, completions: list[torch.Tensor]) -> dict:
         reward = torch.tensor(pay(completions)).view(-1, GROUP)
         advantages = grpo.group_advantages(reward, scale=False).flatten()
-        batch = responses.Batch(prompts, completions, advantages, len(prompts))
-        model.train()
-        return bench.update_model(model, processor, optimizer, batch, s)
-    return s, model, processor, train
+        batch = responses.Batch(self.prompts, completions, advantages, len(completions))
+        self.model.train()
+        return bench.update_model(self.model, self.processor, self.optimizer, batch, self.s)
 
+    def steps(self) -> tuple[list[Clock], list[int], list[int]]:
+        """Of each step: its clock, tokens generated, tokens trained on, which `agreement` shows."""
+        clocks, tokens = [], []
+        for _ in range(1 + self.case.repeats):
+            with Clock() as clock:
+                drawn = responses.generate(self.model, self.processor, self.prompts, self.s, 1.0)
+                clock.sampled = time.perf_counter()
+                self.train([c.ids for c in drawn])
+            clocks.append(clock)
+            tokens.append(sum(c.tokens for c in drawn))
+        return clocks, tokens, tokens
 
-def our_steps(case: Case, folder: Path) -> tuple[list[Clock], list[int], list[int]]:
-    """Of each step: its clock, tokens generated, tokens trained on."""
-    clocks, tokens, (s, model, processor, train) = [], [], our_trainer(case, folder)
-    prompts = [processor.prompt([], text) for text in questions(case) for _ in range(GROUP)]
-    for _ in range(1 + case.repeats):
-        with Clock() as clock:
-            drawn = responses.generate(model, processor, prompts, s, s.temperature)
-            completions = [c.ids for c in drawn]
-            clock.sampled = time.perf_counter()
-            train(prompts, completions)
-        clocks.append(clock)
-        tokens.append(sum(map(len, completions)))
-    return clocks, tokens, tokens       # that the update is on all of them, `agreement` shows
+    def agreement(self, theirs: dict[str, torch.Tensor]) -> dict:
+        """On what TRL's first step trained on: log-probabilities and gradient."""
+        cut, mask = -self.case.length, theirs["mask"].bool()
+        # TRL shuffles; the questions' lengths ascend
+        order = mask.sum(1).argsort(stable=True).tolist()
+        for i, prompt in zip(order, self.prompts, strict=True):
+            assert torch.equal(theirs["ids"][i, :cut][mask[i, :cut]], prompt.ids)
+        completions = list(theirs["ids"][order, cut:])
+        batch = responses.Batch(self.prompts, completions, torch.zeros(len(order)), len(order))
+        with torch.no_grad():
+            logp, _, _ = responses.logprobs(self.model, self.processor, batch, range(len(order)))
+        return {"logp_difference": float((logp.cpu() - theirs["logp"][order]).abs().max()),
+                "gradient_norms": [self.train(completions)["grad_norm"], float(theirs["norm"])]}
 
 
 def trl_steps(case: Case, folder: Path) -> tuple[list[Clock], list[int], list[int]]:
@@ -166,15 +178,18 @@ def trl_steps(case: Case, folder: Path) -> tuple[list[Clock], list[int], list[in
 
 def measure_steps(case: Case, side: str, folder: Path) -> dict:
     """The fastest of the steps after the first; the peak, and what of it was not in use before the
-    first."""
+    first. RuntimeError if they are not the work that was asked for."""
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     torch.set_num_threads(case.threads)
-    updates = []
+    updates, steps, tokens = [], 1 + case.repeats, case.rows * case.length
     register_optimizer_step_post_hook(lambda *_: updates.append(1))
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):    # TRL prints its metrics
-        steps = our_steps if side == "ours" else trl_steps
-        clocks, generated, trained = steps(case, folder)
+        clocks, generated, trained = (
+            Ours(case, folder).steps() if side == "ours" else trl_steps(case, folder))
+    if not (generated == trained == [tokens] * steps and len(updates) == steps):
+        raise RuntimeError(f"{side} did not generate and train on {tokens} tokens with one update "
+                           f"in each of {steps} steps: {generated}, {trained}, {len(updates)}")
     fastest = min(clocks[1:], key=lambda clock: clock.seconds)
     peak = max(clock.peak for clock in clocks)
     return {"seconds": fastest.seconds, "seconds_rollout": fastest.sampled - fastest.began,
@@ -182,33 +197,12 @@ def measure_steps(case: Case, side: str, folder: Path) -> dict:
             "generated": generated, "trained": trained, "updates": len(updates)}
 
 
-def agreement(case: Case, folder: Path) -> dict:
-    """Ours, from the same weights, on what TRL's first step trained on: log-probabilities and
-    gradient."""
-    theirs = load_file(folder / "trl.safetensors")
-    s, model, processor, train = our_trainer(case, folder)
-    rows = [(ids[:-case.length][mask[:-case.length].bool()], ids[-case.length:])
-            for ids, mask in zip(theirs["ids"], theirs["mask"])]
-    # TRL shuffles; the questions' lengths ascend
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-    prompts = [qwen.Prompt(rows[i][0], None, None) for i in order]
-    completions = [rows[i][1] for i in order]
-    expected = [processor.prompt([], text).ids for text in questions(case) for _ in range(GROUP)]
-    assert all(torch.equal(p.ids, ids) for p, ids in zip(prompts, expected, strict=True))
-    batch = responses.Batch(prompts, completions, torch.zeros(len(prompts)), len(prompts))
-    with torch.no_grad():
-        logp, _, _ = responses.logprobs(model, processor, batch, range(len(prompts)),
-                                        s.temperature)
-    return {"logp_difference": float((logp.cpu() - theirs["logp"][order]).abs().max()),
-            "gradient_norms": [train(prompts, completions)["grad_norm"], float(theirs["norm"])]}
-
-
 def compare(case: Case, out: str, repetitions: int = 3) -> None:
     """Pairs of processes, the ratios of their figures, and the agreement; to `out` and to the
     terminal. RuntimeError if the two did not do or compute the same."""
     if importlib.util.find_spec("trl") is None:
         raise ValueError("TRL is not installed; install it with: pip install trl")
-    pairs, steps, tokens = [], 1 + case.repeats, case.rows * case.length
+    pairs = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         torch.manual_seed(0)
@@ -216,26 +210,19 @@ def compare(case: Case, out: str, repetitions: int = 3) -> None:
         config = bench.qwen_config(*bench.QWEN[case.model])
         transformers.Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
         for _ in range(repetitions):
-            pairs.append({side: bench.alone(measure_steps, case, side, folder)
-                          for side in ("trl", "ours")})
-            for side, row in pairs[-1].items():
-                if not (row["generated"] == row["trained"] == [tokens] * steps
-                        and row["updates"] == steps):
-                    raise RuntimeError(f"{side} did not generate and train on {tokens} tokens with "
-                                       f"one update in each of {steps} steps: {row}")
-                print(f"{side:5} {row['seconds']:6.2f} s a step, {row['seconds_rollout']:.2f} of "
-                      f"them generation   peak {row['peak_gib']:.2f} GiB, {row['steps_gib']:.2f} "
-                      "of them for the steps", flush=True)
-        equal = agreement(case, folder)
-    names = ("seconds", "seconds_rollout", "peak_gib", "steps_gib")
+            pairs.append({})
+            for side in ("trl", "ours"):
+                row = pairs[-1][side] = bench.alone(measure_steps, case, side, folder)
+                print(f"{side:5}", *(f"  {name} {row[name]:.2f}" for name in FIGURES), flush=True)
+        equal = Ours(case, folder).agreement(load_file(folder / "trl.safetensors"))
     ratios = {name: sorted(pair["ours"][name] / pair["trl"][name] for pair in pairs)
-              for name in names}
+              for name in FIGURES}
     for name, x in ratios.items():
         print(f"ours / TRL  {name:15} {np.median(x):.2f}, of {repetitions} pairs "
               f"{x[0]:.2f} to {x[-1]:.2f}")
     difference, norms = equal["logp_difference"], equal["gradient_norms"]
-    print(f"log-probabilities of {tokens} tokens differ by at most {difference:.1e}, the "
-          f"gradient's norm is {norms[0]:.6f}, TRL's {norms[1]:.6f}")
+    print(f"log-probabilities of {case.rows * case.length} tokens differ by at most "
+          f"{difference:.1e}, the gradient's norm is {norms[0]:.6f}, TRL's {norms[1]:.6f}")
     if not (difference < 1e-4 and math.isclose(*norms, rel_tol=1e-3)):
         raise RuntimeError("these should be equal")
     command = f"python -m studies.bench_trl --rows {case.rows} --threads {case.threads}"
@@ -245,12 +232,12 @@ def compare(case: Case, out: str, repetitions: int = 3) -> None:
                       **equal, "pairs": pairs})
 
 
+def study(s: Settings) -> None:
+    compare(Case("qwen2.5-vl-small", rows=s.rows, length=64, repeats=3, threads=s.threads), s.out)
+
+
 def main(argv: list[str] | None = None) -> int:
-    def work() -> None:
-        s = read(argv)
-        compare(Case("qwen2.5-vl-small", rows=s.rows, length=64, repeats=3, threads=s.threads),
-                s.out)
-    return ending(work)
+    return ending(lambda: study(read(argv)))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,10 @@ TABLE = [
     ("+7", "7", True),
     ("007", "7", True),
     ("7.", "7", True),
+    ('"7"', "7", True),
+    ("`7`", "7", True),
+    ("'7'", "7", False),  # these may be primes, of feet or minutes
+    ("7'", "7", False),
     ("\\text{13}", "13", True),
     ("\\(7\\)", "7", True),
     ("\\[7\\]", "7", True),

@@ -1,5 +1,4 @@
 """reasoning/published_reward.py against outputs of SRPO_MLLMs' code (fixture), and its quirks."""
-
 import json
 import math
 import time
@@ -23,22 +22,13 @@ def test_openrlhf_equals_published_code():
         assert (got.accuracy, got.format, got.length) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    "first, second, paper, of_openrlhf, of_verl",
-    [
-        ("7", "7", 0.75, 0.75, 0.75),
-        ("8", "7", 0.5, 1.0, 0.0),
-        ("7", "8", 0.25, 0.25, 0.0),
-        ("8", "8", 0.0, 0.0, -0.25),
-    ],
-)
+@pytest.mark.parametrize("first, second, paper, of_openrlhf, of_verl", [
+    ("7", "7", 0.75, 0.75, 0.75), ("8", "7", 0.5, 1.0, 0.0), ("7", "8", 0.25, 0.25, 0.0),
+    ("8", "8", 0.0, 0.0, -0.25)])
 def test_table_of_the_three(first, second, paper, of_openrlhf, of_verl):
     response = respond(first, second)
-    for record, earned in (
-        (reward(response), paper),
-        (openrlhf(response, "7"), of_openrlhf),
-        (verl(response, "7"), of_verl),
-    ):
+    for record, earned in ((reward(response), paper), (openrlhf(response, "7"), of_openrlhf),
+                           (verl(response, "7"), of_verl)):
         assert record.accuracy + record.effectiveness == earned and record.format == 0.5
         assert (record.first_correct, record.final_correct) == (first == "7", second == "7")
     assert record.total == 0.5 * of_verl + 0.25 and record.length == 0
@@ -49,23 +39,16 @@ def test_table_of_the_three(first, second, paper, of_openrlhf, of_verl):
 
 def test_format_is_looser_than_the_paper_s():
     good = respond(7, 7)
-    cases = [
-        (good, 0.5),
-        (good + "\n", 0.5),
-        (good + " end", 0),
-        ("so " + good, 0.5),
-        (good.replace("check it", " "), 0.5),
-        (good.replace("check it", ""), 0),
-        (good + "<think>x</think>", 0),
-        (good.replace("</answer><reflection>", "</answer> and <reflection>"), 0),
-    ]
-    for response, expected in cases:
+    for response, expected in (
+            (good, 0.5), (good + "\n", 0.5), (good + " end", 0), ("so " + good, 0.5),
+            (good.replace("check it", " "), 0.5), (good.replace("check it", ""), 0),
+            (good + "<think>x</think>", 0),
+            (good.replace("</answer><reflection>", "</answer> and <reflection>"), 0)):
         assert openrlhf(response, "7").format == expected, response
 
 
 def test_quirks():
-    unreadable = openrlhf(respond(1, 2), "")
-    assert unreadable.accuracy == 1.0 and "unreadable" in unreadable.note
+    assert openrlhf(respond(1, 2), "").accuracy == 1.0          # an unreadable ground truth
     assert reward(respond(1, 2), "").accuracy == 0
     letter = respond("?", "?").replace("\\boxed{?}", "the big one", 2)
     assert openrlhf(letter, "B").accuracy == 1.0
@@ -73,57 +56,32 @@ def test_quirks():
     lone = "<think>a</think><answer>$\\boxed{7}$</answer>"
     assert openrlhf(lone, "7").total == 0 < reward(lone).total
     unboxed = respond(7, 7).replace("\\boxed", "")
-    assert verl(unboxed, "7").first_answer == "None"
+    assert not verl(unboxed, "7").first_correct and verl(unboxed, "None").first_correct
     spaced = respond(7, 7).replace("<", " < ").replace("/", " \n/\t ")
     assert verl(spaced, "7").format == 0.5 and openrlhf(spaced, "7").format == 0
 
 
 def test_records_are_read_alike():
     """What the training script reads of a record is there, whichever reward is paid."""
-    names = (
-        "total",
-        "format",
-        "accuracy",
-        "effectiveness",
-        "reflection",
-        "length",
-        "first_correct",
-        "final_correct",
-        "n_tokens",
-    )
+    names = ("total", "format", "accuracy", "effectiveness", "reflection", "length",
+             "first_correct", "final_correct", "n_tokens")
     for response in (respond(7, 8), "", "<answer>7</answer>"):
-        for record in (
-            reflection_reward(response, "7"),
-            openrlhf(response, "7"),
-            verl(response, "7"),
-        ):
+        for record in (rule(response, "7") for rule in (reflection_reward, openrlhf, verl)):
             assert all(isinstance(getattr(record, name), (int, float)) for name in names)
 
 
-def seconds(rule, make, n):
-    response = make(n)
+def seconds(rule, response):
     began = time.process_time()
     rule(response, "7", verify=str.__eq__)
     return time.process_time() - began
 
 
 @pytest.mark.parametrize("rule", [openrlhf, verl], ids=["openrlhf", "verl"])
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda n: "<think>" * n,
-        lambda n: "<answer>" * n,
-        lambda n: "<think><answer>" * n,
-        lambda n: "a" + " " * n + "b",
-        lambda n: " <" * n,
-        lambda n: "<" + " " * n,
-        lambda n: "\\boxed{" * n,
-        lambda n: "\\boxed{7}" * n,
-        lambda n: "a" + " \n" * n + "/",
-    ],
-    ids=["thinks", "answers", "pairs", "blanks", "less", "trailing", "boxes", "closed", "slash"],
-)
-def test_no_response_takes_more_than_linear_time(rule, make):
-    short = min(seconds(rule, make, 25_000) for _ in range(3))
-    long = min(seconds(rule, make, 100_000) for _ in range(3))
+@pytest.mark.parametrize("before, repeated, after", [
+    ("", "<think>", ""), ("", "<answer>", ""), ("", "<think><answer>", ""), ("a", " ", "b"),
+    ("", " <", ""), ("<", " ", ""), ("", "\\boxed{", ""), ("", "\\boxed{7}", ""),
+    ("a", " \n", "/")])
+def test_no_response_takes_more_than_linear_time(rule, before, repeated, after):
+    short, long = (min(seconds(rule, before + repeated * n + after) for _ in range(3))
+                   for n in (25_000, 100_000))
     assert long < max(9 * short, 0.1) and long < 2  # 4 if linear, 16 if quadratic

@@ -1,7 +1,11 @@
-"""reasoning/qwen.py against transformers: a Qwen2.5-VL and a Qwen3-VL of the real architectures, tiny, through the real loading path."""
+"""reasoning/qwen.py against transformers: a Qwen2.5-VL and a Qwen3-VL of the real architectures,
+tiny, through the real loading path."""
+import json
+
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 import grpo
@@ -15,23 +19,26 @@ def loaded(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
     arrows.tiny_vlm(folder)
-    if request.param == "qwen3_vl":         # the same tokenizer and image processor round another model
+    if request.param == "qwen3_vl":     # the same tokenizer and image processor
         tiny_qwen3(folder)
     model, processor = vlm.load_vlm(folder)
     with torch.no_grad():
-        model.lm_head.weight[processor.image_token] = 0     # a place holder that is sampled is shown as padding later: tested by itself
+        # A place holder that is sampled is shown as padding later: tested by itself
+        model.lm_head.weight[processor.image_token] = 0
     return model, processor
 
 
 def picture(width: int, height: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(width * height).integers(0, 255, (height, width, 3), np.uint8))
+    rng = np.random.default_rng(width * height)
+    return Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8))
 
 
 @pytest.fixture(scope="module")
 def prompts(loaded):
-    """Different lengths, pictures of different sizes, two pictures in one prompt, none in another."""
+    """Of different lengths and pictures' sizes; two pictures in one, none in another."""
     _, processor = loaded
-    turns = [([picture(64, 64)], "from a2 go 6 ?"), ([picture(96, 48)], "how many ?"), ([picture(64, 64), picture(80, 80)], "red ?"), ([], "from a2 go 6 ?")]
+    turns = [([picture(64, 64)], "from a2 go 6 ?"), ([picture(96, 48)], "how many ?"),
+             ([picture(64, 64), picture(80, 80)], "red ?"), ([], "from a2 go 6 ?")]
     return [processor.prompt(*turn) for turn in turns]
 
 
@@ -39,7 +46,8 @@ def test_a_place_holder_per_image_token(loaded, prompts):
     _, processor = loaded
     held = [int((p.ids == processor.image_token).sum()) for p in prompts]
     assert held == [16, 18, 16 + 25, 0]             # an image token covers 16 x 16 pixels
-    assert prompts[0].pixels.shape[0] == 64 and prompts[2].grid.tolist() == [[1, 8, 8], [1, 10, 10]]
+    assert prompts[0].pixels.shape[0] == 64
+    assert prompts[2].grid.tolist() == [[1, 8, 8], [1, 10, 10]]
 
 
 def test_place_holders_in_the_text_are_refused(loaded):
@@ -49,13 +57,14 @@ def test_place_holders_in_the_text_are_refused(loaded):
 
 def test_padded_batch_gives_the_log_probabilities_of_single_rows(loaded, prompts):
     model, processor = loaded
-    completions = [torch.tensor([9, 20, 21, 2]), torch.tensor([30]), torch.tensor([5, 11, 12]), torch.tensor([2])]     # 5: an image place holder as a word
+    # 5: an image place holder as a word
+    completions = [torch.tensor(ids) for ids in ([9, 20, 21, 2], [30], [5, 11, 12], [2])]
     inputs, ids, mask = processor.batch(prompts, completions)
     with torch.no_grad():
         together, _ = grpo.token_logprobs(vlm.completion_logits(model, inputs, ids.shape[1]), ids)
         for i, (prompt, completion) in enumerate(zip(prompts, completions)):
             inputs, ids, _ = processor.batch([prompt], [completion])
-            logits = model(**inputs).logits[0, len(prompt.ids) - 1:-1]                                    # every position, then the last ones
+            logits = model(**inputs).logits[0, len(prompt.ids) - 1:-1]      # of every position
             alone = logits.log_softmax(-1).gather(-1, completion[:, None])[:, 0]
             assert mask[i].sum() == len(completion)
             torch.testing.assert_close(together[i][mask[i]], alone, atol=1e-4, rtol=1e-4)
@@ -77,47 +86,65 @@ def test_generation_with_a_cache_equals_one_without(loaded, prompts):
 
 
 def test_sampling_follows_the_distribution_that_log_probabilities_are_of(loaded, prompts):
-    """Frequencies of the first token at temperature 1.5, against softmax(logits / 1.5); a top-k of the checkpoint would show."""
+    """Frequencies of the first token at temperature 1.5, against softmax(logits / 1.5); a top-k of
+    the checkpoint would show."""
     model, processor = loaded
     n = 4000
     torch.manual_seed(1)
-    drawn = [int(c.ids[0]) for c in vlm.generate(model, processor, [prompts[3]] * n, 1, temperature=1.5)]
+    drawn = vlm.generate(model, processor, [prompts[3]] * n, 1, temperature=1.5)
     inputs, _, _ = processor.batch([prompts[3]], [torch.tensor([0])])
     with torch.no_grad():
         p = (vlm.completion_logits(model, inputs, 1)[0, 0] / 1.5).softmax(-1)
-    frequency = torch.bincount(torch.tensor(drawn), minlength=len(p)) / n
+    frequency = torch.cat([c.ids for c in drawn]).bincount(minlength=len(p)) / n
     assert (frequency - p).abs().max() < 5 * (p.max() * (1 - p.max()) / n) ** 0.5
 
 
 def test_the_end_token_is_found_by_position(loaded, prompts, monkeypatch):
-    """Sequences are cut after the first end token, also where padding looks like it; those without one are truncated."""
+    """Sequences are cut after the first end token, also where padding looks like it; those without
+    one are truncated."""
     model, processor = loaded
     end = processor.tokenizer.eos_token_id
-    sampled = torch.tensor([[11, 12, end, end, end], [11, end, 12, end, 13], [11, 12, 13, 14, 15], [end, end, end, end, end]])
-    monkeypatch.setattr(model, "generate", lambda input_ids, **_: torch.cat([input_ids, sampled], 1))
+    sampled = torch.tensor([[11, 12, end, end, end], [11, end, 12, end, 13], [11, 12, 13, 14, 15],
+                            [end, end, end, end, end]])
+    monkeypatch.setattr(model, "generate",
+                        lambda input_ids, **_: torch.cat([input_ids, sampled], 1))
     completions = vlm.generate(model, processor, [prompts[3]] * 4, 5)
-    assert [c.tokens for c in completions] == [3, 2, 5, 1] and [c.truncated for c in completions] == [False, False, True, False]
-    assert all(end not in processor.tokenizer.convert_tokens_to_ids(c.text.split()) for c in completions)
+    assert [(c.tokens, c.truncated) for c in completions] == [
+        (3, False), (2, False), (5, True), (1, False)]
+    words = [word for c in completions for word in c.text.split()]
+    assert end not in processor.tokenizer.convert_tokens_to_ids(words)
 
 
 def test_too_long_a_prompt_is_named(loaded, prompts):
     model, processor = loaded
-    with pytest.raises(ValueError, match=f"{len(prompts[0].ids)} tokens and {processor.context} new ones exceed"):
+    n = len(prompts[0].ids)
+    with pytest.raises(ValueError, match=f"{n} tokens and {processor.context} new ones exceed"):
         vlm.generate(model, processor, prompts[:1], processor.context)
 
 
 def test_sampling_penalties_of_the_checkpoint_are_dropped(tmp_path):
     arrows.tiny_vlm(tmp_path)
     model, _ = vlm.load_vlm(tmp_path)
-    model.generation_config.update(top_k=1, top_p=0.1, repetition_penalty=1.05, temperature=0.1, do_sample=True)
+    model.generation_config.update(top_k=1, top_p=0.1, repetition_penalty=1.05, temperature=0.1,
+                                   do_sample=True)
     model.generation_config.save_pretrained(tmp_path)
     config = vlm.load_vlm(tmp_path)[0].generation_config
-    assert (config.top_k, config.top_p, config.repetition_penalty) not in [(1, 0.1, 1.05)] and config.repetition_penalty in (None, 1.0)
+    assert config.repetition_penalty in (None, 1.0) and config.top_k != 1 and config.top_p != 0.1
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path):
-    with pytest.raises((OSError, ValueError), match=str(tmp_path)):
+    with pytest.raises(ValueError, match=str(tmp_path)):
         vlm.load_vlm(tmp_path)
+
+
+def test_code_of_a_checkpoint_is_not_run(tmp_path):
+    """Nor is the user asked whether it should be."""
+    maps = {"AutoConfig": "trap.Trap", "AutoModelForImageTextToText": "trap.Trap"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "trap", "auto_map": maps}))
+    (tmp_path / "trap.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    with pytest.raises(ValueError, match=f"^{tmp_path} cannot be loaded"):
+        vlm.load_vlm(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_truncated_weights_are_one_line(tmp_path):
@@ -133,21 +160,22 @@ def test_out_of_memory_is_not_the_checkpoint_s_fault(tmp_path, monkeypatch):
 
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(vlm.AutoModelForImageTextToText, "from_pretrained", full)
-    with pytest.raises(torch.OutOfMemoryError):                 # plumbing/plan.py says what would fit
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):         # plumbing/plan.py says what would fit
         vlm.load_vlm(tmp_path)
 
 
 @pytest.mark.parametrize("budget", [1, 10, 100])
 def test_micro_batches_hold_every_row_once_within_the_budget(budget):
     """Counted as `Processor.batch` pads: prompts on the left, completions on the right."""
-    lengths = [(int(p), int(c)) for p, c in np.random.default_rng(0).integers(1, 30, (50, 2))]
+    lengths = np.random.default_rng(0).integers(1, 30, (50, 2)).tolist()
     for completions in (None, 30):
         batches = list(vlm.micro_batches(lengths, budget, completions))
         assert sorted(i for b in batches for i in b) == list(range(50))
         for b in batches:
             prompt, completion = (max(lengths[i][k] for i in b) for k in (0, 1))
-            assert len(b) == 1 or len(b) * (prompt + completion) <= budget and len(b) * completion <= (completions or budget)
+            assert len(b) == 1 or (len(b) * (prompt + completion) <= budget
+                                   and len(b) * completion <= (completions or budget))
 
 
 @pytest.mark.parametrize("damage", ["missing", "shape"])
@@ -158,7 +186,10 @@ def test_a_checkpoint_without_all_its_tensors_is_refused(tmp_path, damage):
     tensors = load_file(tmp_path / "model.safetensors")
     name = next(name for name in tensors if "layers.0.self_attn.q_proj.weight" in name)
     whole = tensors.pop(name)
-    save_file(tensors if damage == "missing" else tensors | {name: whole[:3]}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors if damage == "missing" else tensors | {name: whole[:3]},
+              tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError) as caught:
         vlm.load_vlm(tmp_path)
-    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value) and (damage == "shape" or "q_proj.weight" in str(caught.value))
+    said = str(caught.value)
+    assert str(tmp_path) in said and "\n" not in said
+    assert damage == "shape" or "q_proj.weight" in said

@@ -1,5 +1,4 @@
 """reasoning/rows.py: rows and pictures that are good, and those that are not."""
-import importlib.util
 import io
 import json
 import os
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from plumbing.flags import ending
 from reasoning import arrows, qwen
 from reasoning import rows as data
 from reasoning.rows import Rejections, Row, read_rows, usable
@@ -29,7 +29,7 @@ def test_good_and_bad_rows(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "b.jpg")
     Image.new("RGB", (400, 2)).save(tmp_path / "strip.png")
     picture = (tmp_path / "b.jpg").read_bytes()
-    (tmp_path / "cut.jpg").write_bytes(picture[: len(picture) // 2])
+    (tmp_path / "cut.jpg").write_bytes(picture[:len(picture) // 2])
     (tmp_path / "text.png").write_text("no picture")
     good = {"query": "q", "image": "a.png", "answer": "7"}
     records = [
@@ -54,64 +54,61 @@ def test_good_and_bad_rows(tmp_path):
         good | {"image": "a\0.png"},
         good,
         good | {"query": "\ud800"},
-    ]
-    raw = [
-        r if isinstance(r, bytes) else (r if isinstance(r, str) else json.dumps(r)).encode()
-        for r in records
-    ]
-    file = tmp_path / "rows.jsonl"
-    file.write_bytes(
-        b"\xef\xbb\xbf" + b"\n".join(raw[:4]) + b"\n\n" + b"\n".join(raw[4:])
-    )  # a byte order mark, a blank line
+        good | {"answer": "NaN"},
+        good | {"answer": "\\boxed{7"}]
+    raw = [record if isinstance(record, bytes) else
+           (record if isinstance(record, str) else json.dumps(record)).encode()
+           for record in records]
+    file = tmp_path / "rows.jsonl"              # a byte order mark, a blank line
+    file.write_bytes(b"\xef\xbb\xbf" + b"\n".join(raw[:4]) + b"\n\n" + b"\n".join(raw[4:]))
     rows, rejected = read_rows(file)
     assert [(r.source, r.query, len(r.images), r.answer, r.content) for r in rows] == [
         ("rows.jsonl:1", "q", 1, "7", None),
         ("rows.jsonl:2", "q", 1, "7.5", "worked"),
         ("rows.jsonl:3", "q", 2, "7", None),
-        ("rows.jsonl:4", "How many?", 1, "7", None),
-    ]
-    reasons = {item.source.removeprefix("rows.jsonl:"): item.reason for item in rejected}
+        ("rows.jsonl:4", "How many?", 1, "7", None)]
     expected = {
-        "6": "broken JSON line: ",
-        "7": "broken JSON line: an object is needed, not list",
-        "8": "broken JSON line: ",
-        "9": "empty question: `query` is ''",
-        "10": "no answer: `answer` is nan",
-        "11": "no answer: `answer` is True",
-        "12": "no answer: `answer` is ' '",
-        "13": "no image: `image` is None; the row's columns are query, answer",
-        "14": "no image: ",
-        "15": "no image: ",
-        "16": f"missing image: {tmp_path}/none.png",
-        "17": f"corrupt image: {tmp_path}/cut.jpg: ",
-        "18": f"corrupt image: {tmp_path}/text.png: ",
-        "19": f"corrupt image: {tmp_path}/strip.png: 400 x 2",
-        "20": "corrupt image: ",
-        "21": "duplicate: the same as rows.jsonl:1",
-        "22": "half a character: `query` holds '\\ud800' alone",
-    }
-    assert set(reasons) == set(expected)
+        6: "broken JSON line: ",
+        7: "broken JSON line: an object is needed, not list",
+        8: "broken JSON line: ",
+        9: "empty question: `query` is ''",
+        10: "no answer: `answer` is nan",
+        11: "no answer: `answer` is True",
+        12: "no answer: `answer` is ' '",
+        13: "no image: `image` is None; the row's columns are query, answer",
+        14: "no image: ",
+        15: "no image: ",
+        16: f"missing image: {tmp_path}/none.png",
+        17: f"corrupt image: {tmp_path}/cut.jpg: ",
+        18: f"corrupt image: {tmp_path}/text.png: ",
+        19: f"corrupt image: {tmp_path}/strip.png: 400 x 2",
+        20: "corrupt image: ",
+        21: "duplicate: the same as rows.jsonl:1",
+        22: "half a character: `query` holds '\\ud800' alone",
+        23: "unreadable ground truth: 'NaN'",
+        24: "unreadable ground truth: '\\\\boxed{7'"}
+    assert list(rejected) == [f"rows.jsonl:{line}" for line in expected]
     for line, reason in expected.items():
-        assert reasons[line].startswith(reason) and "\n" not in reasons[line], line
+        said = rejected[f"rows.jsonl:{line}"]
+        assert said.startswith(reason) and "\n" not in said, line
 
 
 def test_ids_follow_the_content_not_the_place(tmp_path):
     first, _ = read_rows(write_rows(tmp_path, 3))
     (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "other.jsonl").write_text(
-        "\n".join(reversed((tmp_path / "rows.jsonl").read_text().splitlines()))
-    )
+    turned = reversed((tmp_path / "rows.jsonl").read_text().splitlines())
+    (tmp_path / "sub" / "other.jsonl").write_text("\n".join(turned))
     again, _ = read_rows(tmp_path / "sub" / "other.jsonl", tmp_path)
-    assert [row.id for row in again] == [row.id for row in first][::-1] and len(
-        {row.id for row in first}
-    ) == 3
+    assert [row.id for row in again] == [row.id for row in first][::-1]
+    assert len({row.id for row in first}) == 3
     assert [data.load_image(row).getpixel((0, 0))[0] for row in again] == [2, 1, 0]
-    with pytest.raises(
-        ValueError,
-        match=r"rows.jsonl: no good row; rows.jsonl:1: empty question: `problem` is None; the "
-        "row's columns are query, image, answer",
-    ):
-        read_rows(tmp_path / "rows.jsonl", columns={"query": "problem"})
+    why = ("rows.jsonl: no good row; rows.jsonl:1: empty question: `problem` is None; the row's "
+           "columns are query, image, answer")
+    with pytest.raises(ValueError, match=why):
+        read_rows(tmp_path / "rows.jsonl", columns=["query=problem"])
+    for pair in ("problem", "question=problem", "query="):
+        with pytest.raises(ValueError, match=f"^--columns {pair}: it takes NAME=COLUMN, "):
+            read_rows(tmp_path / "rows.jsonl", columns=[pair])
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="empty.jsonl: no good row; it is empty"):
         read_rows(tmp_path / "empty.jsonl")
@@ -128,10 +125,8 @@ def test_images_become_upright_rgb_on_white(tmp_path):
 
     clear = Image.new("RGBA", (4, 2), (0, 0, 0, 0))
     clear.putpixel((0, 0), (0, 0, 0, 255))
-    assert [load(clear, "clear.png").getpixel(xy) for xy in ((0, 0), (1, 1))] == [
-        (0, 0, 0),
-        (255, 255, 255),
-    ]
+    seen = load(clear, "clear.png")
+    assert seen.getpixel((0, 0)) == (0, 0, 0) and seen.getpixel((1, 1)) == (255, 255, 255)
     palette = Image.new("P", (4, 2), 1)
     palette.putpalette([0, 0, 0, 9, 9, 9])
     assert load(palette, "palette.png", transparency=1).getpixel((0, 0)) == (255, 255, 255)
@@ -145,7 +140,7 @@ def test_images_become_upright_rgb_on_white(tmp_path):
 @pytest.mark.parametrize("size", [(8, 8), (1, 150), (640, 480), (1999, 1003), (5000, 30), (3, 500)])
 def test_fit_image(size):
     image = Image.new("RGB", size)
-    fitted = data.fit_image(image, 3136, 200_000)
+    fitted = data.fit_image(image, 200_000)
     assert 3136 <= fitted.width * fitted.height <= 200_000
     scale = np.array(fitted.size) / np.array(size)  # (2,) the same but for whole pixels
     assert abs(size[0] * scale[1] - fitted.width) <= scale[1] * size[0] / fitted.height + 1
@@ -157,36 +152,27 @@ def test_parquet_holds_what_jsonl_holds(tmp_path):
     import pyarrow
     from pyarrow import parquet
 
+    def write(name: str, rows: list[tuple[str, bytes, int]]) -> None:
+        table = [{"problem": query, "images": [{"bytes": picture, "path": None}], "answer": answer}
+                 for query, picture, answer in rows]
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / name)
+
     rows, _ = read_rows(write_rows(tmp_path, 5))
-    pictures = [(tmp_path / f"{i}.png").read_bytes() for i in range(5)]
-    (tmp_path / "shards").mkdir()
-    for name, part in (("a", range(3)), ("b", range(3, 5))):
-        table = [
-            {
-                "problem": rows[i].query,
-                "images": [{"bytes": pictures[i], "path": None}],
-                "answer": i,
-            }
-            for i in part
-        ]
-        parquet.write_table(
-            pyarrow.Table.from_pylist(table), tmp_path / "shards" / f"{name}.parquet"
-        )
-    broken = [{"problem": "q", "images": [{"bytes": b"no picture", "path": None}], "answer": 1}]
-    parquet.write_table(pyarrow.Table.from_pylist(broken), tmp_path / "shards" / "c.parquet")
-    read, rejected = read_rows(tmp_path / "shards", columns={"query": "problem", "image": "images"})
-    assert [r.source for r in read] == [
-        "a.parquet:1",
-        "a.parquet:2",
-        "a.parquet:3",
-        "b.parquet:1",
-        "b.parquet:2",
-    ]
+    same = [(row.query, (tmp_path / f"{i}.png").read_bytes(), i) for i, row in enumerate(rows)]
+    write("shards/a.parquet", same[:3])
+    write("shards/b.parquet", same[3:])
+    write("shards/c.parquet", [("q", b"no picture", 1)])
+    write("shards/sub/c.parquet", [("q", b"no picture", 1)])
+    read, rejected = read_rows(tmp_path / "shards", columns=["query=problem", "image=images"])
+    assert [r.source for r in read] == [f"a.parquet:{i}" for i in (1, 2, 3)] + [
+        "b.parquet:1", "b.parquet:2"]
     for a, b in zip(rows, read, strict=True):
-        assert (a.query, a.answer) == (b.query, b.answer) and data.load_image(
-            a
-        ).tobytes() == data.load_image(b).tobytes()
-    assert [item.reason.partition(": cannot")[0] for item in rejected] == ["corrupt image: image 1"]
+        assert (a.query, a.answer) == (b.query, b.answer)
+        assert data.load_image(a).tobytes() == data.load_image(b).tobytes()
+    assert list(rejected) == ["c.parquet:1", "sub/c.parquet:1"]
+    for reason in rejected.values():
+        assert reason.startswith("corrupt image: image 1: cannot")
     (tmp_path / "no.parquet").write_text("text")
     with pytest.raises(ValueError, match="no.parquet cannot be read"):
         read_rows(tmp_path / "no.parquet")
@@ -200,68 +186,48 @@ def test_dataset_of_the_hub_stays_encoded(tmp_path, monkeypatch):
 
     write_rows(tmp_path, 3)
     pictures = [(tmp_path / f"{i}.png").read_bytes() for i in range(3)]
-    table = [
-        {"query": f"Row {i}", "image": {"bytes": pictures[i], "path": f"{i}.png"}, "answer": str(i)}
-        for i in range(3)
-    ]
+    table = [{"query": f"Row {i}", "image": {"bytes": picture, "path": f"{i}.png"},
+              "answer": str(i)} for i, picture in enumerate(pictures)]
     parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "rows.parquet")
-    features = datasets.Features(
-        {
-            "query": datasets.Value("string"),
-            "image": datasets.Image(),
-            "answer": datasets.Value("string"),
-        }
-    )
+    text = datasets.Value("string")
+    features = datasets.Features({"query": text, "image": datasets.Image(), "answer": text})
     dataset = datasets.load_dataset(
-        "parquet",
-        data_files=str(tmp_path / "rows.parquet"),
-        split="train",
-        features=features,
-        cache_dir=str(tmp_path / "cache"),
-    )
-    assert isinstance(dataset[0]["image"], Image.Image)  # what reading it without care would decode
+        "parquet", data_files=str(tmp_path / "rows.parquet"), split="train", features=features,
+        cache_dir=str(tmp_path / "cache"))
+    assert isinstance(dataset[0]["image"], Image.Image)     # decoded, without care
     asked = []
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda name, split: asked.append((name, split)) or dataset
-    )  # the download alone
+    monkeypatch.setattr(datasets, "load_dataset",           # the download alone
+                        lambda name, split: asked.append((name, split)) or dataset)
     rows, _ = read_rows("some/where:test")
-    assert asked == [("some/where", "test")] and [row.images for row in rows] == [
-        [picture] for picture in pictures
-    ]
+    assert asked == [("some/where", "test")]
+    assert [row.images for row in rows] == [[picture] for picture in pictures]
 
 
-def test_no_datasets_package(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        RuntimeError,
-        match="^there is no file some/where; to read it as a dataset of the hub: pip install "
-        "datasets$",
-    ):
-        read_rows("some/where")
+def test_packages_that_not_everyone_has(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    (tmp_path / "a.parquet").write_text("")
+    for source, why in (("some/where", "no file; to read it as a dataset of the hub: pip install "
+                                       "datasets"),
+                        (str(tmp_path / "a.parquet"), "parquet: pip install pyarrow")):
+        with pytest.raises(RuntimeError, match=f"^{source} is {why}"):
+            read_rows(source)
 
 
-def test_check(tmp_path):
+def test_check(tmp_path, capsys):
     write_rows(tmp_path, 2)
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"query": "q", "image": "none.png", "answer": 1}\n')
-    check = [sys.executable, "-m", "reasoning.rows", "check"]
-    done = subprocess.run(
-        [*check, tmp_path / "rows.jsonl", "--images", tmp_path], capture_output=True, text=True
-    )
+    check = [sys.executable, "-m", "reasoning.rows", "check", tmp_path / "rows.jsonl"]
+    done = subprocess.run([*check, "--images", tmp_path], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert (
-        done.stdout == f"rows.jsonl:3: missing image: {tmp_path}/none.png\n2 of 3 rows are good\n"
-    )
-    done = subprocess.run(
-        [*check, tmp_path / "rows.jsonl", "--columns", "query=problem"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.strip().splitlines()) == 1
-    assert (
-        "error: " in done.stderr
-        and "`problem` is None; the row's columns are query, image, answer" in done.stderr
-    )
+    assert done.stdout == (f"rows.jsonl:3: missing image: {tmp_path}/none.png\n"
+                           "2 of 3 rows are good\n")
+    code = ending(lambda: data.main([*map(str, check[3:]), "--columns", "query=problem"]))
+    printed = capsys.readouterr()
+    assert (code, printed.out) == (2, "") and printed.err.startswith("error: ")
+    assert printed.err.endswith(
+        "`problem` is None; the row's columns are query, image, answer\n")
 
 
 # Rows of the kinds that public bug reports are about
@@ -276,8 +242,8 @@ def reasons_of(folder: Path, *written: str) -> list[str]:
     (folder / "rows.jsonl").write_text("\n".join([*bad, good]))
     rows, rejected = read_rows(folder / "rows.jsonl")
     assert [row.query for row in rows] == ["good"]
-    assert all(item.reason.isprintable() and len(item.reason) < 310 for item in rejected)
-    return [item.reason for item in rejected]
+    assert all(reason.isprintable() and len(reason) < 310 for reason in rejected.values())
+    return list(rejected.values())
 
 
 def test_numbers_are_kept_as_they_are_written(tmp_path):
@@ -286,16 +252,14 @@ def test_numbers_are_kept_as_they_are_written(tmp_path):
     refused = ["1" * 401, "1e999", "NaN", "-Infinity", "9" * 5000]
     row = '{"query": "q%d", "image": "a.png", "score": NaN, "answer": %s}'
     (tmp_path / "rows.jsonl").write_text(
-        "\n".join(row % pair for pair in enumerate(numbers + refused))
-    )
+        "\n".join(row % pair for pair in enumerate(numbers + refused)))
     rows, rejected = read_rows(tmp_path / "rows.jsonl")
     assert [row.answer for row in rows] == numbers and type(rows[0].answer) is str
-    assert [item.reason.partition(":")[0] for item in rejected] == ["no answer"] * 5
+    assert [reason.partition(":")[0] for reason in rejected.values()] == ["no answer"] * 5
     assert reasons_of(tmp_path, '"query": 5', '"content": 5', '"target": [1]') == [
         "empty question: `query` is '5'; the row's columns are query, image, answer",
         "no text: `content` is '5'; the row's columns are query, image, answer, content",
-        "no text: `target` is ['1']; the row's columns are query, image, answer, target",
-    ]
+        "no text: `target` is ['1']; the row's columns are query, image, answer, target"]
 
 
 @needs("pyarrow")
@@ -334,8 +298,7 @@ def test_nested_rows(tmp_path):
 def test_half_characters_and_terminal_escapes(tmp_path):
     half = [rf'"{name}": "a \ud83d b"' for name in data.COLUMNS]
     assert reasons_of(tmp_path, *half) == [
-        rf"half a character: `{name}` holds '\ud83d' alone" for name in data.COLUMNS
-    ]
+        rf"half a character: `{name}` holds '\ud83d' alone" for name in data.COLUMNS]
     whole = {"query": "\U0001f600", "image": "a.png", "answer": "\u2220", "target": "\U0001f600"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(whole))     # in pairs of surrogates
     assert [(row.query, row.target) for row in read_rows(tmp_path / "rows.jsonl")[0]] == [
@@ -365,7 +328,6 @@ def test_only_regular_files_are_opened(tmp_path):
 
 # Pictures
 
-
 def encoded(picture: Image.Image, kind: str) -> bytes:
     picture.save(buffer := io.BytesIO(), kind)
     return buffer.getvalue()
@@ -374,22 +336,18 @@ def encoded(picture: Image.Image, kind: str) -> bytes:
 RAMP = np.tile(np.arange(256), (64, 1))  # (64, 256), the grey levels wanted
 
 
-@pytest.mark.parametrize(
-    "name, array, kind",
-    [
-        ("16 bits", (RAMP * 257).astype(np.uint16), "PNG"),
-        ("16 bits", (RAMP * 257).astype(np.uint16), "TIFF"),
-        ("16 bits, big-endian", (RAMP * 257).astype(">u2"), "TIFF"),
-        ("16 in 32 bits", (RAMP * 257).astype(np.int32), "TIFF"),
-        ("8 in 32 bits", RAMP.astype(np.int32), "TIFF"),
-        ("32 bits", (RAMP * 2**23).astype(np.int32), "TIFF"),
-        ("signed", (RAMP * 100 - 9000).astype(np.int32), "TIFF"),
-        ("0 to 1", (RAMP / 255).astype(np.float32), "TIFF"),
-        ("0 to 255", RAMP.astype(np.float32), "TIFF"),
-        ("0 to 65535", (RAMP * 257).astype(np.float32), "TIFF"),
-        ("any floats", (RAMP * 1e6 - 7).astype(np.float32), "TIFF"),
-    ],
-)
+@pytest.mark.parametrize("name, array, kind", [
+    ("16 bits", (RAMP * 257).astype(np.uint16), "PNG"),
+    ("16 bits", (RAMP * 257).astype(np.uint16), "TIFF"),
+    ("16 bits, big-endian", (RAMP * 257).astype(">u2"), "TIFF"),
+    ("16 in 32 bits", (RAMP * 257).astype(np.int32), "TIFF"),
+    ("8 in 32 bits", RAMP.astype(np.int32), "TIFF"),
+    ("32 bits", (RAMP * 2**23).astype(np.int32), "TIFF"),
+    ("signed", (RAMP * 100 - 9000).astype(np.int32), "TIFF"),
+    ("0 to 1", (RAMP / 255).astype(np.float32), "TIFF"),
+    ("0 to 255", RAMP.astype(np.float32), "TIFF"),
+    ("0 to 65535", (RAMP * 257).astype(np.float32), "TIFF"),
+    ("any floats", (RAMP * 1e6 - 7).astype(np.float32), "TIFF")])
 def test_grey_of_more_than_8_bits(name, array, kind):
     seen = np.asarray(data.open_image(encoded(Image.fromarray(array), kind), name))
     assert seen.shape == (64, 256, 3) and (seen == RAMP[..., None]).all()
@@ -443,7 +401,7 @@ def test_huge_pictures_are_refused_by_their_header_and_large_ones_take_turns(tmp
         assert tracemalloc.get_traced_memory()[1] < 50e6
         tracemalloc.stop()
     assert not said and len(rows) == 1
-    assert {item.reason.partition(".png: ")[2] for item in rejected} == {
+    assert {reason.partition(".png: ")[2] for reason in rejected.values()} == {
         "13000 x 13000 pixels are more than 67 million"}
 
     at_once, most = [], []
@@ -466,7 +424,6 @@ def test_huge_pictures_are_refused_by_their_header_and_large_ones_take_turns(tmp
 
 # Rows that are too long
 
-
 @dataclass
 class Limits:
     prompt: str = "query"
@@ -477,26 +434,25 @@ class Limits:
 
 
 def test_usable_rows(base, tmp_path, capsys):
-    """A broken picture, a long question, a long target, an answer that cannot be read go, with the
-    reason, once; the length is that of the real prompt."""
+    """A long question, one with a place holder, a long target go, with the reason, once; the length
+    is that of the real prompt."""
     processor, limits = qwen.Processor(base), Limits()
-    good, broken, long, holder, target = arrows.dataset(5, 0, targets=True)
-    broken.images, broken.sizes, long.query = [b"broken"], [], "from a1 go 6 " * 30
+    good, long, holder, target = arrows.dataset(4, 0, targets=True)
+    long.query = "from a1 go 6 " * 30
     holder.query, target.target = "from <|image_pad|> a2", "from " * 5000
-    bad = data.Rejected("x:1", "x:1", "broken JSON line: 1")
     for _ in range(2):
-        rejections = Rejections(tmp_path)
-        rows = [broken, good, long, holder, target]
-        assert usable(rows, [bad], processor, limits, rejections) == [good]
+        rejections, rows = Rejections(tmp_path), [good, long, holder, target]
+        bad = {"x:1": "broken JSON line: 1"}
+        assert usable(rows, bad, processor, limits, rejections) == [good]
     written = lines(tmp_path / "rejected.jsonl")
-    assert [line["id"] for line in written] == ["x:1", broken.id, long.id, holder.id, target.id]
-    assert [line["reason"].partition(":")[0] for line in written] == [
-        "broken JSON line", "corrupt image", "too long", "2 pictures, but the prompt holds"
-    ][:3] + [written[3]["reason"].partition(":")[0], "too long"]
-    assert "place holders" in written[3]["reason"] and "--max_length" in written[4]["reason"]
-    assert capsys.readouterr().out.count("set aside in") == 5
+    assert [line["id"] for line in written] == ["x:1", long.id, holder.id, target.id]
+    assert [line["source"] for line in written] == ["x:1"] + ["arrows"] * 3
+    for line, words in zip(written, ("broken JSON line: 1", "too long: a prompt of",
+                                     "place holders", "see --max_length"), strict=True):
+        assert words in line["reason"] and line["response"] == ""
+    assert capsys.readouterr().out.count("set aside in") == 4
     with pytest.raises(ValueError, match=r"none of 1 rows can be used; .*rejected.jsonl says why"):
-        usable([broken], [], processor, limits, rejections)
+        usable([long], {}, processor, limits, rejections)
 
 
 @pytest.mark.parametrize("max_pixels", [data.MIN_PIXELS, 20_000, data.MAX_PIXELS])
@@ -512,19 +468,21 @@ def test_lengths_without_decoding(base, tmp_path, max_pixels, monkeypatch):
             [data.fit_image(p, max_pixels=max_pixels) for p in pictures], row.query).ids)
         with monkeypatch.context() as patch:
             patch.setattr(data, "open_image", pytest.fail)
-            kept = usable([row], [], processor, Limits(max_prompt=real, max_pixels=max_pixels),
+            kept = usable([row], {}, processor, Limits(max_prompt=real, max_pixels=max_pixels),
                           Rejections(tmp_path))
             assert kept == [row]
             with pytest.raises(ValueError, match="none of 1 rows"):
-                usable([row], [], processor, Limits(max_prompt=real - 1, max_pixels=max_pixels),
+                usable([row], {}, processor, Limits(max_prompt=real - 1, max_pixels=max_pixels),
                        Rejections(tmp_path))
 
 
 def test_one_rank_writes_rejections(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     other = Rejections(tmp_path)
-    other.add(Row("i", "q", [], "1", source="r:1"), "why")
+    other.add("i", "r:1", "why")
     assert other.seen == {"i": "why"} and not (tmp_path / "rejected.jsonl").exists()
     monkeypatch.setenv("RANK", "0")
-    Rejections(tmp_path).add(Row("i", "q", [], "1", source="r:1"), "why\n\x1b[31m")
-    assert [line["reason"] for line in lines(tmp_path / "rejected.jsonl")] == [r"why \x1b[31m"]
+    Rejections(tmp_path).add("i", "r:1", "why\n\x1b[31m", "said")
+    [written] = lines(tmp_path / "rejected.jsonl")
+    assert written == {"id": "i", "source": "r:1", "reason": r"why \x1b[31m", "response": "said"}
+    assert Rejections(tmp_path).seen == {"i": r"why \x1b[31m"}

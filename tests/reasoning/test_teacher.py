@@ -26,28 +26,25 @@ from PIL import Image
 
 import plumbing.run  # noqa: F401  it imports torch, which tests that look at the clock must not
 import rewards
-from reasoning import qwen
+from reasoning import arrows, qwen
 from reasoning import teacher as t
 from reasoning.answers import default_verify
 from reasoning.rows import (
     MAX_PIXELS,
-    Rejected,
     Row,
     first_prompt,
     load_image,
     read_rows,
     reflection_prompt,
 )
-from reasoning.teacher import Teacher, build
 from tests.conftest import lines, needs, write_rows
 
 ROOT = Path(__file__).parents[2]
-REPLY = json.dumps(
-    {"reflection": "I counted a plate twice.", "think": "Three and four make seven."}
-)
+REPLY = json.dumps({"reflection": "I counted a plate twice.",
+                    "think": "Three and four make seven."})
 
 
-def answer(rows: list[Row]) -> list[str]:
+def answer(rows: list[Row], prompts: list[str] | None = None) -> list[str]:
     """First answers: right for even rows."""
     numbers = [int(row.answer) + int(row.answer) % 2 for row in rows]
     return [f"<think>so many</think> <answer>$\\boxed{{{n}}}$</answer>" for n in numbers]
@@ -57,43 +54,39 @@ def teach(rows: list[Row], prompts: list[str]) -> list[str]:
     return [REPLY] * len(rows)
 
 
-# Prompts, targets, replies
+def build(rows, firsts, teacher, out, rejected=None, **options):
+    """-> (whether first answers were right, by id; reasons why rows were refused, by id)."""
+    work = t.Work(t.Settings(out=str(out), **options), firsts, teacher)
+    work.run(rows, rejected or {})
+    return work.kept, work.rejections.seen
 
+
+def Teacher(url: str, model: str, key: str | None = None, **options) -> t.Teacher:
+    return t.Teacher(t.Settings(teacher_url=url, teacher_model=model, **options), key)
+
+
+# Prompts, targets, replies
 
 def test_targets_as_the_reward_reads_them():
     first = " <think>3 + 4 = 8</think>\n<answer>$\\boxed{8}$</answer>"
     paper = t.sft_target(first, "3 + 4 is 7.", "3 + 4 = 7", "7")
     record = rewards.reflection_reward(paper, "7", verify=default_verify)
-    assert (record.format, record.accuracy, record.effectiveness, record.reflection) == (
-        0.5,
-        0,
-        0.5,
-        0.25,
-    )
+    assert (record.format, record.accuracy) == (0.5, 0)
+    assert (record.effectiveness, record.reflection) == (0.5, 0.25)
     assert rewards.TAG.findall(paper) == rewards.TAG_ORDER
     release = t.sft_target(first, "3 + 4 is 7.", "ignored", "7", form="release")
-    assert (
-        release == paper.replace("<think>3 + 4 = 7</think>", "") and release.count("<think>") == 1
-    )
-    for gold, boxed in (
-        ("7", "$\\boxed{7}$"),
-        ("$\\frac{1}{2}$", "$\\boxed{\\frac{1}{2}}$"),
-        ("$\\boxed{x}$", "$\\boxed{x}$"),
-        ("$5", "$\\boxed{$5}$"),
-        ("$a$ or $b$", "$\\boxed{$a$ or $b$}$"),
-    ):
+    assert release == paper.replace("<think>3 + 4 = 7</think>", "")
+    assert release.count("<think>") == 1
+    for gold, boxed in (("7", "$\\boxed{7}$"), ("$\\frac{1}{2}$", "$\\boxed{\\frac{1}{2}}$"),
+                        ("$\\boxed{x}$", "$\\boxed{x}$"), ("$5", "$\\boxed{$5}$"),
+                        ("$a$ or $b$", "$\\boxed{$a$ or $b$}$")):
         assert t.sft_target(first, "r", "t", gold).endswith(f"<answer>{boxed}</answer>")
     with pytest.raises(ValueError, match="second think"):
         t.sft_target(first, "r", None, "7")
-    for bad in (
-        "7",
-        "<think>a</think><answer></answer>",
-        "<think>a<answer>b</answer>",
-        f"{first}{first}",
-        "<think>a</think><answer>8",
-        "<think>a</think><answer>8</answer> and so on",
-        "<think>a</think><reflection>b</reflection><answer>c</answer>",
-    ):
+    for bad in ("7", "<think>a</think><answer></answer>", "<think>a<answer>b</answer>",
+                f"{first}{first}", "<think>a</think><answer>8",
+                "<think>a</think><answer>8</answer> and so on",
+                "<think>a</think><reflection>b</reflection><answer>c</answer>"):
         with pytest.raises(ValueError, match="^first answer without tags: "):
             t.sft_target(bad, "r", "t", "7")
 
@@ -101,28 +94,17 @@ def test_targets_as_the_reward_reads_them():
 def test_prompts():
     row = Row("", r"What is {x} in \frac{1}{x}?", [], "{7}")
     right, wrong = (t.teacher_prompt(row, "RESPONSE {0}", correct) for correct in (True, False))
-    assert (
-        "tighten" in right
-        and "revise" not in right
-        and "revise" in wrong
-        and "tighten" not in wrong
-    )
+    assert "tighten" in right and "revise" not in right
+    assert "revise" in wrong and "tighten" not in wrong
     for text in (right, wrong):
-        assert (
-            row.query in text
-            and "{7}" in text
-            and "RESPONSE {0}" in text
-            and '"think"' in text
-            and "worked solution" not in text
-        )
+        assert all(part in text for part in (row.query, "{7}", "RESPONSE {0}", '"think"'))
+        assert "worked solution" not in text
     assert '"think"' not in t.teacher_prompt(row, "", True, "release")
     row.content = "WORKED"
     assert "WORKED" in t.teacher_prompt(row, "", True)
     assert rewards.TAG.findall(first_prompt("q").rpartition(":")[2]) == rewards.TAG_ORDER[:4]
-    pattern = reflection_prompt("q").rpartition("tags:")[2].strip()
-    assert (
-        rewards.reflection_reward(pattern, "final answer").format == 0.5
-    )  # the example in the prompt obeys the format
+    pattern = reflection_prompt("q").rpartition("tags:")[2].strip()     # its example obeys it
+    assert rewards.reflection_reward(pattern, "final answer").format == 0.5
 
 
 LATEX = [
@@ -141,41 +123,29 @@ LATEX = [
 def test_reply_well_escaped(text):
     for ascii_only in (True, False):
         reply = json.dumps({"reflection": text, "think": text}, ensure_ascii=ascii_only, indent=1)
-        thoughts = (
-            '<think>Let me see {x}: {"reflection": "draft", "think": "draft"}</think> Here it is:\n'
-        )
-        for wrapped in (
-            reply,
-            f"```json\n{reply}\n```",
-            f'{thoughts}{reply}\nDone. {{"score": 1}}',
-        ):
+        thoughts = '<think>Let me see {x}: {"reflection": "draft", "think": "draft"}</think> So:\n'
+        for wrapped in (reply, f"```json\n{reply}\n```", f'{{"result": {reply}}}',
+                        f'{thoughts}{reply}\nDone. {{"score": 1}}'):
             assert t.parse_reply(wrapped) == (text.strip(), text.strip())
 
 
 def test_reply_badly_escaped():
-    careless = (
-        '{"reflection": "'
-        + LATEX[0]
-        + '", "think": "line\nbreak \\"quoted\\" so\\nNext $\\\\frac{1}{2}$ \\u00e9"}'
-    )
+    careless = ('{"reflection": "' + LATEX[0] + '", "think": "line\nbreak \\"quoted\\" so\\nNext '
+                '$\\\\frac{1}{2}$ \\u00e9"}')
     assert t.parse_reply(careless) == (LATEX[0], 'line\nbreak "quoted" so\nNext $\\frac{1}{2}$ é')
 
 
-@pytest.mark.parametrize(
-    "text, reason",
-    [
-        ("", "no JSON with a reflection"),
-        ("I cannot help.", "no JSON with a reflection"),
-        ('{"reflection": "cut', "no JSON with a reflection"),
-        ('{"reflection": " ", "think": "t"}', "no JSON with a reflection"),
-        ('{"reflection": ["r"], "think": "t"}', "no JSON with a reflection"),
-        ('{"reflection": "r"}', "no JSON with a think"),
-        ('{"reflection": "r", "think": null}', "no JSON with a think"),
-        ('{"reflection": "see <answer>7</answer>", "think": "t"}', "tags inside the reflection"),
-        ('{"reflection": "r", "think": "<think>t</think>"}', "tags inside the think"),
-        ("{" * 50, "no JSON with a reflection"),
-    ],
-)
+@pytest.mark.parametrize("text, reason", [
+    ("", "no JSON with a reflection"),
+    ("I cannot help.", "no JSON with a reflection"),
+    ('{"reflection": "cut', "no JSON with a reflection"),
+    ('{"reflection": " ", "think": "t"}', "no JSON with a reflection"),
+    ('{"reflection": ["r"], "think": "t"}', "no JSON with a reflection"),
+    ('{"reflection": "r"}', "no JSON with a think"),
+    ('{"reflection": "r", "think": null}', "no JSON with a think"),
+    ('{"reflection": "see <answer>7</answer>", "think": "t"}', "tags inside the reflection"),
+    ('{"reflection": "r", "think": "<think>t</think>"}', "tags inside the think"),
+    ("{" * 50, "no JSON with a reflection")])
 def test_garbage_replies(text, reason):
     with pytest.raises(ValueError, match=f"^teacher's reply: {reason}$"):
         t.parse_reply(text)
@@ -219,73 +189,49 @@ def test_long_first_answers_are_read_in_linear_time():
         assert time.monotonic() - start < 5
 
 
-def test_tags_are_those_of_the_reward():
-    assert t.TAG.pattern == rewards.TAG.pattern
-
-
 # The pipeline with a local teacher
 
-
-def test_build_with_a_local_teacher(tmp_path, monkeypatch):
-    rows, _ = read_rows(write_rows(tmp_path, 7))
+def test_build_with_a_local_teacher(tmp_path):
+    write_rows(tmp_path, 7)
+    text = (tmp_path / "rows.jsonl").read_text().replace('"answer": "4"', '"answer": "nan"')
+    (tmp_path / "rows.jsonl").write_text(text)
+    rows, rejected = read_rows(tmp_path / "rows.jsonl")
     firsts, asked = [], []
 
-    def first_answers(rows):
+    def model(rows, prompts):
         firsts.append(len(rows))
+        assert prompts == [first_prompt(row.query) for row in rows]
         return ["no tags" if row.answer == "5" else answer([row])[0] for row in rows]
 
     def teacher(rows, prompts):
         asked.append([row.answer for row in rows])
-        assert all(
-            ("tighten" in prompt) == (int(row.answer) % 2 == 0)
-            for row, prompt in zip(rows, prompts, strict=True)
-        )
-        return [
-            "garbage" if row.answer == "3" or row.answer == "1" and len(asked) == 1 else REPLY
-            for row in rows
-        ]
+        for row, prompt in zip(rows, prompts, strict=True):
+            assert ("tighten" in prompt) == (int(row.answer) % 2 == 0)
+        return ["garbage" if row.answer == "3" or row.answer == "1" and len(asked) == 1 else REPLY
+                for row in rows]
 
     out = tmp_path / "out"
-    bad = Rejected("x:1", "x:1", "broken JSON line: 1")
-    monkeypatch.setattr(
-        t,
-        "default_verify",
-        lambda prediction, gold: None if gold == "4" else default_verify(prediction, gold),
-    )
-    kept, refused = build(rows, first_answers, teacher, out, [bad], batch=4)
+    rejected = {"x:1": "broken JSON line: 1"} | rejected
+    kept, refused = build(rows, model, teacher, out, rejected, batch=4)
     assert list(kept.values()) == [True, True, False, True] and len(refused) == 4
-    assert firsts == [4, 3]
-    assert asked == [
-        ["0", "1", "2", "3"],
-        ["1", "3"],
-        ["3"],
-        ["6"],
-    ]  # only what could not be read is asked again, TRIES times
-    kept, rejected = lines(out / "reflections.jsonl"), lines(out / "rejected.jsonl")
+    assert firsts == [4, 2]         # what could not be read is asked again, TRIES times
+    assert asked == [["0", "1", "2", "3"], ["1", "3"], ["3"], ["6"]]
+    kept, refused = lines(out / "reflections.jsonl"), lines(out / "rejected.jsonl")
     assert [(line["answer"], line["first_correct"]) for line in kept] == [
-        ("0", True),
-        ("2", True),
-        ("1", False),
-        ("6", True),
-    ]
+        ("0", True), ("2", True), ("1", False), ("6", True)]
     for line in kept:
         record = rewards.reflection_reward(line["target"], line["answer"], verify=default_verify)
-        assert (
-            record.format == 0.5
-            and record.final_correct
-            and record.first_correct == line["first_correct"]
-        )
+        assert record.format == 0.5 and record.final_correct
+        assert record.first_correct == line["first_correct"]
         assert (line["reflection"], line["think"]) == tuple(json.loads(REPLY).values())
-    assert [
-        (line["source"], line["reason"].partition(":")[0], line["response"]) for line in rejected
-    ] == [
+    assert [(line["source"], line["reason"].partition(":")[0], line["response"])
+            for line in refused] == [
         ("x:1", "broken JSON line", ""),
-        ("rows.jsonl:5", "unreadable ground truth", answer(rows[4:5])[0]),
+        ("rows.jsonl:5", "unreadable ground truth", ""),
         ("rows.jsonl:6", "first answer without tags", "no tags"),
-        ("rows.jsonl:4", "teacher's reply", "garbage"),
-    ]
+        ("rows.jsonl:4", "teacher's reply", "garbage")]
     before = {path.name: path.read_text() for path in out.iterdir()}
-    build(rows, pytest.fail, pytest.fail, out, [bad])  # nothing is left to do
+    build(rows, pytest.fail, pytest.fail, out, rejected)        # nothing is left to do
     assert {path.name: path.read_text() for path in out.iterdir()} == before
     begun = f"{out}/settings.json was begun with form 'paper', not 'release'; "
     with pytest.raises(ValueError, match=f"^{re.escape(begun)}"):
@@ -293,12 +239,9 @@ def test_build_with_a_local_teacher(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="was begun with model '', not 'b'"):
         build(rows, answer, teach, out, model="b")
     assert {path.name: path.read_text() for path in out.iterdir()} == before
-    for bad_setting, words in (
-        ({"form": "papper"}, "--form papper must be"),
-        ({"right_share": 1.0}, "--right-share 1.0"),
-        ({"batch": 0}, "--batch must be at"),
-        ({"in_flight": 0}, "--in_flight must be at"),
-    ):
+    for bad_setting, words in (({"right_share": 1.0}, "--right-share must be in .*, got 1.0"),
+                               ({"batch": 0}, "--batch must be at"),
+                               ({"in_flight": 0}, "--in_flight must be at")):
         with pytest.raises(ValueError, match=words):
             build(rows, answer, teach, tmp_path / "other", **bad_setting)
     assert not (tmp_path / "other").exists()
@@ -349,7 +292,8 @@ def mutated(text: bytes, rng: np.random.Generator) -> bytes:
 def test_damaged_folders(tmp_path):
     """Each damage is one line that names the file, or the row is done again; never a traceback."""
     rows, rejected = read_rows(write_rows(tmp_path, 6))
-    build(rows, lambda rows: ["no tags" if row.answer == "5" else answer([row])[0] for row in rows],
+    build(rows, lambda rows, prompts: ["no tags" if row.answer == "5" else answer([row])[0]
+                                       for row in rows],
           teach, tmp_path / "whole", right_share=0.5)
     names, outcomes = sorted(path.name for path in (tmp_path / "whole").iterdir()), Counter()
     assert len(names) == 4
@@ -377,35 +321,27 @@ def test_pictures_that_are_bytes_become_files(tmp_path):
     inside = [replace(row, images=[Path(row.images[0]).read_bytes()]) for row in rows]
     build(inside, answer, teach, tmp_path / "out")
     back, _ = read_rows(tmp_path / "out" / "reflections.jsonl")
-    assert [load_image(row).tobytes() for row in back] == [
-        load_image(row).tobytes() for row in rows
-    ]
+    pixels = [[load_image(row).tobytes() for row in some] for some in (back, rows)]
+    assert pixels[0] == pixels[1]
     assert all(row.target.endswith(f"<answer>$\\boxed{{{row.answer}}}$</answer>") for row in back)
 
 
 def test_release_form(tmp_path):
     rows, _ = read_rows(write_rows(tmp_path, 2))
-    build(
-        rows,
-        answer,
-        lambda rows, prompts: ['{"reflection": "r"}'] * len(rows),
-        tmp_path / "out",
-        form="release",
-    )
-    assert [
-        line["target"].count("<think>") for line in lines(tmp_path / "out" / "reflections.jsonl")
-    ] == [1, 1]
+    build(rows, answer, lambda rows, prompts: ['{"reflection": "r"}'] * len(rows),
+          tmp_path / "out", form="release")
+    written = lines(tmp_path / "out" / "reflections.jsonl")
+    assert [line["target"].count("<think>") for line in written] == [1, 1]
 
 
 @pytest.mark.parametrize("share, right", [(None, 10), (0.0, 0), (0.3, 4), (0.5, 10), (0.9, 10)])
 def test_right_share_is_a_cap(tmp_path, share, right):
+    """Wrong ones come first: a stopped run leaves more right ones than the cap."""
     rows, _ = read_rows(write_rows(tmp_path, 20))
-    rows.sort(
-        key=lambda row: int(row.answer) % 2 == 0
-    )  # wrong ones first: a stopped run leaves more right ones than the cap
+    rows.sort(key=lambda row: int(row.answer) % 2 == 0)
     calls, taught = [], []
 
-    def first_answers(rows):
+    def model(rows, prompts):
         calls.append(rows)
         if len(calls) == 2:
             raise KeyboardInterrupt
@@ -419,17 +355,14 @@ def test_right_share_is_a_cap(tmp_path, share, right):
 
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            build(rows, first_answers, teacher, tmp_path / "out", right_share=share, batch=8)
-    build(rows, first_answers, teacher, tmp_path / "out", right_share=share, batch=8)
-    kept, rejected = (
-        lines(tmp_path / "out" / f"{name}.jsonl") for name in ("reflections", "rejected")
-    )
+            build(rows, model, teacher, tmp_path / "out", right_share=share, batch=8)
+    build(rows, model, teacher, tmp_path / "out", right_share=share, batch=8)
+    kept, rejected = (lines(tmp_path / "out" / f"{name}.jsonl")
+                      for name in ("reflections", "rejected"))
     assert sum(line["first_correct"] for line in kept) == right and len(kept) == 10 + right
-    assert (
-        share is None
-        or right <= share * len(kept)
-        and (right == 10 or right + 1 > share * (len(kept) + 1))
-    )
+    if share is not None:               # as many as the cap allows, and not one more
+        assert right <= share * len(kept)
+        assert right == 10 or right + 1 > share * (len(kept) + 1)
     assert [line["reason"].partition(":")[0] for line in rejected] == ["surplus"] * (10 - right)
     assert sum(len(rows) for rows in calls) == 28  # 8, 8 interrupted, and in the second run 12
 
@@ -450,7 +383,6 @@ def test_half_written_lines(tmp_path):
 
 
 # A scripted server with faults
-
 
 @contextmanager
 def server(script, port: int = 0):
@@ -508,23 +440,10 @@ def server(script, port: int = 0):
 
 
 def chat(text: str) -> tuple[int, dict, dict]:
-    return (
-        200,
-        {},
-        {
-            "id": "x",
-            "object": "chat.completion",
-            "created": 0,
-            "model": "m",
-            "choices": [
-                {
-                    "index": 0,
-                    "finish_reason": "stop",
-                    "message": {"role": "assistant", "content": text},
-                }
-            ],
-        },
-    )
+    choice = {"index": 0, "finish_reason": "stop",
+              "message": {"role": "assistant", "content": text}}
+    return 200, {}, {"id": "x", "object": "chat.completion", "created": 0, "model": "m",
+                     "choices": [choice]}
 
 
 def asked_row(body: dict) -> int:
@@ -578,30 +497,16 @@ def test_faults_one_by_one(tmp_path):
     with server(script) as state:
         build(rows, answer, Teacher(state.url, "m"), tmp_path / "out", in_flight=1)
     assert seen == {0: 1, 1: 2, 2: 2, 3: 1, 4: t.TRIES, 5: 2}
-    assert (
-        0.3 < times[1][1] - times[1][0] and 1 <= times[2][1] - times[2][0] < 3
-    )  # backoff, and Retry-After obeyed
-    assert [line["answer"] for line in lines(tmp_path / "out" / "reflections.jsonl")] == [
-        "0",
-        "1",
-        "2",
-        "5",
-    ]
-    assert [
-        (line["source"], line["reason"], line["response"])
-        for line in lines(tmp_path / "out" / "rejected.jsonl")
-    ] == [
-        (
-            "rows.jsonl:4",
-            'refused by the teacher: HTTP 400 {"error": {"message": "image\\nrefused"}}',
-            "",
-        ),
-        (
-            "rows.jsonl:5",
-            "teacher's reply: no JSON with a reflection",
-            "I will not answer in JSON.",
-        ),
-    ]
+    assert 0.3 < times[1][1] - times[1][0]          # a growing pause
+    assert 1 <= times[2][1] - times[2][0] < 3       # Retry-After
+    kept = lines(tmp_path / "out" / "reflections.jsonl")
+    assert [line["answer"] for line in kept] == list("0125")
+    assert [(line["source"], line["reason"], line["response"])
+            for line in lines(tmp_path / "out" / "rejected.jsonl")] == [
+        ("rows.jsonl:4",
+         'refused by the teacher: HTTP 400 {"error": {"message": "image\\nrefused"}}', ""),
+        ("rows.jsonl:5", "teacher's reply: no JSON with a reflection",
+         "I will not answer in JSON.")]
 
 
 @needs("openai")
@@ -610,19 +515,19 @@ def test_refused_rows_in_a_row_are_no_silent_end(tmp_path):
     says so, and the next one goes on."""
     rows, _ = read_rows(write_rows(tmp_path, 14))
     refused = range(1, 1 + t.PATIENCE)
-    with server(
-        lambda n, body: (400, {}, {"error": "no"}) if asked_row(body) in refused else chat(REPLY)
-    ) as state:
-        with pytest.raises(
-            RuntimeError,
-            match=f"HTTP 400 .*; no reply for rows.jsonl:{refused[-1] + 1}; 1 reflections are kept",
-        ):
-            build(rows, answer, Teacher(state.url, "m", retries=0), tmp_path / "out", in_flight=1)
-        build(rows, pytest.fail, Teacher(state.url, "m", retries=0), tmp_path / "out", in_flight=1)
+
+    def script(n, body):
+        return (400, {}, {"error": "no"}) if asked_row(body) in refused else chat(REPLY)
+
+    said = f"HTTP 400 .*; no reply for rows.jsonl:{refused[-1] + 1}; 1 reflections are kept"
+    with server(script) as state:
+        teacher = Teacher(state.url, "m", retries=0)
+        with pytest.raises(RuntimeError, match=said):
+            build(rows, answer, teacher, tmp_path / "out", in_flight=1)
+        build(rows, pytest.fail, teacher, tmp_path / "out", in_flight=1)
     assert len(lines(tmp_path / "out" / "reflections.jsonl")) == 14 - len(refused)
     assert [line["source"] for line in lines(tmp_path / "out" / "rejected.jsonl")] == [
-        f"rows.jsonl:{i + 1}" for i in refused
-    ]
+        f"rows.jsonl:{i + 1}" for i in refused]
 
 
 @needs("openai")
@@ -641,103 +546,93 @@ def test_rows_without_a_reply_are_left_for_the_next_run(tmp_path):
             build(rows, answer, teacher, tmp_path / "out")
         assert str(error.value) == (
             f"teacher {state.url}: no reply within 0.3 s; no reply for rows.jsonl:3; 4 reflections "
-            f"are kept in {tmp_path / 'out'}, the same command again goes on"
-        )
-        assert (
-            time.monotonic() - start < 4
-            and sum(asked_row(body) == 2 for _, body, _ in state.requests) == 2
-        )
+            f"are kept in {tmp_path / 'out'}, the same command again goes on")
+        assert time.monotonic() - start < 4
+        assert sum(asked_row(body) == 2 for _, body, _ in state.requests) == 2
         hang.set()
         build(rows, pytest.fail, Teacher(state.url, "m"), tmp_path / "out")
-    assert sorted(line["answer"] for line in lines(tmp_path / "out" / "reflections.jsonl")) == list(
-        "01234"
-    )
+    kept = lines(tmp_path / "out" / "reflections.jsonl")
+    assert sorted(line["answer"] for line in kept) == list("01234")
     assert not (tmp_path / "out" / "rejected.jsonl").exists()
 
 
 @needs("openai")
-@pytest.mark.parametrize(
-    "reply, requests, message",
-    [
-        ((401, {}, {"error": "key"}), 1, 'HTTP 401 .is the key right\\?. {"error": "key"}'),
-        ((404, {}, {"error": "where"}), 1, "HTTP 404 .are the URL and the model's name right\\?."),
-        (
-            (400, {}, {"detail": "no model"}),
-            t.PATIENCE,
-            'HTTP 400 {"detail": "no model"}',
-        ),  # nothing kept yet: a setting at fault
-        ((503, {}, {}), t.PATIENCE, "HTTP 503"),
-        (
-            (200, {"Content-Type": "text/html"}, "<html>"),
-            t.PATIENCE,
-            "the reply is no chat completion; does the URL end in /v1\\?",
-        ),
-        ((200, {}, "{not json"), t.PATIENCE, "the reply is no chat completion"),
-        ((200, {}, {"choices": []}), t.PATIENCE, "the reply is no chat completion"),
-    ],
-)
+@pytest.mark.parametrize("reply, requests, message", [
+    ((401, {}, {"error": "key"}), 1, 'HTTP 401 .is the key right\\?. {"error": "key"}'),
+    ((404, {}, {"error": "where"}), 1, "HTTP 404 .are the URL and the model's name right\\?."),
+    # nothing kept yet: a setting at fault
+    ((400, {}, {"detail": "no model"}), t.PATIENCE, 'HTTP 400 {"detail": "no model"}'),
+    ((503, {}, {}), t.PATIENCE, "HTTP 503"),
+    ((200, {"Content-Type": "text/html"}, "<html>"), t.PATIENCE,
+     "the reply is no chat completion; does the URL end in /v1\\?"),
+    ((200, {}, "{not json"), t.PATIENCE, "the reply is no chat completion"),
+    ((200, {}, {"choices": []}), t.PATIENCE, "the reply is no chat completion")])
 def test_a_teacher_that_is_no_use_stops_the_run(tmp_path, reply, requests, message):
     rows, _ = read_rows(write_rows(tmp_path, 12))
     with server(lambda n, body: reply) as state:
-        with pytest.raises(
-            RuntimeError,
-            match=f"^teacher {state.url}: {message}.*; no reply for rows.jsonl:{requests}; "
-            "0 reflections",
-        ):
+        said = f"^teacher {state.url}: {message}.*; no reply for rows.jsonl:{requests}; 0 ref"
+        with pytest.raises(RuntimeError, match=said):
             build(rows, answer, Teacher(state.url, "m", retries=0), tmp_path / "out", in_flight=1)
         assert len(state.requests) == requests
-    assert (
-        len(lines(tmp_path / "out" / "first_answers.jsonl")) == 12
-        and not (tmp_path / "out" / "rejected.jsonl").exists()
-    )
+    assert len(lines(tmp_path / "out" / "first_answers.jsonl")) == 12
+    assert not (tmp_path / "out" / "rejected.jsonl").exists()
 
 
 @needs("openai")
 def test_failures_between_replies_do_not_stop_the_run(tmp_path):
     rows, _ = read_rows(write_rows(tmp_path, 2 * t.PATIENCE + 2))
+    n = len(rows)
+    said = f"HTTP 503 .*; no reply for rows.jsonl:{n}; {n // 2} reflections are kept"
     with server(lambda n, body: (503, {}, {}) if asked_row(body) % 2 else chat(REPLY)) as state:
-        with pytest.raises(
-            RuntimeError,
-            match=f"HTTP 503 .*; no reply for rows.jsonl:{len(rows)}; {len(rows) // 2} reflections "
-            "are kept",
-        ):
+        with pytest.raises(RuntimeError, match=said):
             build(rows, answer, Teacher(state.url, "m", retries=0), tmp_path / "out", in_flight=1)
+
+
+def slowly(n, body):
+    time.sleep(0.1)
+    return chat(REPLY)
 
 
 @needs("openai")
 @pytest.mark.parametrize("in_flight", [1, 4])
 def test_requests_in_flight(tmp_path, in_flight):
     rows, _ = read_rows(write_rows(tmp_path, 12))
-
-    def script(n, body):
-        time.sleep(0.1)
-        return chat(REPLY)
-
-    with server(script) as state:
+    with server(slowly) as state:
         teacher = Teacher(state.url, "m")
         start = time.monotonic()
         build(rows, answer, teacher, tmp_path / "out", in_flight=in_flight)
         seconds = time.monotonic() - start
     assert state.peak == in_flight and len(state.requests) == 12
     assert seconds > 1.2 / in_flight and (in_flight == 1 or seconds < 1.2)
-    assert sorted(
-        int(line["answer"]) for line in lines(tmp_path / "out" / "reflections.jsonl")
-    ) == list(range(12))
+    kept = lines(tmp_path / "out" / "reflections.jsonl")
+    assert sorted(int(line["answer"]) for line in kept) == list(range(12))
 
 
 @needs("openai")
 def test_an_error_of_ours_stops_the_queue_and_keeps_what_is_in_flight(tmp_path, monkeypatch):
     rows, _ = read_rows(write_rows(tmp_path, 30))
-    (tmp_path / "1.png").unlink()  # after it was checked
+    prompt = t.teacher_prompt
 
-    def script(n, body):
-        time.sleep(0.1)
-        return chat(REPLY)
+    def full(row, *more):
+        if row.answer == "1":
+            raise OSError("the disk is full")
+        return prompt(row, *more)
 
-    with server(script) as state:
-        with pytest.raises(ValueError, match="^missing image: .*1.png$"):
+    monkeypatch.setattr(t, "teacher_prompt", full)
+    with server(slowly) as state:
+        with pytest.raises(OSError, match="^the disk is full$"):
             build(rows, answer, Teacher(state.url, "m"), tmp_path / "out", in_flight=3)
     assert len(lines(tmp_path / "out" / "reflections.jsonl")) == len(state.requests) < 10
+
+
+@needs("openai")
+def test_a_picture_that_is_gone_costs_its_row(tmp_path):
+    rows, _ = read_rows(write_rows(tmp_path, 3))
+    (tmp_path / "1.png").unlink()       # after it was checked
+    with server(lambda n, body: chat(REPLY)) as state:
+        kept, refused = build(rows, answer, Teacher(state.url, "m"), tmp_path / "out")
+    assert len(kept) == 2
+    assert list(refused.values()) == [f"cannot be asked: missing image: {tmp_path}/1.png"]
 
 
 @needs("openai")
@@ -879,42 +774,27 @@ sys.exit(ending(teacher.main))
 
 
 def flags(folder: Path, url: str, name: str = "m") -> list[str]:
-    return [
-        "--model",
-        "tiny",
-        "--rows",
-        f"{folder}/rows.jsonl",
-        "--out",
-        f"{folder}/out",
-        "--teacher-url",
-        url,
-        "--teacher-model",
-        name,
-        "--in-flight",
-        "4",
-    ]
+    return ["--model", "tiny", "--rows", f"{folder}/rows.jsonl", "--out", f"{folder}/out",
+            "--teacher-url", url, "--teacher-model", name, "--in-flight", "4"]
 
 
-def command(folder: Path, url: str, *more: str, **options) -> subprocess.Popen:
+def command(folder: Path, url: str, *more: str) -> subprocess.Popen:
     (folder / "script.py").write_text(SCRIPT)
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "OPENAI_API_KEY": "sesame",
-        "LOG": f"{folder}/log",
-    }
-    return subprocess.Popen(
-        [sys.executable, folder / "script.py", *flags(folder, url), *more],
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **options,
-    )
+    environment = {"PYTHONPATH": str(ROOT), "OPENAI_API_KEY": "sesame", "LOG": f"{folder}/log"}
+    return subprocess.Popen([sys.executable, folder / "script.py", *flags(folder, url), *more],
+                            env=os.environ | environment, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     out, errors = process.communicate(timeout=60)
     return process.returncode, out, errors
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @pytest.mark.slow
@@ -931,21 +811,16 @@ def test_teacher_down_mid_run_killed_and_resumed(tmp_path, monkeypatch):
             time.sleep(delay)
             served.append(asked_row(body))
             return chat(REPLY)
-
         return reply
 
     def answers() -> list[int]:
         return [int(line["answer"]) for line in lines(out / "reflections.jsonl")]
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}/v1"
     # 1. No server at all: said at once, before rows are read or first answers made.
-    with pytest.raises(
-        RuntimeError,
-        match=f"^teacher {url}: cannot be reached .*; start it, or give another --teacher-url$",
-    ):
+    down = f"^teacher {url}: cannot be reached .*; start it, or give another --teacher-url$"
+    with pytest.raises(RuntimeError, match=down):
         Teacher(url, "m", retries=1)
     # 2. The server goes down in the middle.
     with server(script(0.05), port) as state:
@@ -959,9 +834,7 @@ def test_teacher_down_mid_run_killed_and_resumed(tmp_path, monkeypatch):
     assert code == 2 and re.fullmatch(
         rf"error: teacher {url}: cannot be reached \(.*\); no reply for rows.jsonl:\d+; "
         rf"{len(first)} reflections are kept in {re.escape(str(out))}, the same command again "
-        "goes on",
-        line,
-    )
+        "goes on", line)
     assert set(first) <= set(served) and len(first) >= 8
     # 3. Killed without warning in the middle, and with a line cut in two.
     with server(script(0.05), port) as state:
@@ -972,7 +845,7 @@ def test_teacher_down_mid_run_killed_and_resumed(tmp_path, monkeypatch):
         process.send_signal(signal.SIGKILL)
         process.communicate()
     second = answers()
-    assert second[: len(first)] == first and len(second) < n
+    assert second[:len(first)] == first and len(second) < n
     with (out / "reflections.jsonl").open("a") as file:
         file.write('{"id": "half')
     # 4. To the end.
@@ -984,22 +857,17 @@ def test_teacher_down_mid_run_killed_and_resumed(tmp_path, monkeypatch):
         assert f"{summary}       1  broken JSON line" in printed
         # 5. Once more: nothing to do, no request. And with another teacher: refused.
         before, requests = (out / "reflections.jsonl").read_bytes(), len(state.requests)
-        monkeypatch.setattr(t, "load_model", pytest.fail)  # no local model is loaded
+        monkeypatch.setattr(qwen, "load_vlm", pytest.fail)      # no local model is loaded
         assert t.main(flags(tmp_path, url)) == 0
         with pytest.raises(ValueError, match="was begun with teacher 'm', not 'other'; "):
             t.main(flags(tmp_path, url, "other"))
-        assert (out / "reflections.jsonl").read_bytes() == before and len(
-            state.requests
-        ) == requests
-    assert answers()[: len(second)] == second and sorted(answers()) == list(
-        range(n)
-    )  # none lost, none twice
-    assert sorted(map(int, (tmp_path / "log").read_text().split())) == list(
-        range(n)
-    )  # first answers were made once
-    assert (
-        len(served) - n <= 2 * 4
-    )  # asked twice: at most the requests in flight when the two runs ended
+        assert (out / "reflections.jsonl").read_bytes() == before
+        assert len(state.requests) == requests
+    # None lost, none twice; first answers made once; asked twice: at most the requests in flight
+    # when the two runs ended.
+    assert answers()[:len(second)] == second and sorted(answers()) == list(range(n))
+    assert sorted(map(int, (tmp_path / "log").read_text().split())) == list(range(n))
+    assert len(served) - n <= 2 * 4
     assert [line["source"] for line in lines(out / "rejected.jsonl")] == ["rows.jsonl:41"]
 
 
@@ -1011,104 +879,62 @@ def test_flags_that_go_together():
         t.main(common[:4])
     with pytest.raises(ValueError, match="^unrecognized arguments: --bogus"):
         t.main([*common, "--bogus"])
+    with pytest.raises(ValueError, match="argument --form: invalid choice: 'papper'"):
+        t.main([*common, "--form", "papper"])
+
+
+def test_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(RuntimeError, match="^a teacher behind a URL needs: pip install openai$"):
+        Teacher("http://localhost:1/v1", "m")
 
 
 @needs("openai")
 def test_command_with_a_server(base, tmp_path, monkeypatch):
     """First answers of the model, reflections from a server; a question that the model cannot be
     asked is rejected, and named."""
-    monkeypatch.setattr(
-        qwen,
-        "complete",
-        lambda model, processor, images, texts, *more: [
-            qwen.Completion(
-                torch.tensor([1]), "<think>one by one</think><answer>a1</answer>", False
-            )
-            for _ in [processor.prompt(*turn) for turn in zip(images, texts, strict=True)]
-        ],
-    )
-    assert (
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "reasoning.arrows",
-                "--out",
-                str(tmp_path / "data"),
-                "--rows",
-                "4",
-            ],
-            cwd=ROOT,
-        ).returncode
-        == 0
-    )
-    path = tmp_path / "data" / "rows.jsonl"
-    lines = path.read_text().splitlines()
-    lines[2] = json.dumps(json.loads(lines[2]) | {"query": "from <|image_pad|> a2 go 6 ?"})
-    path.write_text("\n".join(lines) + "\n")
+    said = qwen.Completion(torch.tensor([1]), "<think>one</think><answer>a1</answer>", False)
+
+    def complete(model, processor, images, texts, max_new_tokens, temperature):
+        return [said for turn in zip(images, texts) if processor.prompt(*turn)]
+
+    monkeypatch.setattr(qwen, "complete", complete)
+    arrows.main(["--out", str(tmp_path / "data"), "--rows", "4"])
+    path, out = tmp_path / "data" / "rows.jsonl", tmp_path / "out"
+    rows = lines(path)
+    rows[2]["query"] = "from <|image_pad|> a2 go 6 ?"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with server(lambda n, body: chat(REPLY)) as state:
-        arguments = [
-            "--model",
-            str(base),
-            "--dtype",
-            "float32",
-            "--rows",
-            str(path),
-            "--out",
-            str(tmp_path / "out"),
-            "--teacher-url",
-            state.url,
-            "--teacher-model",
-            "m",
-        ]
+        arguments = ["--model", str(base), "--dtype", "float32", "--rows", str(path), "--out",
+                     str(out), "--teacher-url", state.url, "--teacher-model", "m"]
         assert t.main(arguments) == 0
-        assert t.main(arguments) == 0 and len(state.requests) == 3  # nothing is done twice
-    rows, _ = read_rows(tmp_path / "out" / "reflections.jsonl")
+        assert t.main(arguments) == 0 and len(state.requests) == 3      # nothing is done twice
+    rows, _ = read_rows(out / "reflections.jsonl")
     assert len(rows) == 3 and all("<reflection>" in row.target for row in rows)
-    [rejected] = [
-        json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
-    ]
+    [rejected] = lines(out / "rejected.jsonl")
     assert rejected["source"] == "rows.jsonl:3" and "place holders" in rejected["reason"]
 
 
 def test_command_with_a_local_model(base, tmp_path, capsys):
     """First answers of a random model have no tags, so every row is rejected with that reason;
     nothing is lost, nothing crashes."""
-    assert (
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "reasoning.arrows",
-                "--out",
-                str(tmp_path / "data"),
-                "--rows",
-                "3",
-            ],
-            cwd=ROOT,
-        ).returncode
-        == 0
-    )
-    code = t.main(
-        [
-            "--model",
-            str(base),
-            "--dtype",
-            "float32",
-            "--max-new-tokens",
-            "5",
-            "--rows",
-            str(tmp_path / "data" / "rows.jsonl"),
-            "--out",
-            str(tmp_path / "out"),
-        ]
-    )
+    arrows.main(["--out", str(tmp_path / "data"), "--rows", "3"])
+    code = t.main(["--model", str(base), "--dtype", "float32", "--max-new-tokens", "5", "--rows",
+                   str(tmp_path / "data" / "rows.jsonl"), "--out", str(tmp_path / "out")])
     assert code == 0 and "rejected: 3" in capsys.readouterr().out
-    assert len((tmp_path / "out" / "first_answers.jsonl").read_text().splitlines()) == 3
+    assert len(lines(tmp_path / "out" / "first_answers.jsonl")) == 3
+
+
+def test_a_model_that_cannot_be_loaded_is_no_row_s_fault(tmp_path):
+    write_rows(tmp_path, 3)
+    out, folder = tmp_path / "out", tmp_path / "no model"
+    folder.mkdir()
+    with pytest.raises(RuntimeError, match="no model cannot be loaded"):
+        t.main(["--model", str(folder), "--rows", f"{tmp_path}/rows.jsonl", "--out", str(out)])
+    assert not (out / "rejected.jsonl").exists()
 
 
 # transformers' own server
-
 
 def save_tiny_model(folder: Path) -> None:
     """A LLaVA of 30,000 random weights with a byte tokenizer in which REPLY is one token, taught to
@@ -1130,46 +956,23 @@ def save_tiny_model(folder: Path) -> None:
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     base = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    base.pre_tokenizer, base.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    base.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    base.decoder = decoders.ByteLevel()
     base.add_tokens([REPLY])
     base.add_special_tokens(["<pad>", "<eos>", "<image>", "<assistant>"])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=base,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
+        tokenizer_object=base, pad_token="<pad>", eos_token="<eos>",
+        extra_special_tokens={"image_token": "<image>"})
     pad, eos, image, assistant, reply = tokenizer.convert_tokens_to_ids(
-        ["<pad>", "<eos>", "<image>", "<assistant>", REPLY]
-    )
+        ["<pad>", "<eos>", "<image>", "<assistant>", REPLY])
     text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=8192,
-        pad_token_id=pad,
-        eos_token_id=eos,
-        bos_token_id=None,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=14,
-    )
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=vision, text_config=text, image_token_index=image, vision_feature_layer=-1
-        )
-    )
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=8192,
+        pad_token_id=pad, eos_token_id=eos, bos_token_id=None)
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                              num_attention_heads=2, image_size=28, patch_size=14)
+    model = LlavaForConditionalGeneration(LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=image, vision_feature_layer=-1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(40):
         tokens = torch.randint(0, 256, (8, 24))  # (8, 24) any prompt
@@ -1180,54 +983,25 @@ def save_tiny_model(folder: Path) -> None:
         optimizer.step()
     assert loss < 0.05
     model.generation_config.update(eos_token_id=eos, pad_token_id=pad, do_sample=False)
-    template = (
-        "{% for m in messages %}{% for part in m.content %}"
-        "{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}"
-        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    images = CLIPImageProcessorPil(
-        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
-    )
-    LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=template,
-    ).save_pretrained(folder)
+    template = ("{% for m in messages %}{% for part in m.content %}"
+                "{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}"
+                "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
+    images = CLIPImageProcessorPil(size={"shortest_edge": 28},
+                                   crop_size={"height": 28, "width": 28})
+    LlavaProcessor(images, tokenizer, patch_size=14, vision_feature_select_strategy="default",
+                   num_additional_image_tokens=1, chat_template=template).save_pretrained(folder)
     model.save_pretrained(folder)
 
 
-@pytest.mark.slow
-@needs("openai", "fastapi", "uvicorn", "accelerate")
-def test_transformers_serve(tmp_path):
-    torch.manual_seed(0)
-    save_tiny_model(tmp_path / "tiny")
-    rows, _ = read_rows(write_rows(tmp_path, 6))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "transformers.cli.transformers",
-        "serve",
-        tmp_path / "tiny",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--device",
-        "cpu",
-    ]
-    log = tmp_path / "log"
+@contextmanager
+def served(model: Path, log: Path):
+    """The url of transformers' server, once it answers."""
+    port = free_port()
     process = subprocess.Popen(
-        command,
-        stdout=log.open("w"),
-        stderr=subprocess.STDOUT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
+        [sys.executable, "-m", "transformers.cli.transformers", "serve", model, "--host",
+         "127.0.0.1", "--port", str(port), "--device", "cpu"],
+        stdout=log.open("w"), stderr=subprocess.STDOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     try:
         for _ in range(1800):  # it imports torch and more, which takes a busy machine a while
             assert process.poll() is None, log.read_text()[-2000:]
@@ -1236,44 +1010,36 @@ def test_transformers_serve(tmp_path):
                 break
             except OSError:
                 time.sleep(0.1)
-        url = f"http://127.0.0.1:{port}/v1"
-        teacher = Teacher(url, str(tmp_path / "tiny"), max_tokens=8)
-        build(rows, answer, teacher, tmp_path / "out", in_flight=3)
-        kept = lines(tmp_path / "out" / "reflections.jsonl")
-        assert sorted(line["answer"] for line in kept) == list("012345")
-        assert all(
-            (line["reflection"], line["think"]) == tuple(json.loads(REPLY).values())
-            for line in kept
-        )
-        text = teacher.client.chat.completions.create(
-            model=teacher.model,
-            max_completion_tokens=8,
-            messages=[{"role": "user", "content": [{"type": "text", "text": "q"}]}],
-        )
-        url_of = (
-            "data:image/png;base64," + base64.b64encode((tmp_path / "0.png").read_bytes()).decode()
-        )
-        image = teacher.client.chat.completions.create(
-            model=teacher.model,
-            max_completion_tokens=8,
-            messages=[
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image_url", "image_url": {"url": url_of}},
-                        {"type": "text", "text": "q"},
-                    ],
-                }
-            ],
-        )
-        assert (
-            image.usage.prompt_tokens - text.usage.prompt_tokens == 4
-        )  # the model does see the picture: 2 x 2 patches
-        with pytest.raises(
-            RuntimeError, match="HTTP 400 .*no reply for rows.jsonl"
-        ):  # the server knows no such model
-            build(rows, answer, Teacher(url, "other", max_tokens=8), tmp_path / "other")
-        assert not (tmp_path / "other" / "rejected.jsonl").exists()
+        yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()
         process.wait(10)
+
+
+@pytest.mark.slow
+@needs("openai", "fastapi", "uvicorn", "accelerate")
+def test_transformers_serve(tmp_path):
+    torch.manual_seed(0)
+    save_tiny_model(tmp_path / "tiny")
+    rows, _ = read_rows(write_rows(tmp_path, 6))
+    with served(tmp_path / "tiny", tmp_path / "log") as url:
+        teacher = Teacher(url, str(tmp_path / "tiny"), teacher_tokens=8)
+        build(rows, answer, teacher, tmp_path / "out", in_flight=3)
+        kept = lines(tmp_path / "out" / "reflections.jsonl")
+        assert sorted(line["answer"] for line in kept) == list("012345")
+        assert all((line["reflection"], line["think"]) == tuple(json.loads(REPLY).values())
+                   for line in kept)
+
+        def tokens(*content) -> int:
+            return teacher.client.chat.completions.create(
+                model=teacher.s.teacher_model, max_completion_tokens=8,
+                messages=[{"role": "user", "content": content}]).usage.prompt_tokens
+
+        text = {"type": "text", "text": "q"}
+        png = base64.b64encode((tmp_path / "0.png").read_bytes()).decode()
+        image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + png}}
+        assert tokens(image, text) - tokens(text) == 4      # the model sees it: 2 x 2 patches
+        # The server knows no such model
+        with pytest.raises(RuntimeError, match="HTTP 400 .*no reply for rows.jsonl"):
+            build(rows, answer, Teacher(url, "other", teacher_tokens=8), tmp_path / "other")
+        assert not (tmp_path / "other" / "rejected.jsonl").exists()
