@@ -375,7 +375,7 @@ def reinforce(run: Run, parts: Parts, start: str | Path) -> int:
 def main(argv: list[str] | None = None) -> int:
     def planned(s: Settings):
         from reasoning.planned import job
-        return job(s, s.model or str(Path(s.resume or s.out) / "base"), ready)
+        return job(s, s.model or s.resume and str(Path(s.resume) / "base"), ready)
     return launch(Settings, work, argv, check=check, free=FREE, job=planned, **READING)
 
 

@@ -374,7 +374,8 @@ def main(argv: list[str] | None = None) -> int:
     def planned(s: Settings):
         from robots.planned import job
         return job(s, ready)
-    return launch(Settings, work, argv, check=check, free=FREE, job=planned, paper=PAPER)
+    return launch(Settings, work, argv, check=check, free=FREE, paper=PAPER,
+                  job=planned)
 
 
 if __name__ == "__main__":

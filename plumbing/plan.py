@@ -35,6 +35,7 @@ STATIC = {"dtype", "lora_rank", "offload_optimizer"}    # change what stays, not
 @dataclass
 class Job:
     """What a script does at its largest, as functions of its settings s, which `savings` varies."""
+    name: str                                           # of what it starts from
     model: Callable[[object], nn.Module]                # on `meta`, ready for training
     rollout: Callable[[nn.Module, object], object]      # the largest pass while sampling
     loss: Callable[[nn.Module, object], Tensor]         # of the largest micro-batch
@@ -108,7 +109,7 @@ def _without_numbers(x: Tensor) -> Tensor:
         x.shape, x.stride(), dtype=x.dtype, device=META)
 
 
-def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None,
                enable_gqa=False) -> Tensor:
     """Fused, as on a CPU or GPU; on `meta` PyTorch would take the form that holds every score."""
     if enable_gqa:
@@ -246,7 +247,8 @@ def report(s, job: Job) -> tuple[str, list[str]]:
         problems.append(f"a rank needs {ram / GiB:.1f} GiB of RAM beside the GPU, "
                         f"{there / GiB:.1f} are free; do without --beta and --offload_optimizer"
                         + ", with fewer --groups" * bool(images) + ", or take more GPUs")
-    lines = [f"{needs.parameters:,} parameters, {needs.trained:,} trained, {n} rank(s); GiB each"]
+    lines = [f"plan for {job.name}: {needs.parameters:,} parameters, {needs.trained:,} trained, "
+             f"{n} rank(s); GiB each"]
     lines += [f"  {name:20} {x / GiB:9.2f}" for name, x in (
         ("weights", needs.weights), ("gradients", needs.gradients),
         ("optimizer", needs.optimizer), ("peak of the rollout", needs.rollout),

@@ -287,9 +287,11 @@ def _locked(out: Path) -> Iterator[None]:
                          "choose another folder") from None
     try:
         lock = FileLock(out / ".lock", timeout=0).acquire()
+        with suppress(OSError):
+            (out / ".lock").write_text(str(os.getpid()))
     except Timeout:
-        raise ValueError(f"{out} is in use by another run; wait for it, or choose another --out"
-                         ) from None
+        raise ValueError(f"{out} is in use by process {(out / '.lock').read_text() or '?'}; wait "
+                         "for it, or choose another --out") from None
     except (OSError, NotImplementedError):      # some network disks have no locks
         lock = nullcontext()
     try:

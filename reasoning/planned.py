@@ -20,6 +20,9 @@ SAVINGS = ({"gradient_checkpointing": True}, {"micro_tokens": 4096}, {"rollout_b
 def job(s, path: str, ready: Callable) -> Job:
     """ready(model, s): what the script makes of a loaded model. ValueError if the checkpoint is no
     vision-language model, or is not complete."""
+    if not path:
+        raise ValueError("--plan needs --model: a folder or hub id")
+
     def skeleton(dtype: torch.dtype):
         if Path(path).is_dir():
             return qwen.load_vlm(path, dtype, "meta")
@@ -71,4 +74,4 @@ def job(s, path: str, ready: Callable) -> Job:
             return qwen.Prompt(torch.full((length,), word), None, None)
         filled = torch.full((length - len(prompt.ids),), word)
         return qwen.Prompt(torch.cat([prompt.ids, filled]), prompt.pixels, prompt.grid)
-    return Job(model, rollout, loss, savings=SAVINGS)
+    return Job(path, model, rollout, loss, savings=SAVINGS)

@@ -80,7 +80,7 @@ def job(s, ready: Callable) -> Job:
         clip = 0 if video is None else min(clip, video.frames_per_clip)
         return s.groups * s.group_size * (
             2 * math.ceil(horizon / CHUNK) * seen + clip * 3 * known.camera**2)
-    return Job(model, rollout, loss, encode, images, SAVINGS, missing)
+    return Job(str(folder), model, rollout, loss, encode, images, SAVINGS, missing)
 
 
 def hub_shapes(name: str) -> dict[str, tuple[int, ...]]:

@@ -159,23 +159,3 @@ def run_bare(module: str, *command, **environment) -> subprocess.CompletedProces
     kept = {k: v for k, v in os.environ.items() if k not in ("LIBERO_ASSETS", "LIBERO_CONFIG_PATH", "LIBERO_PLUS_PATH")}
     return subprocess.run([sys.executable, "-m", module, *command], env=kept | environment, stdin=subprocess.DEVNULL,
                           capture_output=True, text=True, timeout=120)
-
-
-# Tests that still speak to the house of before, or whose subject is in the middle of a change: named,
-# so that none of them is forgotten. Take a name out as its test is mended.
-WAITING = {"test_lines_and_widths", "test_no_circles_and_no_import_upward", "test_help_is_light",
-           "test_who_is_not_at_home", "test_only_arithmetic_is_computed", "test_evaluate",
-           "test_plain_prompt_has_no_first_answer", "test_table_and_the_papers_figures",
-           "test_faulty_rows_are_counted_and_named_and_tried_again", "test_run",
-           "test_a_prompt_beyond_the_context_costs_one_question", "test_run_bad_input",
-           "test_run_mmmu_pro_pools_its_halves", "test_without_pyarrow",
-           "test_a_real_model_through_the_command_line", "test_a_run_writes_what_it_promises",
-           "test_resume_with_other_settings_and_a_taken_folder",
-           "test_paper_settings_yield_to_flags", "test_from_demonstrations_to_a_table",
-           "test_bad_flags", "test_functions_are_short"}
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.originalname in WAITING if hasattr(item, "originalname") else False:
-            item.add_marker(pytest.mark.xfail(reason="waits to be mended: see WAITING"))

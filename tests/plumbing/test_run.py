@@ -281,14 +281,14 @@ def test_a_killed_run_is_gone_on_with(tmp_path, whole):
 
 
 def test_two_runs_with_one_out(tmp_path, capsys, whole):
-    """The second leaves the first one alone; whoever dies gives way."""
+    """The second is told the first one's number, and leaves it alone; whoever dies gives way."""
     out = tmp_path / "run"
     job = process("--out", out, "--wait", "one3")
     waiting(out, job)
     for argv in (("--out", out), ("--resume", out)):
         assert go(*argv) == 2
         assert capsys.readouterr().err == (
-            f"error: {out} is in use by another run; wait for it, or choose another --out\n"
+            f"error: {out} is in use by process {job.pid}; wait for it, or choose another --out\n"
         )
     assert files.read_json(out / "settings.json")["wait"] == "one3"
     job.kill()
