@@ -57,7 +57,7 @@ class Processor:
             raise ValueError(f"{path} has no chat template: is it an instruction-tuned checkpoint?")
         words = set(self.tokenizer.get_vocab().values())
         if self.image_token not in words or max(words) >= config.text_config.vocab_size:
-            raise ValueError(f"its tokenizer knows {len(words)} words up to {max(words)}, the model "
+            raise ValueError(f"its tokenizer knows {len(words)} words to {max(words)}, the model "
                              f"{config.text_config.vocab_size}, and {self.image_token} stands for "
                              "a picture; copy tokenizer.json from the model's own checkpoint")
         self.count("a word")                    # of a damaged vocabulary any error

@@ -1,4 +1,6 @@
-"""Every test starts with one torch thread and torch's own arithmetic, because models are tiny and rounding depends on both, and leaves Ctrl-C as it found it."""
+"""Every test starts with one torch thread and torch's own arithmetic, because models are tiny and
+rounding depends on both, and leaves Ctrl-C as it found it."""
+
 import importlib.util
 import json
 import os
@@ -12,8 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])          # for processes that tests start in other folders
-torch.set_num_threads(1)            # for what modules and their fixtures compute
+os.environ["PYTHONPATH"] = str(
+    Path(__file__).parents[1]
+)  # for processes that tests start in other folders
+torch.set_num_threads(1)  # for what modules and their fixtures compute
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +31,15 @@ def as_torch_starts():
 
 # Policies, rows, what is installed
 
-STATS = {"tabletop": {"action": {"q01": [-0.5] * 3 + [0.0] * 4, "q99": [0.5] * 3 + [0.0] * 3 + [1.0], "mask": [True] * 6 + [False]}}}
+STATS = {
+    "tabletop": {
+        "action": {
+            "q01": [-0.5] * 3 + [0.0] * 4,
+            "q99": [0.5] * 3 + [0.0] * 3 + [1.0],
+            "mask": [True] * 6 + [False],
+        }
+    }
+}
 
 
 def fake_episode(start, executed: list[int], seed: int):
@@ -35,10 +47,13 @@ def fake_episode(start, executed: list[int], seed: int):
     the last is below 8."""
     from robots.policy import Call
     from robots.suite import Episode
+
     rng, g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     images = rng.integers(0, 256, (len(executed) + 1, 64, 64, 3), np.uint8)
-    calls = [Call(image[None], torch.randint(256, (56,), generator=g),
-                  -torch.rand(56, generator=g), 1.0) for image in images[:-1]]
+    calls = [
+        Call(image[None], torch.randint(256, (56,), generator=g), -torch.rand(56, generator=g), 1.0)
+        for image in images[:-1]
+    ]
     return Episode(start, calls, list(executed), executed[-1] < 8, images)
 
 
@@ -58,17 +73,21 @@ def write_rows(folder: Path, n: int) -> Path:
     """n rows on n small pictures; the right answer to row i is i."""
     for i in range(n):
         Image.new("RGB", (32, 24), (i, 255 - i, 128)).save(folder / f"{i}.png")
-    rows = [{"query": f"Row {i}: how many?", "image": f"{i}.png", "answer": str(i)} for i in range(n)]
+    rows = [
+        {"query": f"Row {i}: how many?", "image": f"{i}.png", "answer": str(i)} for i in range(n)
+    ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "rows.jsonl"
 
 
 # Tiny models
 
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
     """A Qwen2.5-VL of random weights, to be read only."""
     from reasoning import arrows
+
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     arrows.tiny_vlm(folder, width=32)
@@ -77,15 +96,25 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def openvla(tmp_path_factory) -> Path:
-    """An OpenVLA-OFT of random weights for the tabletop, whose tokenizer knows no words, to be read only."""
+    """An OpenVLA-OFT of random weights for the tabletop, whose tokenizer knows no words, to be read
+    only."""
     from tokenizers import Tokenizer, models
 
     from robots import openvla as vla
-    folder, text = tmp_path_factory.mktemp("openvla") / "checkpoint", {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 6}
+
+    folder, text = (
+        tmp_path_factory.mktemp("openvla") / "checkpoint",
+        {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 6},
+    )
     torch.manual_seed(0)
-    config = vla.TINY | {"text_config": vla.TINY["text_config"] | text, "norm_stats": {"tabletop": vla.TINY["norm_stats"]["unit"]}}
+    config = vla.TINY | {
+        "text_config": vla.TINY["text_config"] | text,
+        "norm_stats": {"tabletop": vla.TINY["norm_stats"]["unit"]},
+    }
     vla.OpenVLA(config, (32, 5, 128), (48, 6, 192)).save_pretrained(folder)
-    Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "▁": vla.SPACE}, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
+    Tokenizer(
+        models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "▁": vla.SPACE}, unk_token="<unk>")
+    ).save(str(folder / "tokenizer.json"))
     return folder
 
 
@@ -93,53 +122,116 @@ def openvla(tmp_path_factory) -> Path:
 def qwen(tmp_path_factory) -> Path:
     """As `base`, of six layers."""
     from reasoning import arrows
+
     torch.manual_seed(0)
     arrows.tiny_vlm(folder := tmp_path_factory.mktemp("qwen"), width=64, layers=6)
     return folder
 
 
 def tiny_qwen3(folder: Path, head_dim: int = 16) -> None:
-    """Writes a Qwen3-VL of random weights in place of the Qwen2.5-VL in `folder`; its tokenizer and image processor stay."""
+    """Writes a Qwen3-VL of random weights in place of the Qwen2.5-VL in `folder`; its tokenizer and
+    image processor stay."""
     from transformers import AutoConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
     old = AutoConfig.from_pretrained(folder)
     part = head_dim // 8
-    text = dict(vocab_size=old.text_config.vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                head_dim=head_dim, eos_token_id=old.text_config.eos_token_id, pad_token_id=old.text_config.pad_token_id,
-                rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [2 * part, part, part], "mrope_interleaved": True})
-    vision = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=4, patch_size=8, out_hidden_size=64, deepstack_visual_indexes=[0],
-                  num_position_embeddings=64)
-    words = {name: getattr(old, name) for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
-    Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **words)).save_pretrained(folder)
+    text = dict(
+        vocab_size=old.text_config.vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=head_dim,
+        eos_token_id=old.text_config.eos_token_id,
+        pad_token_id=old.text_config.pad_token_id,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1000.0,
+            "mrope_section": [2 * part, part, part],
+            "mrope_interleaved": True,
+        },
+    )
+    vision = dict(
+        depth=2,
+        hidden_size=32,
+        intermediate_size=64,
+        num_heads=4,
+        patch_size=8,
+        out_hidden_size=64,
+        deepstack_visual_indexes=[0],
+        num_position_embeddings=64,
+    )
+    words = {
+        name: getattr(old, name)
+        for name in (
+            "image_token_id",
+            "video_token_id",
+            "vision_start_token_id",
+            "vision_end_token_id",
+        )
+    }
+    Qwen3VLForConditionalGeneration(
+        Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **words)
+    ).save_pretrained(folder)
 
 
 # LIBERO, real or in stand-in files
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ("libero", "robosuite", "bddl"))
-needs_libero = pytest.mark.skipif(not INSTALLED, reason="LIBERO is not installed (pip install --no-deps -r requirements-libero.txt)")
-needs_assets = pytest.mark.skipif(not INSTALLED or not os.environ.get("LIBERO_ASSETS"),
-                                  reason="LIBERO_ASSETS is not set, or LIBERO is not installed: nothing to simulate")
+needs_libero = pytest.mark.skipif(
+    not INSTALLED,
+    reason="LIBERO is not installed (pip install --no-deps -r requirements-libero.txt)",
+)
+needs_assets = pytest.mark.skipif(
+    not INSTALLED or not os.environ.get("LIBERO_ASSETS"),
+    reason="LIBERO_ASSETS is not set, or LIBERO is not installed: nothing to simulate",
+)
 
 
 def package(folder: Path, plus: bool = False) -> Path:
-    """A stand-in for an installed LIBERO (or a copy of LIBERO-Plus) in `folder`: the files that are read before anything is simulated."""
+    """A stand-in for an installed LIBERO (or a copy of LIBERO-Plus) in `folder`: the files that are
+    read before anything is simulated."""
     root = folder / "libero/libero"
     for name in ("benchmark", "bddl_files/libero_spatial", "init_files/libero_spatial"):
         (root / name).mkdir(parents=True)
     (root / "__init__.py").write_text("")
-    (root / "benchmark/libero_suite_task_map.py").write_text("libero_task_map = " + repr(
-        {"libero_spatial": ["pick_up_the_bowl", "pick_up_the_plate"], "libero_10": ["KITCHEN_SCENE10_turn_on_the_stove"]}))
+    (root / "benchmark/libero_suite_task_map.py").write_text(
+        "libero_task_map = "
+        + repr(
+            {
+                "libero_spatial": ["pick_up_the_bowl", "pick_up_the_plate"],
+                "libero_10": ["KITCHEN_SCENE10_turn_on_the_stove"],
+            }
+        )
+    )
     if plus:
         base = "KITCHEN_SCENE3_turn_on_the_stove"
-        rows = {"libero_spatial": [("pick_up_the_bowl_view_0_10_100_-5_0_initstate_3", "Camera Viewpoints"),
-                                   ("pick_up_the_bowl_light_12", "Light Conditions"), ("pick_up_the_bowl_tb_4", "Background Textures"),
-                                   ("pick_up_the_bowl_add_13", "Objects Layout"), ("pick_up_the_bowl_level2_sample0", "Objects Layout"),
-                                   ("pick_up_the_bowl_language_7", "Language Instructions")],
-                "libero_10": [(f"{base}_view_0_0_100_0_0_initstate_0_noise_6", "Sensor Noise"), (f"{base}_table_2", "background textures")]}
-        listed = {suite: [{"id": i, "name": name, "category": category} for i, (name, category) in enumerate(each, 1)]
-                  for suite, each in rows.items()}
+        rows = {
+            "libero_spatial": [
+                ("pick_up_the_bowl_view_0_10_100_-5_0_initstate_3", "Camera Viewpoints"),
+                ("pick_up_the_bowl_light_12", "Light Conditions"),
+                ("pick_up_the_bowl_tb_4", "Background Textures"),
+                ("pick_up_the_bowl_add_13", "Objects Layout"),
+                ("pick_up_the_bowl_level2_sample0", "Objects Layout"),
+                ("pick_up_the_bowl_language_7", "Language Instructions"),
+            ],
+            "libero_10": [
+                (f"{base}_view_0_0_100_0_0_initstate_0_noise_6", "Sensor Noise"),
+                (f"{base}_table_2", "background textures"),
+            ],
+        }
+        listed = {
+            suite: [
+                {"id": i, "name": name, "category": category}
+                for i, (name, category) in enumerate(each, 1)
+            ]
+            for suite, each in rows.items()
+        }
         (root / "benchmark/task_classification.json").write_text(json.dumps(listed))
         (root / "bddl_files/libero_spatial/pick_up_the_bowl_language_7.bddl").write_text(
-            "(define (problem x)\n  (:language Grab  the dark\n bowl)\n)")
+            "(define (problem x)\n  (:language Grab  the dark\n bowl)\n)"
+        )
     return root
 
 
@@ -147,6 +239,7 @@ def package(folder: Path, plus: bool = False) -> Path:
 def installed(tmp_path, monkeypatch):
     """A stand-in LIBERO, the only one on the path."""
     from robots import libero_files
+
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delenv("LIBERO_PLUS_PATH", raising=False)
     libero_files.tasks.cache_clear()
@@ -155,7 +248,18 @@ def installed(tmp_path, monkeypatch):
 
 
 def run_bare(module: str, *command, **environment) -> subprocess.CompletedProcess:
-    """A script of ours that is not told where LIBERO's files are, but by its arguments and the environment given here."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("LIBERO_ASSETS", "LIBERO_CONFIG_PATH", "LIBERO_PLUS_PATH")}
-    return subprocess.run([sys.executable, "-m", module, *command], env=kept | environment, stdin=subprocess.DEVNULL,
-                          capture_output=True, text=True, timeout=120)
+    """A script of ours that is not told where LIBERO's files are, but by its arguments and the
+    environment given here."""
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("LIBERO_ASSETS", "LIBERO_CONFIG_PATH", "LIBERO_PLUS_PATH")
+    }
+    return subprocess.run(
+        [sys.executable, "-m", module, *command],
+        env=kept | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = [file.relative_to(ROOT) for pattern in ("*.py", "[!t.]*/*.py") for file in sorted(ROOT.glob(pattern))
-         if ">>> " in file.read_text()]
+FILES = [file.relative_to(ROOT) for pattern in ("*.py", "[!t.]*/*.py")
+         for file in sorted(ROOT.glob(pattern)) if ">>> " in file.read_text()]
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)

@@ -1,4 +1,6 @@
-"""reflection_srpo.py on a tiny Qwen2.5-VL: gradients against naive ones, both stages end to end, resuming, bad input."""
+"""reflection_srpo.py on a tiny Qwen2.5-VL: gradients against naive ones, both stages end to end,
+resuming, bad input."""
+
 import json
 import os
 import signal
@@ -22,14 +24,37 @@ from plumbing.run import Run
 from reasoning import arrows, qwen
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--sft_rows", "96", "--sft_epochs", "1", "--sft_batch", "32", "--steps", "3", "--prompts", "4", "--group_size", "4", "--minibatch", "8",
-         "--eval_every", "2", "--save_every", "1", "--threads", "1", "--max_new_tokens", "24"]
+SMALL = [
+    "--sft_rows",
+    "96",
+    "--sft_epochs",
+    "1",
+    "--sft_batch",
+    "32",
+    "--steps",
+    "3",
+    "--prompts",
+    "4",
+    "--group_size",
+    "4",
+    "--minibatch",
+    "8",
+    "--eval_every",
+    "2",
+    "--save_every",
+    "1",
+    "--threads",
+    "1",
+    "--max_new_tokens",
+    "24",
+]
 
 
 @dataclass
 class Case:
     """A model, a batch of random completions of different lengths, and what each earns beside the
     others: what the update of `train` sees."""
+
     s: rs.Settings
     parts: rs.Parts
     rows: list
@@ -39,13 +64,19 @@ class Case:
 
 @pytest.fixture
 def case(base) -> Case:
-    s = rs.Settings(model=str(base), minibatch=0, steps=1, prompts=6, group_size=1, lr=1e-2,
-                    save_every=100)
+    s = rs.Settings(
+        model=str(base), minibatch=0, steps=1, prompts=6, group_size=1, lr=1e-2, save_every=100
+    )
     torch.manual_seed(1)
     ids = [torch.randint(7, len(arrows.WORDS), (n,)) for n in (3, 1, 7, 4, 5, 2)]
     completions = [qwen.Completion(x, "", False) for x in ids]
-    return Case(s, loaded(s, base), arrows.dataset(6, 0), completions,
-                torch.tensor([1.0, -1.0, 0.5, 2.0, -0.3, 0.7]))
+    return Case(
+        s,
+        loaded(s, base),
+        arrows.dataset(6, 0),
+        completions,
+        torch.tensor([1.0, -1.0, 0.5, 2.0, -0.3, 0.7]),
+    )
 
 
 def loaded(s: rs.Settings, base) -> rs.Parts:
@@ -62,12 +93,12 @@ def stepped(case: Case, monkeypatch, tmp_path, **changes) -> list[dict]:
     s, order, encode = replace(case.s, **changes), [], rs.r.encode
 
     def encoded(rows, *more):
-        order[:] = map(case.rows.index, rows)           # rows are drawn in an order of their own
+        order[:] = map(case.rows.index, rows)  # rows are drawn in an order of their own
         return encode(rows, *more)
+
     monkeypatch.setattr(rs.r, "encode", encoded)
     monkeypatch.setattr(rs.r, "generate", lambda *_: [case.completions[i] for i in order])
-    monkeypatch.setattr(grpo, "group_advantages",
-                        lambda *_, **__: case.advantages[order][:, None])
+    monkeypatch.setattr(grpo, "group_advantages", lambda *_, **__: case.advantages[order][:, None])
     run = Run(s, Path(tempfile.mkdtemp(dir=tmp_path)), None, "reflection_srpo.py")
     run.keep(adapters.kept(case.parts.model), case.parts.optimizer)
     rs.train(run, case.parts, case.rows, [], {})
@@ -83,6 +114,7 @@ def updated(case: Case, monkeypatch, tmp_path, **changes) -> torch.Tensor:
         seen.append(gradient(model))
         optimizer.zero_grad()
         return 1.0, True
+
     monkeypatch.setattr(update, "clip_and_step", catch)
     stepped(case, monkeypatch, tmp_path, **changes)
     return torch.stack(seen).mean(0)
@@ -97,8 +129,9 @@ def test_the_gradient_is_reinforce_s(case, monkeypatch, tmp_path):
     for prompt, completion, advantage in zip(prompts, case.completions, case.advantages):
         inputs, _, _ = processor.batch([prompt], [completion.ids])
         logp = model(**inputs).logits[0].log_softmax(-1)
-        loss = -advantage * sum(logp[len(prompt.ids) - 1 + t, token]
-                                for t, token in enumerate(completion.ids))
+        loss = -advantage * sum(
+            logp[len(prompt.ids) - 1 + t, token] for t, token in enumerate(completion.ids)
+        )
         (loss / len(completion.ids) / len(prompts)).backward()
     torch.testing.assert_close(ours, gradient(model), atol=1e-6, rtol=1e-4)
 
@@ -116,7 +149,7 @@ def test_gradient_checkpointing_does_not_change_the_gradient(case, monkeypatch, 
     case.parts = loaded(replace(case.s, gradient_checkpointing=True), base)
     case.parts.model.train()
     flags = [getattr(m, "gradient_checkpointing", False) for m in case.parts.model.modules()]
-    assert sum(flags) >= 3                              # both language layers and the tower's
+    assert sum(flags) >= 3  # both language layers and the tower's
     torch.testing.assert_close(updated(case, monkeypatch, tmp_path), plain, atol=1e-6, rtol=1e-4)
 
 
@@ -124,7 +157,7 @@ def test_what_follows_the_end_token_gets_no_gradient(case, monkeypatch, tmp_path
     """A completion in a batch with longer ones has the gradient it has alone."""
     case.advantages = torch.tensor([1.0, 0, 0, 0, 0, 0])
     monkeypatch.setattr(rs.r, "groups_used", lambda *_: torch.ones(6, dtype=torch.bool))
-    together = updated(case, monkeypatch, tmp_path) * 6             # mean over 6 responses
+    together = updated(case, monkeypatch, tmp_path) * 6  # mean over 6 responses
     monkeypatch.setattr(rs.r, "groups_used", lambda a, *_: (a != 0).any(1))
     alone = updated(case, monkeypatch, tmp_path)
     torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-4)
@@ -167,18 +200,25 @@ def test_lora_trains_adapters_of_the_language_model_alone(base, tmp_path):
     merged, _ = qwen.load_vlm(tmp_path / "policy")
     with torch.no_grad():
         torch.testing.assert_close(merged(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
-    assert (tmp_path / "policy_adapter" / "adapter_model.safetensors").stat().st_size < (tmp_path / "policy" / "model.safetensors").stat().st_size
+    assert (tmp_path / "policy_adapter" / "adapter_model.safetensors").stat().st_size < (
+        tmp_path / "policy" / "model.safetensors"
+    ).stat().st_size
 
 
 def test_a_frozen_tower_stays_as_it_is(base):
     model, _ = rs.prepared(base, rs.Settings(freeze_vision=True))
-    assert not any("visual" in name for name in ranks.trainable(model)) and any("language_model" in name for name in ranks.trainable(model))
+    assert not any("visual" in name for name in ranks.trainable(model)) and any(
+        "language_model" in name for name in ranks.trainable(model)
+    )
 
 
 def test_which_groups_are_trained_on():
-    """mixed: by what the answers earn: rare corrections count, format and length do not; equal rewards never do."""
-    right, wrong = (rewards.ReflectionRecord(0.5, 0.0, earned, 0.25, 0.07, False, earned > 0, 9)
-                    for earned in (0.5, 0.0))
+    """mixed: by what the answers earn: rare corrections count, format and length do not; equal
+    rewards never do."""
+    right, wrong = (
+        rewards.ReflectionRecord(0.5, 0.0, earned, 0.25, 0.07, False, earned > 0, 9)
+        for earned in (0.5, 0.0)
+    )
     groups = [[right] * 2 + [wrong] * 6, [right] + [wrong] * 7, [wrong] * 8, [right] * 8]
     advantages = grpo.group_advantages(torch.tensor([[r.total for r in group] for group in groups]))
     records = [r for group in groups for r in group]
@@ -187,8 +227,14 @@ def test_which_groups_are_trained_on():
 
 
 def run(*arguments, **more) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "reflection_srpo.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, **more)
+    return subprocess.run(
+        [sys.executable, "reflection_srpo.py", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **more,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -200,27 +246,60 @@ def finished(tmp_path_factory):
 
 
 def metrics(out: Path) -> list[dict]:
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("seconds")} for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith("seconds")}
+        for line in (out / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def test_both_stages_end_to_end(finished):
     out, printed = finished
     rows = metrics(out)
-    assert [r["step"] for r in rows] == [0, 1, 2, 3] and "heldout_final_accuracy" in rows[2] and "heldout_final_accuracy" in rows[3]
+    assert (
+        [r["step"] for r in rows] == [0, 1, 2, 3]
+        and "heldout_final_accuracy" in rows[2]
+        and "heldout_final_accuracy" in rows[3]
+    )
     assert len((out / "sft.jsonl").read_text().splitlines()) == 3
-    assert all((out / name).exists() for name in ("curves.png", "before.json", "after.json", "base", "sft", "policy/model.safetensors", "checkpoint"))
-    assert "sample: 'from " in printed and "go 6 ?', answer" in printed and "final answer right" in printed and "(format" in printed
-    model, processor = qwen.load_vlm(out / "policy")                                     # a checkpoint like any other
+    assert all(
+        (out / name).exists()
+        for name in (
+            "curves.png",
+            "before.json",
+            "after.json",
+            "base",
+            "sft",
+            "policy/model.safetensors",
+            "checkpoint",
+        )
+    )
+    assert (
+        "sample: 'from " in printed
+        and "go 6 ?', answer" in printed
+        and "final answer right" in printed
+        and "(format" in printed
+    )
+    model, processor = qwen.load_vlm(out / "policy")  # a checkpoint like any other
     assert qwen.complete(model, processor, [[]], ["from a2 go 6 ?"], 4)[0].tokens <= 4
 
 
 @pytest.mark.parametrize("stage, moment", [("sft", '"step": 2'), ("rl", '"step": 2')])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished, tmp_path, stage, moment):
     whole, _ = finished
-    process = subprocess.Popen([sys.executable, "reflection_srpo.py", *SMALL, "--out", str(tmp_path / "out")], cwd=ROOT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        [sys.executable, "reflection_srpo.py", *SMALL, "--out", str(tmp_path / "out")],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     state, deadline = tmp_path / "out" / "checkpoint" / "state.json", time.time() + 120
-    while not (state.exists() and (text := state.read_text()) and f'"stage": "{stage}"' in text and moment in text):
+    while not (
+        state.exists()
+        and (text := state.read_text())
+        and f'"stage": "{stage}"' in text
+        and moment in text
+    ):
         assert time.time() < deadline and process.poll() is None, "it never got there"
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -231,8 +310,22 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished, tmp_path, sta
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
-    process = subprocess.Popen([sys.executable, "reflection_srpo.py", *SMALL, "--steps", "500", "--out", str(tmp_path / "out")], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "reflection_srpo.py",
+            *SMALL,
+            "--steps",
+            "500",
+            "--out",
+            str(tmp_path / "out"),
+        ],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     deadline = time.time() + 120
     while not (tmp_path / "out" / "metrics.jsonl").exists() or len(metrics(tmp_path / "out")) < 3:
         assert time.time() < deadline and process.poll() is None
@@ -245,23 +338,67 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
 
 
 def write_data(folder: Path, rows: int) -> Path:
-    assert subprocess.run([sys.executable, "-m", "reasoning.arrows", "--out", str(folder), "--rows", str(rows)], cwd=ROOT).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-m", "reasoning.arrows", "--out", str(folder), "--rows", str(rows)],
+            cwd=ROOT,
+        ).returncode
+        == 0
+    )
     return folder / "rows.jsonl"
 
 
 def test_rl_on_rows_of_a_file_sets_unusable_ones_aside(base, tmp_path, capsys):
-    """A missing picture, an empty question, a row without answer, a broken line, too long a question: named, saved, and the run goes on."""
+    """A missing picture, an empty question, a row without answer, a broken line, too long a
+    question: named, saved, and the run goes on."""
     lines = write_data(tmp_path / "data", 6).read_text().splitlines()
     good = json.loads(lines[0])
-    lines += [json.dumps(good | {"image": "nowhere.png"}), json.dumps(good | {"query": " "}), json.dumps({"query": "q", "image": good["image"]}), "{",
-              json.dumps(good | {"answer": "$$"}), json.dumps(good | {"query": "how many " * 600})]
+    lines += [
+        json.dumps(good | {"image": "nowhere.png"}),
+        json.dumps(good | {"query": " "}),
+        json.dumps({"query": "q", "image": good["image"]}),
+        "{",
+        json.dumps(good | {"answer": "$$"}),
+        json.dumps(good | {"query": "how many " * 600}),
+    ]
     (tmp_path / "data" / "rows.jsonl").write_text("\n".join(lines) + "\n")
-    code = rs.main(["rl", "--model", str(base), "--data", str(tmp_path / "data" / "rows.jsonl"), "--steps", "2", "--prompts", "7", "--group_size", "2",
-                    "--max_new_tokens", "6", "--threads", "1", "--out", str(tmp_path / "out")])
+    code = rs.main(
+        [
+            "rl",
+            "--model",
+            str(base),
+            "--data",
+            str(tmp_path / "data" / "rows.jsonl"),
+            "--steps",
+            "2",
+            "--prompts",
+            "7",
+            "--group_size",
+            "2",
+            "--max_new_tokens",
+            "6",
+            "--threads",
+            "1",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
     assert code == 0
-    reasons = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    reasons = [
+        json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    ]
     assert [r["source"].split(":")[1] for r in reasons] == ["7", "8", "9", "10", "11", "12"]
-    for r, words in zip(reasons, ("missing image", "empty question", "no answer", "broken JSON", "unreadable ground truth: '$$'", "room for 1024")):
+    for r, words in zip(
+        reasons,
+        (
+            "missing image",
+            "empty question",
+            "no answer",
+            "broken JSON",
+            "unreadable ground truth: '$$'",
+            "room for 1024",
+        ),
+    ):
         assert words in r["reason"]
     printed = capsys.readouterr()
     assert "rows.jsonl:7: missing image" in printed.out + printed.err
@@ -269,34 +406,88 @@ def test_rl_on_rows_of_a_file_sets_unusable_ones_aside(base, tmp_path, capsys):
 
 
 def test_training_with_the_flags_of_scale(base, tmp_path, capsys):
-    """parquet with other column names, the reflection prompt, LoRA, bf16, KL, both filters, no division by the std, held-out rows."""
+    """parquet with other column names, the reflection prompt, LoRA, bf16, KL, both filters, no
+    division by the std, held-out rows."""
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
-    rows = [{"problem": row.query, "images": [{"bytes": row.images[0], "path": "a.png"}], "answer": row.answer} for row in arrows.dataset(4, 0)]
+
+    rows = [
+        {
+            "problem": row.query,
+            "images": [{"bytes": row.images[0], "path": "a.png"}],
+            "answer": row.answer,
+        }
+        for row in arrows.dataset(4, 0)
+    ]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    arguments = ["rl", "--model", str(base), "--data", str(tmp_path / "rows.parquet"), "--eval_data", str(tmp_path / "rows.parquet"), "--columns",
-                 "query=problem", "image=images", "--prompt", "reflection", "--lora_rank", "2", "--dtype", "bfloat16", "--beta", "0.1", "--keep", "mixed",
-                 "--mask_truncated", "--no_std_scale", "--steps", "2", "--prompts", "2", "--group_size", "2", "--max_new_tokens", "8", "--threads", "1"]
+    arguments = [
+        "rl",
+        "--model",
+        str(base),
+        "--data",
+        str(tmp_path / "rows.parquet"),
+        "--eval_data",
+        str(tmp_path / "rows.parquet"),
+        "--columns",
+        "query=problem",
+        "image=images",
+        "--prompt",
+        "reflection",
+        "--lora_rank",
+        "2",
+        "--dtype",
+        "bfloat16",
+        "--beta",
+        "0.1",
+        "--keep",
+        "mixed",
+        "--mask_truncated",
+        "--no_std_scale",
+        "--steps",
+        "2",
+        "--prompts",
+        "2",
+        "--group_size",
+        "2",
+        "--max_new_tokens",
+        "8",
+        "--threads",
+        "1",
+    ]
     assert rs.main([*arguments, "--out", str(tmp_path / "out")]) == 0
-    assert metrics(tmp_path / "out")[-1]["heldout_rows"] == 4 and (tmp_path / "out" / "policy_adapter").is_dir()
-    assert rs.main([*arguments, "--columns", "quer=problem", "--out", str(tmp_path / "b")]) == 2 and "--columns quer=problem" in capsys.readouterr().err
+    assert (
+        metrics(tmp_path / "out")[-1]["heldout_rows"] == 4
+        and (tmp_path / "out" / "policy_adapter").is_dir()
+    )
+    assert (
+        rs.main([*arguments, "--columns", "quer=problem", "--out", str(tmp_path / "b")]) == 2
+        and "--columns quer=problem" in capsys.readouterr().err
+    )
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["fly"], ["fly", "sft and rl"]),
-    (["--reward", "best"], ["--reward", "best"]),
-    (["--group_size", "1"], ["--group_size", "no baseline"]),
-    (["--temperature", "0"], ["--temperature", "positive"]),
-    (["--clip_low", "1"], ["--clip_low", "below 1"]),
-    (["--nonsense", "1"], ["--nonsense"]),
-    (["--resume", "nowhere"], ["nowhere", "no checkpoint"]),
-    (["--data", "rows.jsonl"], ["--data", "stage"]),
-    (["rl"], ["rl", "--model"]),
-    (["--reward", "verl"], ["verl", "boxed"]),
-    (["--resume", "RUN", "--out", "elsewhere"], ["--resume", "drop --out"]),
-    (["rl", "--model", "nowhere/at/all"], ["nowhere/at/all"]),
-    (["sft", "--model", "BASE", "--data", "missing.jsonl"], ["missing.jsonl", "does not exist"]),
-    (["sft", "--model", "BASE", "--data", "ROWS"], ["no target", "reasoning.teacher"])], ids=" ".join)
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["fly"], ["fly", "sft and rl"]),
+        (["--reward", "best"], ["--reward", "best"]),
+        (["--group_size", "1"], ["--group_size", "no baseline"]),
+        (["--temperature", "0"], ["--temperature", "positive"]),
+        (["--clip_low", "1"], ["--clip_low", "below 1"]),
+        (["--nonsense", "1"], ["--nonsense"]),
+        (["--resume", "nowhere"], ["nowhere", "no checkpoint"]),
+        (["--data", "rows.jsonl"], ["--data", "stage"]),
+        (["rl"], ["rl", "--model"]),
+        (["--reward", "verl"], ["verl", "boxed"]),
+        (["--resume", "RUN", "--out", "elsewhere"], ["--resume", "drop --out"]),
+        (["rl", "--model", "nowhere/at/all"], ["nowhere/at/all"]),
+        (
+            ["sft", "--model", "BASE", "--data", "missing.jsonl"],
+            ["missing.jsonl", "does not exist"],
+        ),
+        (["sft", "--model", "BASE", "--data", "ROWS"], ["no target", "reasoning.teacher"]),
+    ],
+    ids=" ".join,
+)
 def test_bad_flags_are_one_line(argv, words, base, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     if "ROWS" in argv:
@@ -310,12 +501,22 @@ def test_bad_flags_are_one_line(argv, words, base, tmp_path, capsys):
 
 def test_resume_with_other_settings_and_a_taken_folder(finished, tmp_path, capsys):
     out, _ = finished
-    assert rs.main(["--resume", str(out), "--lr", "0.5"]) == 2 and "--lr 0.5 differs from the run's 0.0005" in capsys.readouterr().err
-    assert rs.main([*SMALL, "--out", str(out)]) == 2 and f"--resume {out}" in capsys.readouterr().err
+    assert (
+        rs.main(["--resume", str(out), "--lr", "0.5"]) == 2
+        and "--lr 0.5 differs from the run's 0.0005" in capsys.readouterr().err
+    )
+    assert (
+        rs.main([*SMALL, "--out", str(out)]) == 2 and f"--resume {out}" in capsys.readouterr().err
+    )
     assert rs.main(["--resume", str(out), "--plan"]) == 0
     assert f"plan for {out}/base" in capsys.readouterr().out
-    (tmp_path / "metrics.jsonl").write_bytes((out / "metrics.jsonl").read_bytes())              # a record of a run, without checkpoint
-    assert rs.main([*SMALL, "--out", str(tmp_path)]) == 2 and "metrics.jsonl is of another run" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_bytes(
+        (out / "metrics.jsonl").read_bytes()
+    )  # a record of a run, without checkpoint
+    assert (
+        rs.main([*SMALL, "--out", str(tmp_path)]) == 2
+        and "metrics.jsonl is of another run" in capsys.readouterr().err
+    )
 
 
 def test_paper_settings_yield_to_flags():
@@ -333,17 +534,26 @@ def test_the_cold_start_s_gradient_is_cross_entropy_on_the_response(base, tmp_pa
     s = rs.Settings(sft_epochs=1, sft_batch=4, micro_tokens=1, save_every=100)
     parts, run = loaded(s, base), Run(s, tmp_path, None, "reflection_srpo.py")
     run.keep(adapters.kept(parts.model), parts.optimizer)
-    monkeypatch.setattr(update, "clip_and_step", lambda optimizer, model, norm: (
-        seen.append(gradient(model)), optimizer.zero_grad(), (1.0, True))[-1])
+    monkeypatch.setattr(
+        update,
+        "clip_and_step",
+        lambda optimizer, model, norm: (
+            seen.append(gradient(model)),
+            optimizer.zero_grad(),
+            (1.0, True),
+        )[-1],
+    )
     rs.cold_start(run, parts, rows)
     processor = parts.processor
-    inputs, ids, mask = processor.batch(rs.r.encode(rows, s, processor),
-                                        [processor.target(row.target) for row in rows])
+    inputs, ids, mask = processor.batch(
+        rs.r.encode(rows, s, processor), [processor.target(row.target) for row in rows]
+    )
     labels = inputs["input_ids"].clone()
-    labels[:, :-ids.shape[1]] = -100
-    labels[:, -ids.shape[1]:][~mask] = -100
+    labels[:, : -ids.shape[1]] = -100
+    labels[:, -ids.shape[1] :][~mask] = -100
     logits = parts.model(**inputs).logits
     torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    ).backward()
     assert len(seen) == 1
     torch.testing.assert_close(seen[0], gradient(parts.model), atol=1e-6, rtol=1e-4)
