@@ -117,7 +117,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor,
     valid token id and be masked later. temperature: that of sampling, or the ratio is
     not that of the policy that acted. ValueError for wrong shapes or temperature <= 0.
 
-    >>> logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]])
+    >>> logits = torch.tensor([[0.5, 0.5], [0.75, 0.25]]).log()
     >>> logp, entropy = token_logprobs(logits, torch.tensor([0, 0]))
     >>> logp.exp(), entropy
     (tensor([0.5000, 0.7500]), tensor([0.6931, 0.5623]))

@@ -192,14 +192,15 @@ class Teacher:
     openai package or if nothing listens, TeacherError when a row gets no reply; messages are
     printable and without key and password."""
 
-    def __init__(self, s: Settings, key: str | None = None):
+    def __init__(self, url: str, model: str, key: str | None = None, *, retries: int = 5,
+                 timeout: float = 120, max_tokens: int = 8192):
         try:
             import openai
         except ImportError:
             raise RuntimeError("a teacher behind a URL needs: pip install openai") from None
-        self.s = s
+        self.model, self.timeout, self.max_tokens = model, timeout, max_tokens
         try:
-            parts, key = urlsplit(s.teacher_url), (key or "none").strip()
+            parts, key = urlsplit(url), (key or "none").strip()
             name, password = (unquote(part or "") for part in (parts.username, parts.password))
             self.secrets = [secret for secret in (key, password) if len(secret) > 4]
             self.url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
@@ -208,9 +209,9 @@ class Teacher:
                 raise ValueError
             http = openai.DefaultHttpxClient(follow_redirects=False,    # to another host, with key
                                              auth=(name, password) if name else None)
-            http.send = in_time(http, s.timeout)
-            self.client = openai.OpenAI(base_url=self.url, api_key=key, max_retries=s.retries,
-                                        timeout=s.timeout, http_client=http)
+            http.send = in_time(http, timeout)
+            self.client = openai.OpenAI(base_url=self.url, api_key=key, max_retries=retries,
+                                        timeout=timeout, http_client=http)
         except Exception:               # whose text may hold the password
             raise ValueError("--teacher-url must be http://HOST:PORT/v1 or https://HOST/v1, with "
                              "what is special in a password in percent code, and the key that "
@@ -239,13 +240,13 @@ class Teacher:
         content.append({"type": "text", "text": prompt})
         try:        # no temperature, which reasoning models refuse; not all know response_format
             reply = self.client.chat.completions.create(
-                model=self.s.teacher_model, messages=[{"role": "user", "content": content}],
-                max_completion_tokens=self.s.teacher_tokens)
+                model=self.model, messages=[{"role": "user", "content": content}],
+                max_completion_tokens=self.max_tokens)
             if fault := getattr(reply, "error", None):
                 raise TeacherError(f"an error in place of a reply: {self.say(fault)}")
             return [_text(reply.choices[0])]
         except openai.APITimeoutError:
-            raise TeacherError(f"no reply within {self.s.timeout:g} s") from None
+            raise TeacherError(f"no reply within {self.timeout:g} s") from None
         except openai.APIConnectionError as error:
             cause = self.say(error.__cause__)
             raise TeacherError(f"cannot be reached ({cause})", down=True) from None
@@ -442,6 +443,14 @@ class Work:
             self.kept[row.id] = job.correct
 
 
+def build(rows: list[Row], first_answers: Callable[[list[Row]], list[str]],
+          teacher: Teacher | Generate, out: str | Path, **options) -> Work:
+    """`Work` on rows in memory. first_answers: rows -> responses; options: of `Settings`."""
+    work = Work(Settings(out=str(out), **options), lambda some, _: first_answers(some), teacher)
+    work.run(rows, {})
+    return work
+
+
 # Command line
 
 def load_model(s: Settings) -> Generate:
@@ -473,7 +482,10 @@ def main(argv: list[str] | None = None) -> int:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("this runs as one process; start it without torchrun")
     model = load_model(s)
-    work = Work(s, model, Teacher(s, os.environ.get(s.teacher_key)) if s.teacher_url else model)
+    teacher = model if not s.teacher_url else Teacher(
+        s.teacher_url, s.teacher_model, os.environ.get(s.teacher_key), retries=s.retries,
+        timeout=s.timeout, max_tokens=s.teacher_tokens)
+    work = Work(s, model, teacher)
     work.run(*data.read_rows(s.rows, s.images, s.columns))
     kept, refused = work.kept, work.rejections.seen
     print(f"{s.out}: {len(kept)} reflections, {sum(kept.values())} of them on right first answers; "

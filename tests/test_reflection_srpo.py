@@ -283,6 +283,7 @@ def test_both_stages_end_to_end(finished):
     assert qwen.complete(model, processor, [[]], ["from a2 go 6 ?"], 4)[0].tokens <= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage, moment", [("sft", '"step": 2'), ("rl", '"step": 2')])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished, tmp_path, stage, moment):
     whole, _ = finished
@@ -309,6 +310,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished, tmp_path, sta
     assert metrics(tmp_path / "out") == metrics(whole)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     process = subprocess.Popen(
         [

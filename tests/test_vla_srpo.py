@@ -1018,6 +1018,7 @@ def whole(folder):
     ).end(), folder / "whole"
 
 
+@pytest.mark.slow
 def test_a_run_writes_what_it_promises(whole, folder):
     (code, stdout, stderr), out = whole
     assert code == 0, stderr
@@ -1080,6 +1081,7 @@ def test_a_run_writes_what_it_promises(whole, folder):
     assert "5/5" in stderr  # the progress bar
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_sigkill_do_not_change_the_metrics(whole, folder):
     """Ctrl-C after step 1, resumed, SIGKILL after step 4 with the checkpoint of step 1 or 2,
     resumed: as if nothing had been."""
@@ -1112,6 +1114,7 @@ def test_ctrl_c_and_sigkill_do_not_change_the_metrics(whole, folder):
     )
 
 
+@pytest.mark.slow
 def test_the_command_as_users_type_it(tmp_path):
     """All 200 held-out initial states, plain GRPO, with the folder of the default --out."""
     code, stdout, stderr = Process(

@@ -188,6 +188,7 @@ def test_savings_are_flags_that_make_it_fit(openvla, tmp_path, monkeypatch):
     assert plan.measure(s, job, 8).peak < free          # of eight GPUs each
 
 
+@pytest.mark.slow
 def test_the_command_says_what_is_needed_and_writes_nothing(openvla, tmp_path, capsys,
                                                            monkeypatch):
     argv = ["--plan", "--model", str(openvla), "--out", str(tmp_path / "out"),

@@ -25,6 +25,8 @@ from plumbing.run import Run
 from plumbing.update import Update
 from tests.conftest import lines
 
+pytestmark = pytest.mark.slow        # processes that torchrun starts
+
 ROOT = Path(__file__).parents[2]
 
 

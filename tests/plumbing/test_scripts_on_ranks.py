@@ -24,6 +24,8 @@ from robots.tiny_vla import TinyVLA
 from tests.conftest import fake_episode, lines
 from tests.plumbing.test_ranks import on_ranks, run_here, same_numbers, save, steady, torchrun
 
+pytestmark = pytest.mark.slow        # processes that torchrun starts
+
 # SRPO for reasoning
 
 

@@ -732,6 +732,7 @@ def test_run_bad_input(command, folder, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_real_model_through_the_command_line(folder, tmp_path):
     """eval.py reasoning on a tiny Qwen2.5-VL with random weights: nothing is right, everything is
     saved, and a second call asks nothing."""

@@ -61,8 +61,7 @@ def build(rows, firsts, teacher, out, rejected=None, **options):
     return work.kept, work.rejections.seen
 
 
-def Teacher(url: str, model: str, key: str | None = None, **options) -> t.Teacher:
-    return t.Teacher(t.Settings(teacher_url=url, teacher_model=model, **options), key)
+Teacher = t.Teacher
 
 
 # Prompts, targets, replies
@@ -798,6 +797,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @needs("openai")
 def test_teacher_down_mid_run_killed_and_resumed(tmp_path, monkeypatch):
     n = 40
@@ -1017,13 +1017,14 @@ def served(model: Path, log: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @needs("openai", "fastapi", "uvicorn", "accelerate")
 def test_transformers_serve(tmp_path):
     torch.manual_seed(0)
     save_tiny_model(tmp_path / "tiny")
     rows, _ = read_rows(write_rows(tmp_path, 6))
     with served(tmp_path / "tiny", tmp_path / "log") as url:
-        teacher = Teacher(url, str(tmp_path / "tiny"), teacher_tokens=8)
+        teacher = Teacher(url, str(tmp_path / "tiny"), max_tokens=8)
         build(rows, answer, teacher, tmp_path / "out", in_flight=3)
         kept = lines(tmp_path / "out" / "reflections.jsonl")
         assert sorted(line["answer"] for line in kept) == list("012345")
@@ -1032,7 +1033,7 @@ def test_transformers_serve(tmp_path):
 
         def tokens(*content) -> int:
             return teacher.client.chat.completions.create(
-                model=teacher.s.teacher_model, max_completion_tokens=8,
+                model=teacher.model, max_completion_tokens=8,
                 messages=[{"role": "user", "content": content}]).usage.prompt_tokens
 
         text = {"type": "text", "text": "q"}
@@ -1041,5 +1042,5 @@ def test_transformers_serve(tmp_path):
         assert tokens(image, text) - tokens(text) == 4      # the model sees it: 2 x 2 patches
         # The server knows no such model
         with pytest.raises(RuntimeError, match="HTTP 400 .*no reply for rows.jsonl"):
-            build(rows, answer, Teacher(url, "other", teacher_tokens=8), tmp_path / "other")
+            build(rows, answer, Teacher(url, "other", max_tokens=8), tmp_path / "other")
         assert not (tmp_path / "other" / "rejected.jsonl").exists()

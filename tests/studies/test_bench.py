@@ -76,6 +76,7 @@ def test_an_update_moves_what_trains_and_counts_once(name, rank):
     assert moved and moved <= trained
 
 
+@pytest.mark.slow
 def test_a_small_case_is_measured(tmp_path):
     out = tmp_path / "new" / "small.json"
     assert bench.main(["--model", "vjepa2-small", "--out", str(out)]) == 0
@@ -103,6 +104,7 @@ def failing(case):
     raise RuntimeError("CUDA out of memory.\nand more lines")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measure, words", [
     (killed, "terminated abruptly"), (failing, "CUDA out of memory.")])
 def test_a_case_that_does_not_fit_says_so_and_the_others_go_on(measure, words, monkeypatch):

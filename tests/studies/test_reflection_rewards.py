@@ -8,6 +8,7 @@ from tests.test_reflection_srpo import SMALL
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_study_draws_one_picture_and_skips_what_is_done(tmp_path, capsys):
     out = tmp_path / "study"
     arguments = [*SMALL, "--steps", "1", "--seeds", "2", "--rewards", "paper", "outcome",
