@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,9 @@ from plumbing.flags import Command, check_types, ending, printable, read_command
 def _step(row: dict) -> float:
     """A row's step; of a damaged one, which is dropped, infinity."""
     return step if isinstance(step := row.get("step"), int) else math.inf
+
+
+PACKAGES = ("torch", "transformers", "numpy", "mujoco")     # on whose versions numbers depend
 
 
 class Run:
@@ -128,7 +132,9 @@ class Run:
         if self.resumed:
             checkpoint.load(self.out / "checkpoint", tensors, optimizer)
             self.resumed = False
-        self.write("settings.json", asdict(replace(self.s, out="", resume="")))
+        versions = {name: metadata.version(name) for name in PACKAGES}
+        self.write("settings.json", asdict(replace(self.s, out="", resume=""))
+                   | {"versions": versions})
 
     def save(self) -> None:
         state = {"stage": self.stage, "step": self.step, "ended": self.ended,

@@ -139,7 +139,7 @@ def folder(checkpoint, tmp_path, monkeypatch):
         ("vla --checkpoint good --out runs-0/metrics.jsonl", "runs-0/metrics.jsonl"),
         ("vla --checkpoint good --split all", "--split all: tabletop has train, heldout"),
         ("vla --checkpoint good --suite libero_objects", "unknown suite 'libero_objects'"),
-        ("vla --checkpoint good --tasks 4", "unknown task 4; there are 0..3"),
+        ("vla --checkpoint good --tasks 4", "unknown task 4; tabletop has 0..3"),
         ("vla --checkpoint good --key bridge", "bridge"),
         ("vla --checkpoint good --horizon -5", "--horizon must be at least 0, got -5"),
         (

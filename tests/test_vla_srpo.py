@@ -1075,7 +1075,7 @@ def test_a_run_writes_what_it_promises(whole, folder):
         'sample: "put the',
         "metrics.jsonl",
         "curve.png",
-        "after.gif",
+        "GIFs",
     ):
         assert promised in stdout, promised
     assert "5/5" in stderr  # the progress bar
