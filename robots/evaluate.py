@@ -1,6 +1,6 @@
 """A policy on a suite: every initial state once, greedily, as the papers evaluate.
 
-1. `evaluate`: success by task with intervals, GIFs, a journal that an interrupted hour goes on from.
+1. `evaluate`: success by task with intervals, GIFs, a journal to go on from.
 2. `film`: episodes in a larger picture than the policy sees, for suites where that takes seconds.
 3. `measured`, `describe`: a training step's rollouts in numbers, and one of them in words.
 4. What may be wrong with a comparison, in a line: other pixels, states that were trained on.

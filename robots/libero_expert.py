@@ -24,7 +24,8 @@ import numpy as np
 from filelock import FileLock
 
 from plumbing.flags import ending, flag, read_command, require
-from robots.libero import PROTOCOLS, SPLIT_NAMES, SPLITS, Libero, suite
+from robots import find_suite
+from robots.libero import PROTOCOLS, SPLIT_NAMES, SPLITS, Libero
 from robots.libero_files import write_whole
 from robots.suite import SuiteOptions
 
@@ -343,7 +344,7 @@ def main(argv: list[str] | None = None) -> int:
         s = read_command(kind, flags, about=about).settings
         require(s, dict(seed=0, noise=0))
         options = SuiteOptions(protocol=s.protocol, fast=s.fast_sim, assets=s.assets)
-        chosen = suite(s.suite, tuple(s.tasks), options)
+        chosen = find_suite(s.suite, tuple(s.tasks), options)
         run(s, chosen.make(split=s.split, size=s.size), chosen.tasks)
     return ending(work)
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 
-from robots.tabletop import gl_help  # robots/tabletop.py also sets MUJOCO_GL before robosuite
+from robots.simulator import gl_help  # robots/simulator.py also sets MUJOCO_GL, before robosuite
 
 # What the stored initial states and the published checkpoints expect (LIBERO's issues 88 and 141,
 # lerobot's 4390). From 3.3.3 libero_object is rendered darker (its floor 176 -> 120 of 255), from

@@ -384,29 +384,29 @@ class OpenVLA(nn.Module):
         return self
 
     @classmethod
-    def described(cls, folder: Path) -> "OpenVLA":
+    def described(cls, folder: Path, shapes: dict | None = None) -> "OpenVLA":
         """The model of a checkpoint folder without its weights, on the meta device, by config.json
-        and the tensors' headers, which alone tell the towers' sizes. FileNotFoundError, ValueError:
-        one line, where a file is missing, damaged, or does not fit the others."""
+        and the tensors' shapes (those of their headers), which alone tell the towers' sizes.
+        FileNotFoundError, ValueError: one line, where a file is missing, damaged, or does not fit
+        the others."""
         config = read_json(folder / "config.json", "text_config")
         pixels = read_json(folder / "preprocessor_config.json", "tvf_normalize_params")
-        tensors = read_headers(folder)
-        sizes = [tower_size(tensors, f"vision_backbone.{tower}", folder) for tower in TOWERS]
-        rows = (*tensors.get("language_model.lm_head.weight", (None, ()))[1], 0)[0]
+        shapes = shapes or {name: shape for name, (_, shape) in read_headers(folder).items()}
+        sizes = [tower_size(shapes, f"vision_backbone.{tower}", folder) for tower in TOWERS]
+        rows = (*shapes.get("language_model.lm_head.weight", ()), 0)[0]
         if rows < FIRST_BIN + BINS:
             raise ValueError(f"{folder}: the head has {rows} rows, the action tokens end at "
                              f"{FIRST_BIN + BINS}; give an OpenVLA-OFT checkpoint with them")
         files = {f.name: f.read_bytes() for f in folder.iterdir()
                  if f.suffix in (".json", ".py", ".model") and not f.name.endswith(".index.json")}
         try:
-            _check_config(config["text_config"], pixels["tvf_normalize_params"], tensors)
+            _check_config(config["text_config"], pixels["tvf_normalize_params"], shapes)
             with torch.device("meta"):
                 model = cls(config, *sizes, preprocessor=pixels, files=files)
         except Exception as error:          # whatever transformers makes of a damaged text_config
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
             raise ValueError(f"{folder}/config.json or preprocessor_config.json does not describe "
                              f"an OpenVLA ({reason}); copy them again") from None
-        shapes = {name: shape for name, (_, shape) in tensors.items()}
         wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         wrong = [name for name in {**wanted, **shapes} if shapes.get(name) != wanted.get(name)]
         if wrong:
@@ -441,15 +441,15 @@ class OpenVLA(nn.Module):
         write_folder(Path(path), jsons, self.files, state)
 
     @classmethod
-    def problems(cls, folder: Path) -> list[str]:
-        """What would stop a run with this checkpoint, a line each, from its headers alone."""
+    def problems(cls, folder: Path, shapes: dict | None = None) -> list[str]:
+        """What would stop a run with this checkpoint, a line each; shapes as for `described`."""
         found, names = [], sorted(file.name for file in folder.iterdir())
         if "tokenizer.json" not in names:
             found.append(f"{folder} has no tokenizer.json; copy it from the original checkpoint")
         found += [f"{folder} holds {name}, a regression head: RL needs the checkpoint with "
                   "discrete action tokens" for name in names if "action_head" in name]
         try:
-            cls.described(folder)
+            cls.described(folder, shapes)
         except (ValueError, OSError) as error:
             found.append(str(error))
         return found
@@ -471,7 +471,7 @@ def _check_inputs(input_ids: Tensor, attention_mask: Tensor, pixel_values: Tenso
                          "here; move each row's padding to its end")
 
 
-def _check_config(text: dict, norms: list, tensors: dict) -> None:
+def _check_config(text: dict, norms: list, shapes: dict) -> None:
     """Raises for what no shape shows: a Llama that is not Llama-2 but for its size, pixels that
     cannot be normalised; ValueError, or any other error for a damaged file."""
     llama, published = LlamaConfig(**text), LlamaConfig()
@@ -480,7 +480,7 @@ def _check_config(text: dict, norms: list, tensors: dict) -> None:
             raise ValueError(f"text_config: {name} {getattr(llama, name)} is not Llama-2's")
     if not 0 < llama.rms_norm_eps < 1e-4:
         raise ValueError(f"text_config: rms_norm_eps {llama.rms_norm_eps} is not Llama-2's")
-    depth = len({name.split(".")[3] for name in tensors if ".model.layers." in name})
+    depth = len({name.split(".")[3] for name in shapes if ".model.layers." in name})
     if llama.num_hidden_layers != depth:            # before as many are made
         raise ValueError(f"text_config: {llama.num_hidden_layers} layers, {depth} in the weights")
     numbers = torch.tensor([[norm["mean"], norm["std"]] for norm in norms])         # (2, 2, 3)
@@ -628,16 +628,16 @@ def read_tokenizer(text: bytes, folder: Path = Path()) -> Tokenizer:
     return tokenizer
 
 
-def tower_size(tensors: dict, prefix: str, folder: Path) -> tuple[int, int, int]:
+def tower_size(shapes: dict, prefix: str, folder: Path) -> tuple[int, int, int]:
     """(width, depth, mlp) of a tower; config.json does not tell them, the tensors do."""
     sizes = []
     for name in (f"{prefix}.patch_embed.proj.weight", f"{prefix}.blocks.0.mlp.fc1.weight"):
-        if name not in tensors or not tensors[name][1]:
+        if not shapes.get(name):
             raise ValueError(f"{folder} lacks the tensor {name}; give a checkpoint of OpenVLA with "
                              "two towers")
-        sizes.append(tensors[name][1][0])
+        sizes.append(shapes[name][0])
     start = f"{prefix}.blocks."
-    depth = len({name[len(start):].split(".")[0] for name in tensors if name.startswith(start)})
+    depth = len({name[len(start):].split(".")[0] for name in shapes if name.startswith(start)})
     return sizes[0], depth, sizes[1]
 
 

@@ -11,7 +11,8 @@ A policy is a torch module with
     decode(bins, key), encode(actions, key)     bins <-> the data set's units
     set_gradient_checkpointing(on)       ValueError if it has none
     from_pretrained(path, dtype, device), save_pretrained(path, state_dict)
-    problems(folder)                     what would stop a run with that checkpoint, a line each
+    described(folder, shapes)            without weights, on the meta device; ValueError
+    problems(folder, shapes)             what would stop a run with that checkpoint, a line each
 robots/openvla.py and robots/tiny_vla.py are two; a third is a class and a line in robots.POLICIES.
 """
 from dataclasses import dataclass
@@ -23,20 +24,13 @@ from torch import Tensor
 
 import grpo
 from robots import policy_class
-from robots.openvla import (
-    ACTION_DIM,
-    ACTION_TOKENS,
-    BINS,
-    local_folder,
-    read_json,
-    to_env_actions,
-)
+from robots.openvla import ACTION_DIM, ACTION_TOKENS, BINS, local_folder, read_json, to_env_actions
 from robots.suite import Episode
 
 
 def load_policy(path: str | Path, dtype: torch.dtype | None = torch.float32, device=None):
-    """A checkpoint folder or hub id -> the policy its config.json names. dtype None: as it is
-    evaluated. Errors are the policy's `from_pretrained`'s."""
+    """A checkpoint folder or hub id -> the policy its config.json names; dtype None: as it is
+    evaluated."""
     folder = local_folder(path)
     kind = policy_class(read_json(folder / "config.json").get("model_type"))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,9 +66,8 @@ def greedy(policy, key: str):
 
 @dataclass
 class Call:
-    """What training needs of a policy call. frame: the image as the policy saw it, prepared once,
-    uint8 (1, side, side, 3)."""
-    frame: np.ndarray
+    """What training needs of a policy call."""
+    frame: np.ndarray       # uint8 (1, side, side, 3), of `frames`
     bins: Tensor            # (56,) int64
     logp: Tensor            # (56,) float32
     entropy: float          # mean over the tokens
@@ -87,8 +80,7 @@ def sampler(policy, temperature: float, key: str):
         with torch.no_grad():
             logits = policy(*policy.prompt_ids(instructions), policy.pixel_values(frames))
             cumulative = (logits / temperature).softmax(-1).cumsum(-1)          # (B, 56, 256)
-            # Inverse of the cumulative distribution: on a CPU several times faster than
-            # torch.multinomial
+            # On a CPU several times faster than torch.multinomial
             u = torch.rand(*logits.shape[:2], 1, device=logits.device) * cumulative[..., -1:]
             bins = torch.searchsorted(cumulative, u).squeeze(-1).clamp(max=BINS - 1)    # (B, 56)
             logp, entropy = grpo.token_logprobs(logits, bins, temperature)
@@ -101,9 +93,8 @@ def sampler(policy, temperature: float, key: str):
 
 @dataclass
 class Batch:
-    """The executed chunks of a step's rollouts that have an advantage; a row is a policy call, N of
-    them. It is never empty: where no rollout has one it holds a row without valid tokens, whose
-    pass another rank's update needs, and `rows` is 0."""
+    """The N executed chunks (policy calls) of a step's rollouts that have an advantage. Where none
+    has it holds a row without valid tokens, whose pass another rank's update needs; `rows` is 0."""
     frames: Tensor          # (N, 1, side, side, 3) uint8
     instructions: list[str]
     bins: Tensor            # (N, 56) int64
@@ -119,7 +110,7 @@ class Batch:
 
 def collate(episodes: list[Episode], advantages: Tensor, instructions: tuple[str, ...]) -> Batch:
     """Rollouts and their advantages (N,) -> the rows to train on. Old log-probabilities are those
-    of sampling, because one model does both. code: it recomputes them."""
+    of sampling. code: it recomputes them."""
     chosen = [(i, e, j) for i, e in enumerate(episodes) if advantages[i] != 0
               for j in range(len(e.executed))]
     rows = chosen or [(0, episodes[0], 0)]

@@ -1,14 +1,13 @@
 """The progress reward as SRPO-VLA's published code computes it: siiRL's reward_score/embodied.py.
 
-Step by step beside rewards.py, which follows the paper:
+Beside rewards.py, which follows the paper:
 1. clusters: the successes are standardised, then DBSCAN(eps=0.5) whatever their dimension is;
 2. distance to the nearest centre: Euclidean, not squared;
 3. a failure earns 0.6 * sigmoid(10 * (0.5 - d)), d min-max scaled over the task's failures: the
    nearest gets 0.596 and the farthest 0.004, however close together they are.
 
 Left out: it keys frames by task and trial, so that the rollouts of an initial state share one
-video, all failures among them earn the same, and the advantages are those of 0/1 rewards. Here each
-rollout has its own.
+video, and the advantages are those of 0/1 rewards. Here each rollout has its own.
 """
 import numpy as np
 
@@ -17,8 +16,7 @@ from rewards import ProgressRecord
 
 def progress_reward(latents: np.ndarray, success: np.ndarray,
                     task: np.ndarray) -> tuple[np.ndarray, ProgressRecord]:
-    """As rewards.progress_reward, which see; 0.6 stands in alpha's place. In the record distances
-    are Euclidean, and there are other fallbacks:
+    """As rewards.progress_reward, which see, with 0.6 in alpha's place and other fallbacks:
 
     no_cluster        the mean of the successes is the centre
     equal_distances   a single failure, or a range below 1e-6: they get 0.3
@@ -30,7 +28,6 @@ def progress_reward(latents: np.ndarray, success: np.ndarray,
     [1.    1.    0.596 0.3   0.004] [nan nan 0.9 1.9 2.9] {7: ['no_cluster']}
     """
     from scipy.spatial.distance import cdist
-
     h, success, task = np.asarray(latents, float), np.asarray(success, bool), np.asarray(task)
     missing = ~h.any(1)
     reward, record = np.where(success & ~missing, 1.0, 0.0), ProgressRecord(np.full(len(h), np.nan))
@@ -39,7 +36,7 @@ def progress_reward(latents: np.ndarray, success: np.ndarray,
         won, lost = np.flatnonzero(there & success), np.flatnonzero(there & ~success)
         words = ["zero_latents"] if missing[task == name].any() else []
         labels = cluster(h[won])
-        # The code maps the standardised centres back, which gives the mean of the members.
+        # code: the standardised centres mapped back, which is the same
         centres = [h[won[labels == c]].mean(0) for c in np.unique(labels[labels >= 0])]
         record.clusters[name], record.noise[name] = len(centres), int((labels < 0).sum())
         if len(lost) and not len(won):
@@ -49,10 +46,11 @@ def progress_reward(latents: np.ndarray, success: np.ndarray,
                 words.append("single_success" if len(won) == 1 else "no_cluster")
                 centres = [h[won].mean(0)]
             d = record.distances[lost] = cdist(h[lost], centres).min(1)
-            spread = d.max() - d.min()
-            if spread < 1e-6:
+            scaled = np.full_like(d, 0.5)
+            if (spread := d.max() - d.min()) < 1e-6:
                 words.append("equal_distances")
-            scaled = (d - d.min()) / spread if spread >= 1e-6 else np.full_like(d, 0.5)
+            else:
+                scaled = (d - d.min()) / spread
             reward[lost] = 0.6 / (1 + np.exp(-10 * (0.5 - scaled)))
         if words:
             record.fallbacks[name] = words
@@ -61,10 +59,9 @@ def progress_reward(latents: np.ndarray, success: np.ndarray,
 
 def cluster(successes: np.ndarray) -> np.ndarray:
     """Labels (n,), -1 for noise, of success latents (n, D). Standardised points are about sqrt(2 D)
-    apart, 53 in the 1408 dimensions of V-JEPA 2: nothing ever clusters there at eps = 0.5."""
+    apart, 53 in V-JEPA 2's 1408 dimensions: nothing ever clusters there at eps = 0.5."""
     from sklearn.cluster import DBSCAN
     from sklearn.preprocessing import StandardScaler
-
     if len(successes) < 2:
         return np.full(len(successes), -1)
     return DBSCAN(eps=0.5, min_samples=2).fit_predict(StandardScaler().fit_transform(successes))

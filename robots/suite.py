@@ -1,7 +1,4 @@
-"""Tasks and initial states, as training and evaluation need to know them, whatever simulates them.
-
-`Suite` is what a simulator's module makes of its name and options; `Episode` is what is left of a
-rollout. robots/__init__.py lists the simulators.
+"""Tasks, initial states and rollouts, whatever simulates them; robots/__init__.py lists what does.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,16 +19,12 @@ class Start:
 
 @dataclass
 class Episode:
-    """What happened from one initial state.
-
-    calls: a record for each policy call, `policy.Call` when tokens were sampled, else None.
-    executed: how many actions of each call's chunk ran. clip: uint8 (T, H, W, 3), the frames that
-    were kept when the episode ended, None if nobody asked for them."""
+    """What happened from one initial state."""
     start: Start
-    calls: list = field(default_factory=list)
-    executed: list[int] = field(default_factory=list)
+    calls: list = field(default_factory=list)       # `policy.Call`s; None where none was sampled
+    executed: list[int] = field(default_factory=list)   # how many actions of each call's chunk ran
     success: bool = False
-    clip: np.ndarray | None = None
+    clip: np.ndarray | None = None      # uint8 (T, H, W, 3), the frames that were asked for
 
     @property
     def steps(self) -> int:
@@ -51,11 +44,8 @@ class SuiteOptions:
 
 @dataclass(frozen=True)
 class Suite:
-    """A set of tasks, some of which are played, and how.
-
-    make(size=, horizon=) gives a gymnasium environment, which also has advance(action) -> ended,
-    observe() and success. slow: evaluations are journaled, and their GIFs are of the frames that
-    the policy saw."""
+    """A set of tasks, some of which are played, and how. make(size=, horizon=) gives a gymnasium
+    environment, which also has advance(action) -> ended, observe() and success."""
     name: str
     instructions: tuple[str, ...]   # by task number
     tasks: tuple[int, ...]          # the numbers that are played
@@ -68,11 +58,10 @@ class Suite:
     protocol: str = ""              # in words
     labels: tuple[str, ...] = ()    # the line of a table that each task counts in, if not its own
     evaluated: tuple[str, ...] = ("heldout",)       # splits that `eval.py vla` plays by default
-    slow: bool = True               # episodes cost seconds
+    slow: bool = True               # episodes cost seconds: a journal, GIFs of what the policy saw
 
     def starts(self, split: str, states: int | None = None) -> list[Start]:
-        """The first `states` (all if None) initial states of every task. ValueError for a split
-        that it does not have."""
+        """The first `states` (default all) of every task. ValueError for an unknown split."""
         if split not in self.states:
             raise ValueError(f"--split {split}: {self.name} has {', '.join(self.states)}")
         n = min(states or self.states[split], self.states[split])

@@ -1,8 +1,7 @@
-"""The built-in simulator behind gymnasium: a LIBERO-like tabletop in MuJoCo, a scripted expert.
+"""The built-in simulator: a LIBERO-like tabletop in MuJoCo, a scripted expert.
 
 1. `Tabletop`: a gripper on a gantry, two cubes, two plates, one camera. Four tasks named by an
-   instruction, each with 50 training and 50 held-out initial states that never overlap. Actions of
-   7 numbers in [-1, 1] with LIBERO's meaning: (dx, dy, dz, droll, dpitch, dyaw, gripper).
+   instruction, each with 50 training and 50 held-out initial states that never overlap.
 2. `Expert`: the scripted demonstrator (reads the simulator's state, which no policy sees).
 3. `suite`: the tasks as training and evaluation take them.
 
@@ -12,29 +11,22 @@ agent-view image and the instruction).
     python -m robots.tabletop                       # speed, the expert at work, a GIF
     python -m robots.tabletop --gif expert.gif --episodes 50
 """
-import argparse
-import atexit
-import gc
 import os
 import sys
 import time
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 
-import gymnasium
 import numpy as np
-from gymnasium.spaces import Box, Dict
 
+from plumbing.flags import ending, flag, read_command, require
+from robots.simulator import Simulator, load_mujoco, make_renderer, task_number
 from robots.suite import CHUNK, Suite, SuiteOptions
 
-# What MUJOCO_GL may be; where it is unset, mujoco takes the first itself, but on Linux
-BACKENDS = {"linux": ("egl", "osmesa", "glfw"), "darwin": ("cgl", "glfw"), "win32": ("wgl", "glfw")}
-if sys.platform == "linux":
-    os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL") or "egl"      # headless
-os.environ.setdefault("LP_NUM_THREADS", "1")        # Mesa's threads get in the workers' way
-
 CUBES, PLATES = ("red", "blue"), ("green", "yellow")
-TASKS = tuple(f"put the {cube} cube on the {plate} plate" for cube in CUBES for plate in PLATES)
+GOALS = tuple((cube, plate) for cube in CUBES for plate in PLATES)      # by task number
+TASKS = tuple(f"put the {cube} cube on the {plate} plate" for cube, plate in GOALS)
 N_STATES = 50                   # initial states per task and split, as in LIBERO
 HORIZON = 56                    # env steps (2.8 s at 20 Hz); the expert needs about 32
 SUBSTEPS, TIMESTEP = 8, 0.00625  # 20 Hz control
@@ -44,7 +36,7 @@ SUCCESS_RADIUS = 0.05           # metres between the centres of cube and plate (
 LAYOUT = {"red": (0.08, -0.09), "blue": (0.08, 0.09),       # metres
           "green": (-0.08, -0.10), "yellow": (-0.08, 0.10)}
 JITTER = 0.02                   # metres, uniform, per object and axis
-HOME = np.array([0.0, 0.0, 0.14])
+HOME = (0.0, 0.0, 0.14)
 LOW, HIGH = np.array([-0.2, -0.2, 0.005]), np.array([0.2, 0.2, 0.2])
 FINGER_OPEN = 0.044             # metres from the middle, each finger
 FINGER_STEP = 0.01              # metres a finger's set point moves per env step
@@ -97,72 +89,16 @@ XML = f"""
 </mujoco>"""
 
 
-def backend() -> str:
-    """What MUJOCO_GL asks for, or the system's own. RuntimeError for what this system lacks."""
-    known = BACKENDS.get(sys.platform, BACKENDS["linux"])
-    name = os.environ.get("MUJOCO_GL") or known[0]
-    if name not in known:
-        raise RuntimeError(f"MUJOCO_GL={name} is unknown; set it to one of {', '.join(known)}")
-    return name
-
-
-def gl_help() -> str:
-    """How to mend OpenGL on this system."""
-    if sys.platform != "linux":
-        return "unset MUJOCO_GL, and run it where somebody is logged in to the desktop"
-    packages = "libosmesa6" if backend() == "osmesa" else "libegl1 libgl1-mesa-dri libopengl0"
-    return f"run: apt-get install -y --no-install-recommends {packages}"
-
-
-def _no_opengl(problem: Exception) -> RuntimeError:
-    return RuntimeError(f"no OpenGL with MUJOCO_GL={backend()} ({type(problem).__name__}); "
-                        f"{gl_help()}")
-
-
-def load_mujoco():
-    """Import mujoco; the many ways in which a machine can lack OpenGL are one line with the fix."""
-    backend()
-    try:
-        import mujoco
-        return mujoco
-    except (AttributeError, ImportError, OSError, RuntimeError) as e:
-        raise _no_opengl(e) from None
-
-
-@contextmanager
-def _silently():
-    """Half-made renderers complain as they are deleted; here nobody listens."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
-
-
-def make_renderer(mujoco, model, size: int):
-    """mujoco.Renderer for square images of `size` pixels; RuntimeError, one line, where OpenGL does
-    not work."""
-    with _silently():
-        try:
-            return mujoco.Renderer(model, size, size)
-        except (AttributeError, ImportError, OSError, RuntimeError, mujoco.FatalError) as e:
-            problem = _no_opengl(e)
-        gc.collect()
-    raise problem
-
-
 @cache
 def initial_states(split: str) -> np.ndarray:
     """Jitter of every object in every initial state: (tasks, 50, 4 objects, 2) float64, metres. A
     function of the split alone."""
-    if split not in ("train", "heldout"):
-        raise ValueError(f"split={split!r}: use 'train' or 'heldout'")
     rng = np.random.default_rng([2511, 15605, split == "heldout"])
     return rng.uniform(-JITTER, JITTER, (len(TASKS), N_STATES, len(LAYOUT), 2))
 
 
 class Scene:
-    """The MuJoCo model and the renderers: one per process, shared by all its tables (contexts do
+    """The MuJoCo model and its renderers: one per process, shared by all its tables (contexts do
     not survive fork)."""
 
     def __init__(self):
@@ -178,55 +114,24 @@ class Scene:
         """uint8 (size, size, 3) from the agent's camera."""
         if size not in self.renderers:
             self.renderers[size] = make_renderer(self.mujoco, self.model, size)
-            # Closed before mujoco shuts OpenGL down, which it registered just now: later, Python
-            # would print a traceback
-            atexit.register(self.close)
         self.renderers[size].update_scene(data, camera="agentview")
         return self.renderers[size].render()
 
-    def close(self) -> None:
-        with _silently():
-            while self.renderers:
-                with suppress(Exception):       # another simulator has shut OpenGL down already
-                    self.renderers.popitem()[1].close()
 
+class Tabletop(Simulator):
+    """Pick a cube, put it on a plate."""
 
-class Tabletop(gymnasium.Env):
-    """Pick a cube, put it on a plate. Observation {"image": uint8 (size, size, 3)}; action float
-    (7,) in [-1, 1]; reward 1 on success.
-
-    reset(options={"task": int or instruction, "index": 0..49, "split": ...}) chooses the initial
-    state; what is left out is drawn from `seed` (split: the constructor's). info: task (int),
-    instruction, index, success. An episode ends at success (terminated) or after `horizon` steps
-    (truncated)."""
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
-
-    def __init__(self, split: str = "train", size: int = 64, horizon: int = HORIZON,
-                 render_mode: str | None = "rgb_array"):
-        if size < 16 or size > 256:
-            raise ValueError(f"size={size}: the camera makes images of 16 to 256 pixels")
-        initial_states(split)       # refuses an unknown split here rather than at the first reset
-        self.scene, self.size, self.horizon = Scene.of(os.getpid()), size, horizon
-        self.split, self.render_mode = split, render_mode
+    def __init__(self, split: str = "train", size: int = 64, horizon: int = HORIZON):
+        states = dict.fromkeys(("train", "heldout"), range(N_STATES))
+        super().__init__("tabletop", TASKS, states, split, size)
+        self.scene, self.horizon = Scene.of(os.getpid()), horizon
         self.data = self.scene.mujoco.MjData(self.scene.model)
-        self.observation_space = Dict({"image": Box(0, 255, (size, size, 3), np.uint8)})
-        self.action_space = Box(-1.0, 1.0, (7,), np.float32)
 
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        options = options or {}
-        task, index = options.get("task"), options.get("index")
-        split = options.get("split", self.split)
-        task = int(self.np_random.integers(len(TASKS))) if task is None else task_id(task)
-        index = int(self.np_random.integers(N_STATES)) if index is None else int(index)
-        if not 0 <= index < N_STATES:
-            raise ValueError(f"index={index}: initial states are numbered 0..{N_STATES - 1}")
-        self.task, self.index, self.instruction = task, index, TASKS[task]
-        self.steps, self.success = 0, False
-        self.cube, self.plate = CUBES[task // len(PLATES)], PLATES[task % len(PLATES)]
+    def begin(self, state: int, options: dict) -> None:
         data, scene = self.data, self.scene
+        self.cube, self.plate = GOALS[self.task]
         scene.mujoco.mj_resetData(scene.model, data)
-        for name, offset in zip(LAYOUT, initial_states(split)[task, index]):
+        for name, offset in zip(LAYOUT, initial_states(self.used_split)[self.task, state]):
             x, y = LAYOUT[name] + offset
             if name in CUBES:
                 data.joint(name).qpos[:3] = x, y, 0.02
@@ -236,115 +141,102 @@ class Tabletop(gymnasium.Env):
         for joint, value in zip(("x", "y", "z", "left", "right"), (*HOME, *fingers)):
             data.joint(joint).qpos[0] = value
         self.goal = np.array([*HOME, 0.0, 0.0, 0.0])      # set point of the hand: metres, radians
-        data.ctrl[:] = [*self.goal, FINGER_OPEN, FINGER_OPEN]
+        data.ctrl[:] = [*self.goal, *fingers]
         scene.mujoco.mj_forward(scene.model, data)
-        return self.observe(), self._info()
 
-    def advance(self, action) -> bool:
-        """One env step of physics, no image. Returns True when the episode has ended."""
-        action = np.asarray(action, np.float64)
-        if action.shape != (7,) or not np.isfinite(action).all():
-            raise ValueError(f"action must be 7 finite numbers, got shape {action.shape}: {action}")
-        action = action.clip(-1, 1)
+    def simulate(self, action: np.ndarray) -> None:
         self.goal[:3] = (self.goal[:3] + STEP * action[:3]).clip(LOW, HIGH)
         self.goal[3:] = (self.goal[3:] + TURN * action[3:6]).clip(-1.5, 1.5)
         self.data.ctrl[:6] = self.goal
-        fingers = self.data.ctrl[6:] - FINGER_STEP * np.sign(action[6])     # LIBERO: -1 opens
+        fingers = self.data.ctrl[6:] - FINGER_STEP * np.sign(action[6])
         self.data.ctrl[6:] = fingers.clip(0, FINGER_OPEN)
         self.scene.mujoco.mj_step(self.scene.model, self.data, SUBSTEPS)
-        self.steps += 1
-        self.success = self.solved()
-        return self.success or self.steps >= self.horizon
-
-    def step(self, action):
-        ended = self.advance(action)
-        truncated = ended and not self.success
-        return self.observe(), float(self.success), self.success, truncated, self._info()
 
     def solved(self) -> bool:
-        """The named cube rests on the named plate and the fingers have let go."""
-        cube, plate = self.data.body(self.cube), self.data.body(self.plate)
-        away = np.linalg.norm(cube.xpos[:2] - plate.xpos[:2])
-        if away > SUCCESS_RADIUS or not 0.02 < cube.xpos[2] < 0.035:
-            return False
-        gap = self.data.joint("left").qpos[0] + self.data.joint("right").qpos[0]
-        return bool(gap > 0.055 and np.linalg.norm(cube.cvel[3:]) < 0.05)
-
-    def observe(self) -> dict:
-        return {"image": self.scene.render(self.data, self.size)}
+        return released(self.data) and rests_on(self.data, self.cube, self.plate)
 
     def render(self, size: int | None = None) -> np.ndarray:
         """uint8 (size, size, 3); the policy's size if none is given."""
         return self.scene.render(self.data, size or self.size)
 
-    def _info(self) -> dict:
-        return {"task": self.task, "instruction": self.instruction, "index": self.index,
-                "success": self.success}
+
+def released(data) -> bool:
+    """The fingers are open."""
+    return bool(data.joint("left").qpos[0] + data.joint("right").qpos[0] > 0.055)
+
+
+def rests_on(data, cube: str, plate: str) -> bool:
+    """The cube lies still, on the plate."""
+    body, away = data.body(cube), data.body(cube).xpos[:2] - data.body(plate).xpos[:2]
+    return bool(np.linalg.norm(away) <= SUCCESS_RADIUS and 0.02 < body.xpos[2] < 0.035
+                and np.linalg.norm(body.cvel[3:]) < 0.05)
 
 
 def suite(name: str, tasks: tuple[int, ...], options: SuiteOptions) -> Suite:
     """The built-in tasks, or some of them by number. ValueError for any other name or number."""
     if name != "tabletop":
         raise ValueError(f"unknown suite {name!r}; there is tabletop")
-    return Suite(name, TASKS, tuple(map(task_id, tasks or range(len(TASKS)))),
-                 {"train": N_STATES, "heldout": N_STATES}, Tabletop,
+    chosen = tuple(task_number(task, name, TASKS) for task in tasks or range(len(TASKS)))
+    return Suite(name, TASKS, chosen, {"train": N_STATES, "heldout": N_STATES}, Tabletop,
                  {"train": "training initial states", "heldout": "held-out initial states"},
                  HORIZON, tables=128, evaluated=("train", "heldout"), slow=False)
 
 
-def task_id(task) -> int:
-    """Number of a task given by number or instruction."""
-    if task in TASKS:
-        return TASKS.index(task)
-    if isinstance(task, (int, np.integer)) and 0 <= task < len(TASKS):
-        return int(task)
-    raise ValueError(f"unknown task {task!r}; there are 0..{len(TASKS) - 1}: " + "; ".join(TASKS))
-
-
 class Expert:
-    """Scripted demonstrator: hover, descend, close, lift, carry, lower, open. It reads the state of
-    a table that was just reset; `error` (metres) is the standard deviation of a mistake it makes
-    about where cube and plate are, for failures."""
+    """Scripted demonstrator of a table that was just reset. `error` (metres) is the standard
+    deviation of a mistake it makes about where cube and plate are, for failures."""
 
     def __init__(self, env: Tabletop, error: float = 0.0, rng: np.random.Generator | None = None):
-        self.env, self.phase, self.calls = env, 0, 0
-        self.mistake = error * (rng or np.random.default_rng()).standard_normal((2, 2))
+        wrong = error * (rng or np.random.default_rng()).standard_normal((2, 2))
+        mistakes = dict(zip((env.cube, env.plate), wrong))
+        self.env, self.moves = env, put(env, env.cube, env.plate, mistakes)
 
     def __call__(self) -> np.ndarray:
         """Next action, float64 (7,)."""
-        env, hand = self.env, self.env.data.body("hand").xpos
-        cube, plate = (env.data.body(name).xpos[:2] + mistake
-                       for name, mistake in zip((env.cube, env.plate), self.mistake))
-        over_cube, over_plate = (np.linalg.norm(hand[:2] - at) for at in (cube, plate))
-        ended = True
-        while ended:
-            self.calls += 1
-            # Set point of the hand, gripper, does the next phase begin?
-            goal, grip, ended = (
-                ((*cube, 0.07), -1, over_cube < 0.008),                     # hover over the cube
-                ((*cube, 0.008), -1, hand[2] < 0.014),                      # descend
-                (env.goal[:3], 1, self.calls > 4),                          # close
-                ((*hand[:2], 0.08), 1, hand[2] > 0.06),                     # lift
-                ((*plate, 0.08), 1, over_plate < 0.012),                    # carry
-                ((*plate, 0.02), 1, hand[2] < 0.028),                       # lower
-                (env.goal[:3], 1 if self.calls == 1 else -1, self.calls > 4),   # rest, open
-                ((*hand[:2], 0.12), -1, False))[self.phase]                 # rise
-            if ended:
-                self.phase, self.calls = self.phase + 1, 0
-        action = np.zeros(7)
-        action[:3] = ((np.array(goal) - env.goal[:3]) / STEP).clip(-0.5, 0.5)
-        action[6] = grip
+        action, (goal, action[6]) = np.zeros(7), next(self.moves)
+        action[:3] = ((np.array(goal) - self.env.goal[:3]) / STEP).clip(-0.5, 0.5)
         return action
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--episodes", type=int, default=20, help="expert episodes per task")
-    parser.add_argument("--gif", default="expert.gif", help="where to write one episode per task")
-    args = parser.parse_args(argv)
-    if args.episodes < 1:
-        raise ValueError(f"--episodes must be at least 1, got {args.episodes}")
-    env, rng, frames, n = Tabletop(size=128), np.random.default_rng(0), [], 480
+def put(env: Tabletop, cube: str, plate: str, mistakes: dict[str, np.ndarray]) -> Iterator[tuple]:
+    """The expert's moves, one per env step: set point of the hand (x, y, z), metres, and gripper.
+    mistakes: what is added to where it believes a thing to be, (2,) metres."""
+    hand = env.data.body("hand").xpos                           # a view: it moves
+
+    def at(thing: str) -> np.ndarray:
+        return env.data.body(thing).xpos[:2] + mistakes[thing]
+
+    def away(thing: str) -> float:
+        return np.linalg.norm(hand[:2] - at(thing))
+
+    while away(cube) >= 0.008:                                  # hover over the cube
+        yield (*at(cube), 0.07), -1
+    while hand[2] >= 0.014:                                     # descend
+        yield (*at(cube), 0.008), -1
+    for _ in range(4):                                          # close
+        yield env.goal[:3], 1
+    while hand[2] <= 0.06:                                      # lift
+        yield (*hand[:2], 0.08), 1
+    while away(plate) >= 0.012:                                 # carry
+        yield (*at(plate), 0.08), 1
+    while hand[2] >= 0.028:                                     # lower
+        yield (*at(plate), 0.02), 1
+    for grip in (1, -1, -1, -1):                                # rest, open
+        yield env.goal[:3], grip
+    while True:                                                 # rise
+        yield (*hand[:2], 0.12), -1
+
+
+# Command
+
+@dataclass
+class Settings:
+    episodes: int = flag(20, "expert episodes per task")
+    gif: str = flag("expert.gif", "where to write one episode per task")
+
+
+def measure_speed(env: Tabletop, n: int = 480) -> None:
+    rng = np.random.default_rng(0)
     for every, name in ((n + 1, "no camera"), (CHUNK, f"a 128 px frame every {CHUNK} steps"),
                         (1, "a frame every step")):
         env.reset(options={"task": 0, "index": 0})
@@ -354,9 +246,16 @@ def main(argv: list[str] | None = None) -> None:
             if i % every == 0:
                 env.render()
         print(f"{n / (time.perf_counter() - began):7.0f} env steps per second on one core, {name}")
+
+
+def show(s: Settings) -> None:
+    """The simulator's speed, and the expert at work."""
+    require(s, dict(episodes=1))
+    env, frames = Tabletop(size=128), []
+    measure_speed(env)
     for task, instruction in enumerate(TASKS):
         steps, wins = [], 0
-        for index in range(args.episodes):
+        for index in range(s.episodes):
             env.reset(options={"task": task, "index": index % N_STATES})
             expert, ended = Expert(env), False
             while not ended:
@@ -365,14 +264,11 @@ def main(argv: list[str] | None = None) -> None:
                     frames.append(env.render())
             steps.append(env.steps)
             wins += env.success
-        print(f"{instruction}: expert solves {wins}/{args.episodes}, {np.mean(steps):.0f} steps")
+        print(f"{instruction}: expert solves {wins}/{s.episodes}, {np.mean(steps):.0f} steps")
     from robots.evaluate import save_gif  # here: it imports torch
-    save_gif(args.gif, frames)
-    print(f"wrote {args.gif}")
+    save_gif(s.gif, frames)
+    print(f"wrote {s.gif}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(ending(lambda: show(read_command(Settings, about=__doc__.split("\n")[0]).settings)))

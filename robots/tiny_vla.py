@@ -114,8 +114,13 @@ class TinyVLA(nn.Module):
         raise ValueError("--gradient_checkpointing is for OpenVLA; TinyVLA's activations are small")
 
     @classmethod
-    def problems(cls, folder: Path) -> list[str]:
-        """What would stop a run with this checkpoint; loading it is quick."""
+    def described(cls, folder: Path, shapes: dict | None = None) -> "TinyVLA":
+        """On the meta device; loading it is quick."""
+        return cls.from_pretrained(folder).to("meta")
+
+    @classmethod
+    def problems(cls, folder: Path, shapes: dict | None = None) -> list[str]:
+        """What would stop a run with this checkpoint."""
         try:
             cls.from_pretrained(folder)
         except (ValueError, OSError) as error:

@@ -27,7 +27,7 @@ class Settings(SuiteSettings):
     suite: str = flag("tabletop", "those there is an expert for",
                       choices=["tabletop", "libero_object", "libero_spatial"])
     demos: int = flag(6, "demonstrations per task, from its training initial states")
-    split: str = flag("disjoint", "LIBERO; disjoint: from one half of the initial states; all: from "
+    split: str = flag("disjoint", "LIBERO; disjoint: from half of the initial states; all: from "
                                   "all 50", choices=["disjoint", "all"])
     size: int = flag(64, "LIBERO: pixels of the camera images")
     crop: list[int] = flag([], "LIBERO: top, left and side of the square that the policy looks at")

@@ -152,9 +152,9 @@ def seven_b(tmp_path, openvla, monkeypatch):
         config = vla.TINY | {"text_config": {"vocab_size": 32064}}
         with torch.device("meta"):
             model = vla.OpenVLA(config, (1024, 24, 4096), (1152, 27, 4304)).bfloat16()
-        model.norm_stats, model.tokenizer = STATS, tokenizer
+        model.norm_stats, model.files = STATS, {"tokenizer.json": tokenizer}
         return model
-    tokenizer = vla.OpenVLA.described(openvla).tokenizer
+    tokenizer = (openvla / "tokenizer.json").read_bytes()
     kind = SimpleNamespace(described=described, problems=lambda folder, shapes: [])
     monkeypatch.setattr(robots_planned, "policy_class", lambda name: kind)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)       # bf16 in the world model
@@ -218,7 +218,7 @@ def vla_problems(**changes) -> list[str]:
     (lambda f: (f / "preprocessor_config.json").unlink(), "preprocessor_config.json"),
     (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json cannot be read"),
     (lambda f: (f / "tokenizer.json").write_text(
-        (f / "tokenizer.json").read_text().replace("29871", "7")), "is not that of OpenVLA's"),
+        (f / "tokenizer.json").read_text().replace("29871", "7")), "gives '▁' the number 7"),
     (lambda f: (f / "dataset_statistics.json").write_text(json.dumps(
         {"libero_goal_no_noops": STATS["tabletop"]})), "libero_goal_no_noops, not for tabletop")])
 def test_a_policy_s_fault_is_named(openvla, tmp_path, capsys, change, words):
@@ -273,7 +273,7 @@ def test_a_vision_language_model_whose_parts_do_not_fit_is_named(qwen, tmp_path)
 def test_a_hub_id_is_planned_without_its_weights(openvla, monkeypatch, tmp_path):
     """From the hub's metadata; one line if it gives none."""
     import huggingface_hub
-    shapes = vla.read_shapes(openvla)
+    shapes = {name: shape for name, (_, shape) in vla.read_headers(openvla).items()}
     shutil.copytree(openvla, tmp_path, ignore=shutil.ignore_patterns("*.safetensors"),
                     dirs_exist_ok=True)
     asked = {}

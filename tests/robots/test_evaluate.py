@@ -128,7 +128,7 @@ def test_an_interrupted_evaluation_goes_on(known, suite, workers, tmp_path, monk
     missing = {(t, i) for t in range(4) for i in range(3)} - done
     assert {(s.task, s.index) for s in played[-1]} == missing
     assert path.read_text().splitlines(keepends=True)[:8] == lines[:8]
-    path.write_text(path.read_text() + "".join(lines[1:]))  # two runs wrote it: an episode counts once
+    path.write_text(path.read_text() + "".join(lines[1:]))  # by two runs: an episode counts once
     assert again() == whole and played[-1] == []
     fewer = again(find_suite("tabletop", (0, 2)), 2)        # what else is there does not count
     assert fewer["episodes"] == 4 and fewer["tasks"].keys() == {TASKS[0], TASKS[2]}
@@ -198,7 +198,7 @@ def test_film(known, suite, tmp_path):
     with Image.open(tmp_path / "x.gif") as gif:
         assert gif.size == (48, 48)
         frames, times = [], []
-        for k in range(gif.n_frames):           # equal frames are merged, with the sum of their times
+        for k in range(gif.n_frames):           # equal frames are merged, their times summed
             gif.seek(k)
             frames.append(np.asarray(gif.convert("RGB")).astype(int))
             times.append(gif.info["duration"])

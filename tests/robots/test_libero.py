@@ -93,7 +93,7 @@ def test_suites_for_the_scripts(tmp_path, installed):
     with pytest.raises(ValueError, match="unknown task 7"):
         suite("libero_spatial", (0, 7))
     with pytest.raises(ValueError, match="--tasks 0 1 0: each once"):
-        suite("libero_spatial", (0, 1, 0))
+        robots.find_suite("libero_spatial", (0, 1, 0))
 
 
 def test_suites_of_libero_plus(tmp_path, installed):

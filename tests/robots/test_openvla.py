@@ -690,6 +690,7 @@ def test_misfits(monkeypatch):
 
 def test_tower_size():
     tensors = vla.read_headers(CHECKPOINT)
+    tensors = {name: shape for name, (_, shape) in tensors.items()}
     sizes = [vla.tower_size(tensors, f"vision_backbone.{t}", CHECKPOINT) for t in vla.TOWERS]
     assert sizes == [(32, 3, 128), (48, 4, 179)]
     with pytest.raises(ValueError, match=r"lacks the tensor x.patch_embed.proj.weight; give"):
