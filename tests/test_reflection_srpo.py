@@ -252,6 +252,7 @@ def metrics(out: Path) -> list[dict]:
     ]
 
 
+@pytest.mark.slow
 def test_both_stages_end_to_end(finished):
     out, printed = finished
     rows = metrics(out)
@@ -501,6 +502,7 @@ def test_bad_flags_are_one_line(argv, words, base, tmp_path, capsys):
     assert error.startswith("error: ") and all(word in error for word in words)
 
 
+@pytest.mark.slow
 def test_resume_with_other_settings_and_a_taken_folder(finished, tmp_path, capsys):
     out, _ = finished
     assert (

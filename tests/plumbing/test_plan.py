@@ -273,7 +273,7 @@ def test_a_vision_language_model_whose_parts_do_not_fit_is_named(qwen, tmp_path)
 def test_a_hub_id_is_planned_without_its_weights(openvla, monkeypatch, tmp_path):
     """From the hub's metadata; one line if it gives none."""
     import huggingface_hub
-    shapes = {name: shape for name, (_, shape) in vla.read_headers(openvla).items()}
+    shapes = vla.read_shapes(openvla)
     shutil.copytree(openvla, tmp_path, ignore=shutil.ignore_patterns("*.safetensors"),
                     dirs_exist_ok=True)
     asked = {}

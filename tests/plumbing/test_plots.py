@@ -151,6 +151,7 @@ def test_read_runs(tmp_path):
         plots.read_runs([str(paths[0])], "reward")
 
 
+@pytest.mark.slow
 def test_mutations_are_one_line_or_harmless(tmp_path):
     """Sixty damaged files: one line, or a table and curves of what is left; no number that is drawn
     is not one."""

@@ -266,6 +266,7 @@ def waiting(out: Path, job: subprocess.Popen) -> None:
     (out / "waiting").unlink()
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_gone_on_with(tmp_path, whole):
     """SIGKILL in the middle of a step, with a line of the log half written."""
     out = tmp_path / "run"
@@ -280,6 +281,7 @@ def test_a_killed_run_is_gone_on_with(tmp_path, whole):
     assert numbers(out) == whole
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_out(tmp_path, capsys, whole):
     """The second is told the first one's number, and leaves it alone; whoever dies gives way."""
     out = tmp_path / "run"

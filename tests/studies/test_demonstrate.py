@@ -13,6 +13,7 @@ from studies import demonstrate
 from studies.demonstrate import Settings
 
 
+@pytest.mark.slow
 def test_demonstrations_and_fine_tuning():
     data = demonstrate.tabletop_demonstrations(1, noise=0.0)
     env, n = Tabletop(), 0

@@ -60,6 +60,7 @@ def test_target_gets_no_gradient_and_moves_by_ema():
         torch.testing.assert_close(new, 0.9 * old + 0.1 * online)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_without_collapse():
     log = []
     trained = wmt.train_world_model(
