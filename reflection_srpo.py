@@ -25,8 +25,8 @@ from dataclasses import dataclass
 
 from plumbing.flags import RunSettings, at_once, check_run, flag, require
 
-REWARDS = ("paper", "openrlhf", "verl", "outcome", "no_effectiveness", "no_reflection",
-           "no_length")
+REWARDS = ("paper", "openrlhf", "verl", "outcome", "task", "no_effectiveness",
+           "no_reflection", "no_length")
 
 
 @dataclass
@@ -41,8 +41,8 @@ class Settings(RunSettings):
     columns: list[str] = flag([], "the data's own names: query=problem image=images")
     eval_data: str = flag("", "held-out rows (of arrows 400 new ones, else none)")
     prompt: str = flag("query", "query: the question alone, for the tiny model; "
-                                "reflection: with instructions",
-                       choices=["query", "reflection"])
+                                "others: with instructions for that format",
+                       choices=["query", "reflection", "plain", "twice"])
     max_pixels: int = flag(1280 * 28 * 28, "larger pictures are scaled down to this")
     max_prompt: int = flag(1024, "rows with longer prompts, in tokens, image tokens "
                                  "included, are set aside (paper: 1024)")
@@ -53,9 +53,15 @@ class Settings(RunSettings):
     sft_batch: int = flag(64, "sft: rows per update")
     sft_lr: float = flag(4e-3, "sft: learning rate, 10% warmup, cosine (paper: 1e-5)")
     steps: int = flag(100, "RL steps (paper: about 500)")
+    format: str = flag("reflection", "of responses; without reflection, the paper's "
+                       "baselines: plain: one attempt; twice: two of them",
+                       choices=["reflection", "plain", "twice"])
     reward: str = flag("paper", "paper; of its published codes openrlhf and verl; "
-                                "outcome: 1 for a right final answer; no_PART: the "
+                                "outcome: 1 for a right final answer; task: plain "
+                                "GRPO's, half of it for the format; no_PART: the "
                                 "paper's less one part", choices=list(REWARDS))
+    alpha: float = flag(0.1, "weight of the length in the paper's reward (paper: 0.05 "
+                             "and 0.1 tie)")
     prompts: int = flag(32, "P: prompts per step (paper: 128)")
     group_size: int = flag(8, "G: responses per prompt (paper: 8)")
     temperature: float = flag(1.0, "of sampling and of log-probabilities (paper: 1.0)")
@@ -101,7 +107,11 @@ def check(s: Settings) -> None:
     check_run(s, "prompts")
     require(s, dict(steps=0, minibatch=0, sft_rows=1, sft_batch=1, max_new_tokens=1,
                     max_prompt=1, max_length=1, micro_tokens=1, rollout_batch=1,
-                    max_pixels=4 * 28 * 28), ("sft_lr", "sft_epochs"))
+                    max_pixels=4 * 28 * 28, alpha=0), ("sft_lr", "sft_epochs"))
+    if s.format != "reflection" and s.stage != "sft" and s.reward not in (
+            "task", "outcome"):
+        raise ValueError(f"--reward {s.reward} reads reflections; with --format "
+                         f"{s.format} give --reward task")
     if s.stage == "all" and s.data != "arrows":
         raise ValueError("--data needs a stage: python reflection_srpo.py sft ... "
                          "(rows with targets) or rl ...")
@@ -197,7 +207,7 @@ def train(run: Run, parts: Parts, rows: list[Row], heldout: list[Row],
 
         # 2. What each earns                                              [MLLM 4-8]
         asked = [row for row in own for _ in range(s.group_size)]
-        records = [r.REWARDS[s.reward](c.text, row.answer, processor)
+        records = [r.REWARDS[s.reward](c.text, row.answer, processor, s)
                    for c, row in zip(completions, asked)]
         everyone = run.gather(records)
         reward = torch.tensor([record.total for record in everyone])
@@ -236,7 +246,8 @@ def train(run: Run, parts: Parts, rows: list[Row], heldout: list[Row],
             update.step()
         run.lap("update")
 
-        row = r.behaviour(everyone, run.gather(completions)) | update.summary() | {
+        row = r.behaviour(everyone, run.gather(completions), r.PATTERNS[s.format])
+        row |= update.summary() | {
             "reward_std": float(reward.std()), "groups_used": int(used.sum()),
             "groups": len(used), "lr": parts.optimizer.param_groups[0]["lr"],
             "sampled_tokens": sum(run.gather([c.tokens for c in completions]))}
@@ -314,7 +325,7 @@ def work(run: Run) -> int:
     if s.stage != "rl" and run.stage != "rl":
         parts = load(run, base)
         introduce(run, parts)
-        cold_start(run, parts, arrows.dataset(s.sft_rows, s.seed, targets=True)
+        cold_start(run, parts, arrows.dataset(s.sft_rows, s.seed, s.format)
                    if s.data == "arrows" else read_rows(run, s.data, parts.processor))
         if not run.finished:
             return run.stopped()

@@ -121,8 +121,8 @@ def _checked(latents, success, task, alpha: float) -> tuple[np.ndarray, ...]:
 
 # Reflection reward: SRPO-MLLM
 TAG = re.compile(r"</?(?:think|answer|reflection)>")
-TAG_ORDER = TAG.findall("<think></think><answer></answer><reflection></reflection>"
-                        "<think></think><answer></answer>")
+PATTERN = ("think", "answer", "reflection", "think", "answer")
+TAG_ORDER = TAG.findall("".join(f"<{part}></{part}>" for part in PATTERN))
 I_EFF = {(True, True): 0.25, (False, True): 0.5,  # (first, final answer right)
          (False, False): 0.0, (True, False): -0.25}
 
@@ -196,13 +196,14 @@ def length_term(tokens: int, first: int) -> float:
     return math.exp(-((tokens - 2 * first) / (0.5 * first)) ** 2) if first else 0.0
 
 
-def format_holds(response: str) -> bool:
-    """The ten tags in order, text inside each pair, none before, between or after.
+def format_holds(response: str, pattern: Sequence[str] = PATTERN) -> bool:
+    """The pattern's tags in order, text inside each pair, none before, between, after.
 
     Ours: the tags alone; whether the answers are boxed, as in the paper, is not asked.
     """
     outside, within = (TAG.split(response)[i::2] for i in (0, 1))
-    return (TAG.findall(response) == TAG_ORDER and not "".join(outside).strip()
+    order = TAG.findall("".join(f"<{part}></{part}>" for part in pattern))
+    return (TAG.findall(response) == order and not "".join(outside).strip()
             and all(text.strip() for text in within))
 
 

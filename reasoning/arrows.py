@@ -73,30 +73,34 @@ def draw(rng: np.random.Generator) -> tuple[Row, int, np.ndarray]:
     return row, start, follow
 
 
-def teach(start: int, follow: np.ndarray, rng: np.random.Generator) -> str:
-    """A reflected response to imitate, with the teacher's errors in it."""
+def teach(start: int, follow: np.ndarray, rng: np.random.Generator,
+          form: str = "reflection") -> str:
+    """A response to imitate. "reflection": with the teacher's errors in it; "twice": the same two
+    attempts, without the reflection between them; "plain": the second alone, from the start on."""
     places, sure = [start], []              # the places of glances, GLANCE arrows apart
     for _ in range(HOPS // GLANCE):
         sure.append(rng.random() < SURE)
         places.append(walk(follow, places[-1], GLANCE if sure[-1] else GLANCE - 1)[-1])
     sure[-1] = False                        # at the latest, it looks again from the last glance on
     k = sure.index(False) if rng.random() < NOTICE else len(sure) - 1
+    k = 0 if form == "plain" else k
     cells = walk(follow, places[k], HOPS - k * GLANCE)
     glances = " ".join(f"about {NAMES[c]}" for c in places[1:])
     trace = " ".join(f"{NAMES[a]} {DIRECTION[b - a]}" for a, b in pairwise(cells))
     end = NAMES[cells[-1]]
-    return (f"<think> from {NAMES[start]} {glances} </think> "
-            f"<answer> {NAMES[places[-1]]} </answer> "
-            f"<reflection> check from {NAMES[cells[0]]} </reflection> "
-            f"<think> {trace} {end} </think> <answer> {end} </answer>")
+    first = (f"<think> from {NAMES[start]} {glances} </think> "
+             f"<answer> {NAMES[places[-1]]} </answer> ")
+    reflection = f"<reflection> check from {NAMES[cells[0]]} </reflection> "
+    final = f"<think> {trace} {end} </think> <answer> {end} </answer>"
+    return {"reflection": first + reflection + final, "twice": first + final, "plain": final}[form]
 
 
-def dataset(n: int, seed: int, targets: bool = False) -> list[Row]:
-    """n rows, with the teacher's responses as targets or without."""
+def dataset(n: int, seed: int, form: str = "") -> list[Row]:
+    """n rows; with a form (--format), the teacher's responses in it as targets."""
     rng, rows = np.random.default_rng(seed), []
     for i in range(n):
         row, start, follow = draw(rng)
-        target = teach(start, follow, rng) if targets else None
+        target = teach(start, follow, rng, form) if form else None
         rows.append(replace(row, id=f"arrows-{seed}-{i}", target=target))
     return rows
 

@@ -122,30 +122,42 @@ def reference_logprobs(model, reference, processor: qwen.Processor, batch: Batch
         return frozen_logprobs(start, processor, batch, s)
 
 
-# Rewards: (response, answer, processor) -> record. Lengths are in tokens.
+# Rewards: (response, answer, processor, settings) -> record. Lengths are in tokens.
 
-def paper(response: str, answer: str, processor: qwen.Processor,
+# What --format asks for; the last two are the paper's baselines without reflection
+PATTERNS = {"reflection": rewards.PATTERN, "plain": ("think", "answer"),
+            "twice": ("think", "answer", "think", "answer")}
+
+
+def paper(response: str, answer: str, processor: qwen.Processor, s,
           without: tuple[str, ...] = ()) -> rewards.ReflectionRecord:
     """The paper's, less some parts. Ours: tags are not counted (code: they are), so that twice what
     the first attempt wrote meets the target, however few words there are."""
     record = rewards.reflection_reward(
-        response, answer, verify=default_verify,
+        response, answer, verify=default_verify, alpha=s.alpha,
         count_tokens=lambda text: processor.count(rewards.TAG.sub(" ", text)))
     return record.without(*without)
 
 
-def outcome(response: str, answer: str, processor: qwen.Processor) -> rewards.ReflectionRecord:
-    """1 for a right final answer, nothing else: what plain GRPO would pay."""
-    record = paper(response, answer, processor, without=PARTS)
+def outcome(response: str, answer: str, processor: qwen.Processor, s) -> rewards.ReflectionRecord:
+    """1 for a right final answer, nothing else."""
+    record = paper(response, answer, processor, s, without=PARTS)
     return replace(record, accuracy=float(record.final_correct))
 
 
-def published(rule, response: str, answer: str, processor: qwen.Processor):
+def task(response: str, answer: str, processor: qwen.Processor, s) -> rewards.ReflectionRecord:
+    """What plain GRPO pays: 0.5 for --format's tags, 0.5 for a right final answer."""
+    record = paper(response, answer, processor, s, without=PARTS)
+    return replace(record, format=0.5 * rewards.format_holds(response, PATTERNS[s.format]),
+                   accuracy=0.5 * record.final_correct)
+
+
+def published(rule, response: str, answer: str, processor: qwen.Processor, s):
     """A published code's, whose lengths count the tags too."""
     return rule(response, answer, verify=default_verify, count_tokens=processor.count)
 
 
-REWARDS = {"paper": paper, "outcome": outcome,
+REWARDS = {"paper": paper, "outcome": outcome, "task": task,
            "openrlhf": partial(published, published_reward.openrlhf),
            "verl": partial(published, published_reward.verl),
            "no_effectiveness": partial(paper, without=("effectiveness",)),
@@ -165,8 +177,8 @@ def groups_used(advantages: Tensor, records: list[rewards.ReflectionRecord], kee
 
 # What the policy does
 
-def behaviour(records: list[rewards.ReflectionRecord],
-              completions: list[qwen.Completion]) -> dict[str, float | None]:
+def behaviour(records: list[rewards.ReflectionRecord], completions: list[qwen.Completion],
+              pattern: tuple[str, ...]) -> dict[str, float | None]:
     """Means over responses: what the policy does (rates), what it is paid for (reward, parts)."""
     def mean(values) -> float:
         return float(np.mean(list(values)))
@@ -176,7 +188,7 @@ def behaviour(records: list[rewards.ReflectionRecord],
             # wrong -> right among the wrong, right -> wrong among the right
             "fix_rate": mean(final[~first]) if not first.all() else None,
             "break_rate": mean(~final[first]) if first.any() else None,
-            "format_rate": mean(rewards.format_holds(c.text) for c in completions),
+            "format_rate": mean(rewards.format_holds(c.text, pattern) for c in completions),
             "tokens": mean(c.tokens for c in completions),
             "truncated": mean(c.truncated for c in completions),
             "reward": mean(r.total for r in records),
@@ -189,11 +201,11 @@ def evaluate(model, processor: qwen.Processor, rows: list[Row], s) -> dict:
     for i in range(0, len(rows), s.rollout_batch):          # not all pictures in memory at once
         some = rows[i:i + s.rollout_batch]
         answers = generate(model, processor, encode(some, s, processor), s, 0.0)
-        records += [REWARDS[s.reward](c.text, row.answer, processor)
+        records += [REWARDS[s.reward](c.text, row.answer, processor, s)
                     for c, row in zip(answers, some)]
         completions += answers
     records, completions = ranks.gather(records), ranks.gather(completions)
-    result, n = behaviour(records, completions), len(records)
+    result, n = behaviour(records, completions, PATTERNS[s.format]), len(records)
     return result | {"rows": n} | {
         f"{name}_interval": wilson(round(result[f"{name}_accuracy"] * n), n)
         for name in ("first", "final")}

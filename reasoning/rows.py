@@ -282,7 +282,14 @@ def reflection_prompt(query: str) -> str:
             "<answer>$\\boxed{final answer}$</answer>")
 
 
-PROMPTS = {"query": str, "reflection": reflection_prompt}       # question -> what is asked
+def twice_prompt(query: str) -> str:
+    """Asks for two attempts without a reflection between them: the paper's baseline."""
+    return (f"{first_prompt(query)}\nThen look at it a second time, and once more give <think> and "
+            "<answer>, whatever the first answer was.")
+
+
+PROMPTS = {"query": str, "reflection": reflection_prompt,       # question -> what is asked
+           "plain": first_prompt, "twice": twice_prompt}
 
 
 # Refusing

@@ -481,6 +481,7 @@ def test_training_with_the_flags_of_scale(base, tmp_path, capsys):
         (["--data", "rows.jsonl"], ["--data", "stage"]),
         (["rl"], ["rl", "--model"]),
         (["--reward", "verl"], ["verl", "boxed"]),
+        (["--format", "plain"], ["--reward paper", "--format plain", "--reward task"]),
         (["--resume", "RUN", "--out", "elsewhere"], ["--resume", "drop --out"]),
         (["rl", "--model", "nowhere/at/all"], ["nowhere/at/all"]),
         (
@@ -534,7 +535,7 @@ def test_paper_settings_yield_to_flags():
 def test_the_cold_start_s_gradient_is_cross_entropy_on_the_response(base, tmp_path, monkeypatch):
     """Against torch's cross-entropy with the prompt's labels at -100, one padded batch through the
     model's own loss."""
-    rows, seen = arrows.dataset(4, 3, targets=True), []
+    rows, seen = arrows.dataset(4, 3, "reflection"), []
     s = rs.Settings(sft_epochs=1, sft_batch=4, micro_tokens=1, save_every=100)
     parts, run = loaded(s, base), Run(s, tmp_path, None, "reflection_srpo.py")
     run.keep(adapters.kept(parts.model), parts.optimizer)

@@ -6,6 +6,7 @@ import rewards
 from plumbing.flags import ending
 from reasoning import arrows
 from reasoning import rows as data
+from reasoning.responses import PATTERNS
 
 
 def test_answers_follow_the_arrows_in_the_pixels():
@@ -44,6 +45,21 @@ def test_the_teacher_errs_as_it_says():
     sound = arrows.SURE ** (glances - 1)        # every place but the last is on the path
     paths = right / 2000 - (sound + (1 - sound) * arrows.NOTICE)        # they also meet by chance
     assert -0.03 < paths < 0.2 and -0.03 < first / 2000 - arrows.SURE**glances < 0.25
+
+
+def test_the_forms_without_reflection_are_of_the_same_teacher():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        row, start, follow = arrows.draw(rng)
+        seed = int(rng.integers(2**31))
+        texts = {form: arrows.teach(start, follow, np.random.default_rng(seed), form)
+                 for form in PATTERNS}
+        assert all(rewards.format_holds(text, PATTERNS[form]) for form, text in texts.items())
+        before, _, after = texts["reflection"].partition("<reflection>")
+        assert texts["twice"] == before + after.partition("</reflection> ")[2]
+        trace = [arrows.NAMES.index(word) for word in texts["plain"].split()[1:-4:2]]
+        assert trace == arrows.walk(follow, start, arrows.HOPS)     # always right
+        assert texts["plain"].endswith(f"<answer> {row.answer} </answer>")
 
 
 @pytest.mark.parametrize("seed", [0, 7])
