@@ -23,21 +23,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from plumbing import plots
 from plumbing.flags import Parser, add_flags, ending, flag, require
-from plumbing.plots import (
-    draw_curves,
-    draw_reflection_curves,
-    rate,
-    read_runs,
-    seeds_table,
-    success_table,
-)
 from robots.flags import SuiteSettings, check_suite
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 DIMENSIONS = ("camera", "robot", "language", "light", "background", "noise", "layout")
-# Success in percent on SUITES and their mean (arXiv 2511.15605, from notes on the
-# paper; SimpleVLA-RL, RLinf: theirs)
+# Success in percent on SUITES and their mean (arXiv 2511.15605; the last two: theirs)
 PAPER = {"OpenVLA-OFT, one demonstration a task": (63.6, 54.9, 59.6, 17.3, 48.9),
          "+ offline SRPO": (92.5, 96.8, 92.0, 88.7, 92.5),
          "+ online SRPO": (98.8, 100.0, 99.4, 98.6, 99.2),
@@ -68,7 +60,7 @@ class Played(SuiteSettings):
 def measure(policy, name: str, checkpoint: str, out: Path, s: Played) -> dict:
     """A policy on one suite: prints the table, writes result.json and GIFs into `out`
     -> {split: result of `robots.evaluate`}."""
-    from plumbing.files import Journal, write_json
+    from plumbing.files import Journal, read_json, write_json
     from robots import evaluate
     suite, key = suite_and_key(name, policy.norm_stats, s)
     splits = s.split or list(suite.evaluated)
@@ -79,26 +71,26 @@ def measure(policy, name: str, checkpoint: str, out: Path, s: Played) -> dict:
                 "key": key, "protocol": suite.protocol,
                 "tasks": hashlib.sha256(listed).hexdigest()[:12]}
     evaluate.try_suite(suite, splits[0], policy.camera)
-    journals = {split: Journal(out / f"{split}.jsonl", settings) if suite.slow else None
-                for split in splits}
+    out.mkdir(parents=True, exist_ok=True)
+    journals = {split: Journal(out / f"{split}.jsonl", settings, evaluate.is_row)
+                if suite.slow else None for split in splits}
     workers = suite.workers(s.workers, policy.camera, s.tables)
     results, played = {}, [] if s.videos else None
     try:
         for split, journal in journals.items():
             print(f"{name}: {suite.split_names[split]}; {suite.protocol}".rstrip("; "))
-            if journal and journal.new:             # GIFs of one whose journal is gone
-                for gif in (out / split).glob("*.gif"):
-                    gif.unlink()
+            for gif in (out / split).glob("*.gif") if journal and journal.new else ():
+                gif.unlink()                        # of one whose journal is gone
             results[split] = settings | evaluate.evaluate(
                 policy, workers, suite, split, key, states=s.states, journal=journal,
                 gifs=out / split if suite.slow and s.gifs else None, videos=played)
     finally:
         workers.close()
-    print(success_table(results))
+    print(plots.success_table(results))
     others = {}
-    with suppress(OSError, ValueError, AttributeError):
-        kept = json.loads((out / "result.json").read_text())
-        others = {split: result for split, result in kept.items()
+    with suppress(ValueError, AttributeError):
+        others = {split: result
+                  for split, result in read_json(out / "result.json").items()
                   if settings.items() <= result.items()}    # other splits of the same
     write_json(out / "result.json", others | results)
     for split in splits if s.gifs and not suite.slow else ():
@@ -115,7 +107,7 @@ def measure(policy, name: str, checkpoint: str, out: Path, s: Played) -> dict:
 
 
 def suite_and_key(name: str, norm_stats: dict, s: Played):
-    """A suite as the flags make it, and the policy's action statistics for it."""
+    """A suite as the flags make it, and the key of the policy's statistics for it."""
     from robots import find_suite
     from robots.openvla import action_stats
     from robots.policy import find_key
@@ -124,7 +116,7 @@ def suite_and_key(name: str, norm_stats: dict, s: Played):
         suite.starts(split, 1)                          # refuses one it does not have
     of = name.split(":")[-1] if name.count(":") > 1 else name
     key = s.key or find_key(norm_stats, of)
-    action_stats(norm_stats, key)                           # refuses an unknown key
+    action_stats(norm_stats, key)                       # refuses an unknown key
     trained = key.removesuffix("_no_noops")
     others = sorted(set(suite.labels) - {trained})
     if trained in SUITES and others:
@@ -200,20 +192,21 @@ def vla(s: Played, command: str) -> int:
     if command == "paper":
         print("\n" + paper_table(ours))
     elif len(ours) > 1:
-        total = rate(*(sum(r[count] for r in ours.values())
-                       for count in ("successes", "episodes")))
-        print("\n" + success_table({"by suite": {"tasks": ours} | total}))
+        total = plots.rate(*(sum(r[count] for r in ours.values())
+                             for count in ("successes", "episodes")))
+        print("\n" + plots.success_table({"by suite": {"tasks": ours} | total}))
     return 0
 
 
 def curves(args) -> int:
     """Learning curves of runs, and what stands in the tables."""
-    reflection = args.kind == "reflection"
-    keys = (["heldout_final_accuracy", "heldout_first_accuracy", "heldout_tokens"]
-            if reflection else ["heldout"])
-    runs = read_runs(args.metrics, keys[0])
-    (draw_reflection_curves if reflection else draw_curves)(runs, args.out)
-    print(seeds_table(runs, keys))
+    draw, keys = plots.draw_curves, ["heldout"]
+    if args.kind == "reflection":
+        draw = plots.draw_reflection_curves
+        keys = [f"heldout_{x}" for x in ("final_accuracy", "first_accuracy", "tokens")]
+    runs = plots.read_runs(args.metrics, keys[0])
+    draw(runs, args.out)
+    print(plots.seeds_table(runs, keys))
     print(f"wrote {args.out}")
     return 0
 

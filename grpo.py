@@ -36,7 +36,7 @@ CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 2**18, 2**24
 
 def group_advantages(rewards: Tensor, scale: bool = True, eps: float = 1e-6) -> Tensor:
     """Rewards (P, G), a row per group, to advantages (P, G): (r - mean) / (std + eps);
-    scale=False: r - mean (Dr. GRPO). [VLA 6, 9] [MLLM 3]
+    scale=False: r - mean (Dr. GRPO). [VLA 6] [VLA 9] [MLLM 3]
 
     fp64 stays fp64; bf16, integers and booleans become fp32. std is the population's.
     code: both frameworks take the sample's, so their advantages are sqrt((G-1)/G) times
@@ -55,6 +55,7 @@ def group_advantages(rewards: Tensor, scale: bool = True, eps: float = 1e-6) -> 
     if not torch.isfinite(rewards).all():
         bad = rewards[~torch.isfinite(rewards)][0].item()
         raise ValueError(f"rewards must be finite, got {bad}: check their function")
+    # [VLA 6] [VLA 9] [MLLM 3]: A = (r - mean) / std, of the group
     advantages = rewards - rewards.mean(dim=1, keepdim=True)                    # (P, G)
     if scale:
         std = rewards.std(dim=1, keepdim=True, unbiased=False)                  # (P, 1)
@@ -236,21 +237,21 @@ def policy_loss(logp: Tensor, old_logp: Tensor | None, advantages: Tensor,
     adv = advantages if advantages.dim() == 2 else advantages[:, None]
     adv = adv.expand_as(logp).masked_fill(padding, 0.0)
 
-    # [VLA 6-8] [MLLM 2]: min(rho A, clip(rho, 1 - low, 1 + high) A), rho = pi / pi_old
     log_ratio = (logp - old.detach()).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    ratio = log_ratio.exp()                                                     # (B, T)
+    ratio = log_ratio.exp()                         # [VLA 6] rho = pi / pi_old, (B, T)
+    # [VLA 7] [MLLM 2]: min(rho A, clip(rho, 1 - low, 1 + high) A)
     clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
     token_loss = -torch.minimum(ratio * adv, clipped * adv)                     # (B, T)
     ref_kl = torch.zeros_like(logp)
     if ref_logp is not None:
-        # beta * KL(pi || pi_ref) as k3: e^d - d - 1 with d = log pi_ref - log pi, never
-        # negative. code: SRPO-MLLM's script sets beta to 0, SRPO-VLA's leaves it out;
+        # [VLA 6] beta * KL(pi || pi_ref) as k3: e^d - d - 1 with d = log pi_ref - log pi,
+        # never negative. code: SRPO-MLLM's script sets beta to 0, SRPO-VLA's leaves it out;
         # paper 2 prints it with the sign of a reward
         d = ref_logp.detach().masked_fill(padding, 0.0) - logp
         d = d.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         ref_kl = d.exp() - d - 1
         token_loss = token_loss + beta * ref_kl
-    loss = (token_loss * weight).sum() / normalizer
+    loss = (token_loss * weight).sum() / normalizer         # [VLA 8] [MLLM 2]
 
     with torch.no_grad():
         valid = (~padding).float()

@@ -205,7 +205,7 @@ def train(run: Run, parts: Parts, rows: list[Row], heldout: list[Row],
         completions = r.generate(model, processor, prompts, s, s.temperature)
         run.lap("rollout")
 
-        # 2. What each earns                                              [MLLM 4-8]
+        # 2. What each earns                                    [MLLM 4] to [MLLM 8]
         asked = [row for row in own for _ in range(s.group_size)]
         records = [r.REWARDS[s.reward](c.text, row.answer, processor, s)
                    for c, row in zip(completions, asked)]
@@ -226,9 +226,10 @@ def train(run: Run, parts: Parts, rows: list[Row], heldout: list[Row],
         # 4. Clipped policy gradient over the tokens of the responses       [MLLM 2]
         model.train()
         update = Update(model, parts.optimizer, grpo.merge_stats, s.max_norm)
-        lengths = torch.tensor(run.gather([n for _, n in batch.lengths[:batch.rows]]))
-        n = len(lengths)
-        updates = s.epochs * math.ceil(n / (s.minibatch or n or 1))
+        lengths = torch.tensor(run.gather(
+            [tokens for _, tokens in batch.lengths[:batch.rows]]))      # of all ranks
+        count = len(lengths)
+        updates = s.epochs * math.ceil(count / (s.minibatch or count or 1))
         old = r.old_logprobs(model, processor, batch, s, updates)
         ref = r.reference_logprobs(model, parts.reference, processor, batch, s)
         for chosen in update.minibatches(batch.rows, s.epochs, s.minibatch):
@@ -241,8 +242,8 @@ def train(run: Run, parts: Parts, rows: list[Row], heldout: list[Row],
                     logp, r.padded(old, part), batch.advantages[part].to(logp.device),
                     mask, ref_logp=r.padded(ref, part), clip=(s.clip_low, s.clip_high),
                     beta=s.beta, aggregate=s.aggregate, normalizer=normalizer)
-                mean = (entropy.detach() * mask).sum() / mask.sum()
-                update.backward(loss, stats | {"entropy": mean})
+                mean_entropy = (entropy.detach() * mask).sum() / mask.sum()
+                update.backward(loss, stats | {"entropy": mean_entropy})
             update.step()
         run.lap("update")
 

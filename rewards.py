@@ -122,7 +122,7 @@ def _checked(latents, success, task, alpha: float) -> tuple[np.ndarray, ...]:
 # Reflection reward: SRPO-MLLM
 TAG = re.compile(r"</?(?:think|answer|reflection)>")
 PATTERN = ("think", "answer", "reflection", "think", "answer")
-TAG_ORDER = TAG.findall("".join(f"<{part}></{part}>" for part in PATTERN))
+TAG_ORDER = [tag for part in PATTERN for tag in (f"<{part}>", f"</{part}>")]
 I_EFF = {(True, True): 0.25, (False, True): 0.5,  # (first, final answer right)
          (False, False): 0.0, (True, False): -0.25}
 
@@ -202,7 +202,7 @@ def format_holds(response: str, pattern: Sequence[str] = PATTERN) -> bool:
     Ours: the tags alone; whether the answers are boxed, as in the paper, is not asked.
     """
     outside, within = (TAG.split(response)[i::2] for i in (0, 1))
-    order = TAG.findall("".join(f"<{part}></{part}>" for part in pattern))
+    order = [tag for part in pattern for tag in (f"<{part}>", f"</{part}>")]
     return (TAG.findall(response) == order and not "".join(outside).strip()
             and all(text.strip() for text in within))
 

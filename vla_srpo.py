@@ -20,7 +20,7 @@ dropped groups.
     python vla_srpo.py --steps 200 --reward binary      # plain GRPO, to compare with
     python vla_srpo.py --resume out/srpo                # go on after an interruption
     python vla_srpo.py --paper --suite libero_object \\
-        --model Haozhan72/Openvla-oft-SFT-libero-object-traj1   # 7B, one 141 GB GPU
+        --model Haozhan72/Openvla-oft-SFT-libero-object-traj1   # 7B, one H200
     torchrun --nproc-per-node 8 vla_srpo.py --paper ...     # the same on 8 GPUs
 """
 import sys
@@ -75,7 +75,7 @@ class Settings(SuiteSettings, RunSettings):
                       choices=["disjoint", "all"])
 
 
-# The paper's settings for OpenVLA-OFT, and what lets 7B fit one 141 GB GPU
+# The paper's settings for OpenVLA-OFT, and what lets 7B fit one GPU of 139 GiB
 PAPER = dict(
     alpha=0.8, groups=64, temperature_end=1.6, lr=5e-6, lr_end=1.0, epochs=1,
     minibatch=1024, micro_batch=16, target_kl=0.0, average=0.0, video_every=1,
@@ -160,7 +160,7 @@ def score(run: Run, episodes: list[Episode], encoder) -> tuple[np.ndarray, objec
     latents = encoder.encode([e.clip for e in episodes])            # one per ROLLOUT
     latents = np.stack(run.gather(list(latents.numpy())))                   # (N, D)
     task = np.array(run.gather([e.start.task for e in episodes]))           # (N,)
-    kept = mixed(success, s)
+    kept = kept_by_rate(success, s)
     if not kept.any():
         return success.astype(float), None
     shaped, record = REWARDS[s.reward](
@@ -170,8 +170,9 @@ def score(run: Run, episodes: list[Episode], encoder) -> tuple[np.ndarray, objec
     return reward, replace(record, distances=distances)
 
 
-def mixed(success: np.ndarray, s: Settings) -> np.ndarray:
-    """bool (N,): rollouts of the groups that --keep mixed keeps; else all are kept."""
+def kept_by_rate(success: np.ndarray, s: Settings) -> np.ndarray:
+    """bool (N,): rollouts of the groups that --keep mixed keeps, before they are shaped
+    and after; else all are kept."""
     rate = success.reshape(-1, s.group_size).mean(1)
     return np.repeat((rate >= 0.1) & (rate <= 0.9) | (s.keep != "mixed"), s.group_size)
 
@@ -190,30 +191,30 @@ def train(run: Run, parts: Parts, before: dict) -> None:
         states = run.rng.choice(len(pool), s.groups, replace=s.groups > len(pool))
         starts = [pool[i] for i in run.mine(states) for _ in range(s.group_size)]
         act = policies.sampler(policy, temperature, parts.key)
+        clip = {}           # the frames of a rollout that the world model will see
+        if parts.encoder is not None:
+            clip = {"every": s.video_every, "clip": parts.encoder.seen}
         with ranks.whole_weights(policy):
-            # The frames that the policy saw are its clip's, but where more are wanted
-            played = play(act, parts.workers, starts, suite,
-                          **{} if parts.encoder is None else {
-                              "every": s.video_every, "clip": parts.encoder.seen})
+            played = play(act, parts.workers, starts, suite, **clip)
         run.lap("rollout")
 
-        # 2. A success earns 1, a failure up to alpha: how near did it come?   [VLA 2-5]
+        # 2. A success earns 1, a failure at most alpha: how near?    [VLA 2] to [VLA 5]
         reward, record = score(run, played, parts.encoder)
         run.lap("reward")
 
-        # 3. Advantages, each rollout beside the others of its group       [VLA 6, 9]
+        # 3. Advantages, each rollout beside the others of its group    [VLA 6] [VLA 9]
         by_group = torch.tensor(reward, dtype=torch.float32).view(-1, s.group_size)
         advantages = grpo.group_advantages(by_group, scale=s.std_scale)     # (P, G)
         success = np.array(run.gather([e.success for e in played]))
-        advantages *= torch.from_numpy(mixed(success, s)).view_as(advantages)
-        own = torch.stack(run.mine(advantages)).flatten()           # of this rank's
-        batch = policies.collate(played, own, suite.instructions)
+        advantages *= torch.from_numpy(kept_by_rate(success, s)).view_as(advantages)
+        advantage = torch.stack(run.mine(advantages)).flatten()     # of this rank's
+        batch = policies.collate(played, advantage, suite.instructions)
 
-        # 4. Clipped policy gradient over the tokens of actions that ran   [VLA 7, 8]
+        # 4. Clipped policy gradient over tokens of actions that ran    [VLA 7] [VLA 8]
         update = Update(policy, optimizer, grpo.merge_stats, s.max_norm, s.target_kl)
         weight = grpo.trajectory_weights(batch.mask, batch.trajectory)      # (N,)
-        rollouts = sum(run.gather([grpo.loss_normalizer(
-            batch.mask, "sequence", row_weight=weight)] if batch.rows else []))
+        count = grpo.loss_normalizer(batch.mask, "sequence", row_weight=weight)
+        rollouts = sum(run.gather([count] if batch.rows else []))   # with an advantage
         ref = reference_logprobs(parts, batch, s, temperature)              # (N, 56)
         for chosen in update.minibatches(batch.rows, s.epochs, s.minibatch):
             # Mean over a rollout's tokens, then over rollouts; its expectation over
@@ -221,10 +222,10 @@ def train(run: Run, parts: Parts, before: dict) -> None:
             normalizer = rollouts * len(chosen) / update.rows
             for part in update.micro_batches(chosen, torch.split, s.micro_batch):
                 logp = policies.logprobs(policy, batch, part, temperature)  # (B, 56)
-                old, advantage, mask, of_rollout = (x[part].to(logp.device) for x in (
+                old, adv, mask, of_rollout = (x[part].to(logp.device) for x in (
                     batch.logp, batch.advantage, batch.mask, weight))
                 loss, stats = grpo.policy_loss(
-                    logp, old, advantage, mask, beta=s.beta,
+                    logp, old, adv, mask, beta=s.beta,
                     ref_logp=None if ref is None else ref[part],
                     clip=(s.clip_low, s.clip_high), aggregate="sequence",
                     row_weight=of_rollout, normalizer=normalizer)
@@ -252,7 +253,7 @@ def train(run: Run, parts: Parts, before: dict) -> None:
         if step % 25 == 1:
             i = int(run.rng.integers(len(played)))
             run.say("  sample: " + evaluate.describe(
-                i, played, reward, own, record, suite))
+                i, played, reward, advantage, record, suite))
 
 
 def reference_logprobs(parts: Parts, batch, s: Settings, temperature: float):

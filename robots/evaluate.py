@@ -1,7 +1,7 @@
 """A policy on a suite: every initial state once, greedily, as the papers evaluate.
 
 1. `evaluate`: success by task with intervals, GIFs, a journal to go on from.
-2. `film`: episodes in a larger picture than the policy sees, for suites where that takes seconds.
+2. `film`: episodes in a larger picture than the policy sees, where that takes seconds.
 3. `measured`, `describe`: a training step's rollouts in numbers, and one of them in words.
 4. What may be wrong with a comparison, in a line: other pixels, states that were trained on.
 """
@@ -22,17 +22,24 @@ from robots import policy as policies
 from robots.rollouts import play
 from robots.suite import Episode, Start, Suite
 
+ROW = {"task": int, "index": int, "success": bool, "steps": int}        # of a journal
+
+
+def is_row(row: dict) -> bool:
+    """False for a damaged row of a journal: its episode is played again."""
+    return {name: type(value) for name, value in row.items()} == ROW
+
 
 def evaluate(policy, workers, suite: Suite, split: str, key: str, *, states: int | None = None,
              gifs: Path | None = None, journal: Journal | None = None,
              videos: list[Episode] | None = None) -> dict:
-    """The first `states` (all if None) initial states of every task of a split, once each.
+    """The first `states` (default all) initial states of every task of a split, once each.
 
     key: of the policy's action statistics. gifs: folder for the first success and failure of each
     label, in the frames that the policy saw. journal: gets a row for each episode that ends; those
     it has are not played again. videos: gets the episodes played now, with their clips.
-    -> {"split", "success", "interval", "successes", "episodes", "tasks": {instruction: the same,
-    "steps": mean, "failed": indices}}"""
+    -> {"split", "success", "interval", "successes", "episodes", "tasks": {instruction or label: the
+    same, "steps": mean, "failed": indices}}"""
     starts = {(start.task, start.index): start for start in suite.starts(split, states)}
     seen = {(row["task"], row["index"]): row for row in (journal.rows if journal else [])}
     rows = [row for at, row in seen.items() if at in starts]
@@ -41,11 +48,10 @@ def evaluate(policy, workers, suite: Suite, split: str, key: str, *, states: int
                disable=not journal)
 
     def finished(episode: Episode) -> None:
-        start = episode.start
         if gifs:
             _save_outcome(episode, gifs, suite.labels)
-        rows.append({"task": start.task, "index": start.index, "success": episode.success,
-                     "steps": episode.steps})
+        rows.append({"task": episode.start.task, "index": episode.start.index,
+                     "success": episode.success, "steps": episode.steps})
         if journal:
             journal.add(rows[-1])
         if videos is None:
@@ -57,22 +63,17 @@ def evaluate(policy, workers, suite: Suite, split: str, key: str, *, states: int
     play(policies.greedy(policy, key), workers, todo, suite, finished=finished,
          clip=(lambda video: video) if watched else None)
     bar.close()
-    rows.sort(key=lambda row: (row["task"], row["index"]))
-    return {"split": split, **_counted(rows), "tasks": _by_label(rows, suite)}
+    tasks: dict[str, list] = {}
+    for row in sorted(rows, key=lambda row: (row["task"], row["index"])):
+        tasks.setdefault((suite.labels or suite.instructions)[row["task"]], []).append(row)
+    return {"split": split, **_counted(rows), "tasks": {label: _counted(own) | {
+        "steps": float(np.mean([row["steps"] for row in own])),
+        "failed": [row["index"] for row in own if not row["success"]]}
+        for label, own in tasks.items()}}
 
 
 def _counted(rows: list[dict]) -> dict:
     return rate(sum(row["success"] for row in rows), len(rows))
-
-
-def _by_label(rows: list[dict], suite: Suite) -> dict[str, dict]:
-    own: dict[str, list] = {}
-    for row in rows:
-        own.setdefault((suite.labels or suite.instructions)[row["task"]], []).append(row)
-    return {label: _counted(each) | {
-        "steps": float(np.mean([row["steps"] for row in each])),
-        "failed": [row["index"] for row in each if not row["success"]]}
-        for label, each in own.items()}
 
 
 # Pictures
@@ -82,20 +83,17 @@ def _save_outcome(episode: Episode, folder: Path, labels: tuple[str, ...]) -> No
     name = labels[task].replace(" ", "_") if labels else f"task{task}"
     path = folder / f"{name}-{'success' if episode.success else 'failure'}.gif"
     if not path.exists():
-        last = episode.clip[-1]
-        save_gif(path, [*episode.clip, *framed(last, episode.success)], fps=5)
+        save_gif(path, [*episode.clip, *framed(episode.clip[-1], episode.success)], fps=5)
 
 
 def film(policy, suite: Suite, starts: list[Start], key: str, path: Path, size: int = 128) -> None:
-    """Play greedily and write one GIF; at the end of each episode a coloured border: green success,
-    red failure."""
+    """Play greedily and write one GIF, every second step; each episode ends with a border."""
     env = suite.make(size=policy.camera, horizon=suite.horizon)
     act, frames = policies.greedy(policy, key), []
     for start in starts:
         image, ended = env.reset(options=vars(start))[0]["image"], False
         while not ended:
-            chunk = act(image[None], [suite.instructions[start.task]])[0][0]
-            for action in chunk:
+            for action in act(image[None], [suite.instructions[start.task]])[0][0]:
                 ended = env.advance(action)
                 if env.steps % 2 == 0 or ended:
                     frames.append(env.render(size))
@@ -108,7 +106,7 @@ def film(policy, suite: Suite, starts: list[Start], key: str, path: Path, size: 
 
 
 def framed(image: np.ndarray, success: bool) -> list[np.ndarray]:
-    """The image six times with a green or red border."""
+    """The image six times with a border: green success, red failure."""
     last = image.copy()
     for edge in (np.s_[:4], np.s_[-4:], np.s_[:, :4], np.s_[:, -4:]):
         last[edge] = (40, 160, 60) if success else (200, 40, 40)
@@ -143,15 +141,15 @@ def measured(gather, played: list[Episode], reward: np.ndarray, advantages: torc
     """All ranks' rollouts in numbers. played: this rank's; gather: joins the ranks' lists; reward
     (P * G,), advantages (P, G): of all; record: of the progress reward, None for 0/1 rewards."""
     success = torch.tensor(gather([e.success for e in played]))
-    rate = success.float().view_as(advantages).mean(1)                          # (P,)
+    solved = success.float().view_as(advantages).mean(1)                        # (P,)
     steps = sum(gather([e.steps for e in played]))
     entropy = gather([call.entropy for e in played for call in e.calls])
     failures = torch.tensor(reward, dtype=torch.float32)[~success]
-    row = {"success": float(rate.mean()), "reward": float(reward.mean()),
+    row = {"success": float(solved.mean()), "reward": float(reward.mean()),
            "failure_reward": float(failures.mean()) if len(failures) else None,
            "length": steps / len(success), "env_steps": steps,
            "groups_used": int((advantages != 0).any(1).sum()),
-           "groups_failed": int((rate == 0).sum()), "groups_solved": int((rate == 1).sum()),
+           "groups_failed": int((solved == 0).sum()), "groups_solved": int((solved == 1).sum()),
            "entropy": float(np.mean(entropy))}
     if record is not None:
         plain = group_advantages(success.view_as(advantages))
@@ -164,11 +162,10 @@ def measured(gather, played: list[Episode], reward: np.ndarray, advantages: torc
 
 def describe(i: int, played: list[Episode], reward: np.ndarray, advantages: torch.Tensor, record,
              suite: Suite) -> str:
-    """One rollout in a line: the first from the i-th on that failed and was compared with
-    successes, if there is one."""
+    """One rollout in a line: the i-th, or the next that failed and was compared with successes."""
     distances = np.full(len(played), np.nan) if record is None else record.distances
-    order = [*range(i, len(played)), *range(i)]
-    i = min(order, key=lambda j: (played[j].success, np.isnan(distances[j])))
+    i = min([*range(i, len(played)), *range(i)],
+            key=lambda j: (played[j].success, np.isnan(distances[j])))
     e = played[i]
     far = "" if np.isnan(distances[i]) else f", latent distance {distances[i]:.3f}"
     return (f'"{suite.instructions[e.start.task]}", initial state {e.start.index}: '
@@ -179,8 +176,8 @@ def describe(i: int, played: list[Episode], reward: np.ndarray, advantages: torc
 # What is compared with what
 
 def try_suite(suite: Suite, split: str, size: int = 64) -> None:
-    """One reset in this process, so that whatever is wrong with OpenGL, assets or the split is one
-    line, before anything is loaded."""
+    """One reset in this process: what is wrong with OpenGL, assets or the split is told before
+    anything is loaded."""
     suite.starts(split, 1)
     env = suite.make(size=size, horizon=suite.horizon)
     env.reset(options={"task": suite.tasks[0], "index": 0})
@@ -188,8 +185,7 @@ def try_suite(suite: Suite, split: str, size: int = 64) -> None:
 
 
 def note_training(policy, key: str, fast: bool, splits: list[str]) -> None:
-    """A line if the policy was trained on other pixels, or on the states to be held out, as the
-    scripts write into its statistics."""
+    """A line if the policy's statistics say: trained on other pixels, or on what is held out."""
     stats = policy.norm_stats[key]
     if (was := stats.get("fast_sim", fast)) != fast:
         print(f"note: this policy was fine-tuned {'with' if was else 'without'} fast pixels "
@@ -200,8 +196,8 @@ def note_training(policy, key: str, fast: bool, splits: list[str]) -> None:
 
 
 def fingerprint(policy) -> str:
-    """Of what decides the actions: config, statistics, tokenizer, and a thousand numbers from all
-    over each tensor, so that seconds suffice at 7B."""
+    """Of config, statistics, tokenizer, and a thousand numbers from all over each tensor: seconds
+    suffice at 7B."""
     described = json.dumps([policy.config, policy.norm_stats], sort_keys=True).encode()
     digest = hashlib.sha256(described + policy.files.get("tokenizer.json", b""))
     for tensor in policy.state_dict().values():
@@ -211,7 +207,7 @@ def fingerprint(policy) -> str:
 
 
 def beside(checkpoint: str) -> Path:
-    """Where an evaluation goes by default: of a run's policy it is the run's."""
+    """Where an evaluation goes by default; of a run's policy into the run's folder."""
     here = Path(checkpoint)
     if not here.is_dir():
         return Path("out/eval") / here.name

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -42,9 +42,7 @@ BOS, EOS, PAD, SPACE = 1, 2, 32000, 29871       # a prompt ends with a lone spac
 IMAGE, PATCH, HEADS = 224, 14, 16               # both towers: 224 px, 14 px patches, 16 heads
 PATCHES = (IMAGE // PATCH) ** 2
 TOWERS = ("featurizer", "fused_featurizer")     # DINO, SigLIP
-CAMERA = 256                                    # pixels that it is shown, as published
-# DINO's and SigLIP's mean and std, rounded to bf16 as the published models saw them; a checkpoint
-# brings its own
+# DINO's and SigLIP's mean and std, in bf16 as the published models saw them
 PREPROCESSOR = {"tvf_normalize_params": [
     {"mean": [0.484375, 0.455078125, 0.40625], "std": [0.228515625, 0.2236328125, 0.224609375]},
     {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}]}
@@ -59,43 +57,40 @@ TINY = {"model_type": "openvla",
 # Actions: bins <-> numbers, shared by every policy here
 
 def action_stats(norm_stats: dict, unnorm_key: str) -> dict:
-    """The q01, q99 and mask of one data set's actions. ValueError, one line: an unknown key, or
+    """The q01, q99 and perhaps mask of one data set's actions. ValueError for an unknown key, or
     numbers that no action can be decoded with."""
     if unnorm_key not in norm_stats:
         raise ValueError(f"unnorm_key {unnorm_key!r} has no action statistics; this model knows: "
                          f"{', '.join(sorted(norm_stats)) or 'none'}")
-    entry = norm_stats[unnorm_key]
-    stats = entry.get("action") if isinstance(entry, dict) else None
-    if not isinstance(stats, dict):
-        raise ValueError(f"{unnorm_key!r} has no statistics of an action; copy it again")
-    for name, default in (("q01", None), ("q99", None), ("mask", [True] * ACTION_DIM)):
-        numbers = stats.get(name, default)
-        if (not isinstance(numbers, list) or len(numbers) != ACTION_DIM
-                or not all(isinstance(x, (int, float)) and abs(x) < 1e300 for x in numbers)):
-            raise ValueError(f"{unnorm_key!r} needs {name}, {ACTION_DIM} finite numbers, and has "
-                             f"{str(numbers)[:60]}; give the checkpoint's own statistics")
-    if any(low > high for low, high in zip(stats["q01"], stats["q99"])):
-        raise ValueError(f"{unnorm_key!r} has a q01 above its q99; copy it again")
+    try:
+        low, high, mask = numbers = _quantiles(stats := norm_stats[unnorm_key]["action"])
+        good = numbers.shape == (3, ACTION_DIM) and (np.abs(numbers) < 1e300).all()
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        good = False
+    if not good or (low > high).any():
+        raise ValueError(f"{unnorm_key!r} has no q01, q99 and mask of an action, {ACTION_DIM} "
+                         "finite numbers each, q01 below q99; give the checkpoint's own")
     return stats
+
+
+def _quantiles(stats: dict) -> np.ndarray:
+    """q01, q99 and mask, (3, 7) float64; without a mask all dimensions are scaled."""
+    mask = stats.get("mask", [True] * ACTION_DIM)
+    return np.array([stats["q01"], stats["q99"], mask], np.float64)
 
 
 def decode_actions(bins, stats: dict) -> np.ndarray:
     """Bins 0..255 (columns of the logits), (B, 56) or (B, 8, 7) -> un-normalised actions (B, 8, 7)
-    float64.
-
-    stats holds q01, q99 and mask, 7 each: where mask is False (the gripper) the number in [-1, 1]
-    is passed on as it is. A lower bin is a HIGHER number, because OpenVLA counts bins down from the
-    end of the vocabulary:
+    float64. Where stats' mask is False (the gripper) the number in [-1, 1] is passed on as it is. A
+    lower bin is a HIGHER number: OpenVLA counts bins down from the end of the vocabulary.
 
     >>> stats = {"q01": [0.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}
     >>> decode_actions(np.array([[255, 128, 127, 1, 0, 64, 64]]), stats).round(3).tolist()
     [[[0.002, 0.5, 0.504, 0.998, 0.998, 0.751, 0.502]]]
     """
     bins = np.asarray(bins.cpu() if torch.is_tensor(bins) else bins)
-    if bins.dtype.kind not in "iu" or not bins.size or bins.min() < 0 or bins.max() >= BINS:
-        seen = f"{bins.dtype} in {bins.min()}..{bins.max()}" if bins.size else "nothing"
-        raise ValueError(f"bins must be integers in 0..{BINS - 1}, got {seen}; token ids are bins "
-                         f"+ {FIRST_BIN}")
+    assert bins.dtype.kind in "iu" and bins.min() >= 0 and bins.max() < BINS, (
+        f"bins must be integers in 0..{BINS - 1}, got {bins.dtype}; token ids are + {FIRST_BIN}")
     bins = bins.reshape(len(bins), -1, ACTION_DIM)                              # (B, chunk, 7)
     edges = np.linspace(-1, 1, BINS)
     centres = (edges[:-1] + edges[1:]) / 2                      # (255,): one fewer than tokens
@@ -104,23 +99,15 @@ def decode_actions(bins, stats: dict) -> np.ndarray:
     return np.where(mask, 0.5 * (unit + 1) * (high - low + 1e-8) + low, unit)   # (B, chunk, 7)
 
 
-def encode_actions(actions, stats: dict) -> torch.Tensor:
-    """Actions (..., 7) in the data set's units -> bins 0..255 (..., 7) long: the targets of
-    supervised fine-tuning. The inverse of `decode_actions` up to half a bin; outside [q01, q99] is
-    clipped; bin 0 is only reached at +1."""
+def encode_actions(actions, stats: dict) -> Tensor:
+    """Actions (..., 7) in the data set's units, clipped to [q01, q99] -> bins 0..255 (..., 7) long.
+    The inverse of `decode_actions` up to half a bin; bin 0 is only reached at +1."""
     actions = np.asarray(actions, np.float64)
-    finite = np.isfinite(actions).all()
-    if actions.shape[-1:] != (ACTION_DIM,) or not finite:
-        raise ValueError(f"actions must be finite numbers of shape (..., {ACTION_DIM}), got shape "
-                         f"{actions.shape}{'' if finite else ' with NaN or inf'}")
+    assert actions.shape[-1:] == (ACTION_DIM,) and np.isfinite(actions).all(), (
+        f"actions must be finite numbers (..., {ACTION_DIM}), got shape {actions.shape}")
     low, high, mask = _quantiles(stats)
     unit = np.where(mask, 2 * (actions - low) / (high - low + 1e-8) - 1, actions)
     return torch.from_numpy(BINS - np.digitize(unit.clip(-1, 1), np.linspace(-1, 1, BINS)))
-
-
-def _quantiles(stats: dict):
-    low, high = np.asarray(stats["q01"], np.float64), np.asarray(stats["q99"], np.float64)
-    return low, high, np.asarray(stats.get("mask", np.ones(len(low))), bool)
 
 
 def to_env_actions(actions: np.ndarray) -> np.ndarray:
@@ -142,13 +129,11 @@ def from_env_actions(actions: np.ndarray) -> np.ndarray:
 # Images: one camera frame -> what the published evaluation feeds the model
 
 def preprocess(frame: np.ndarray, rotate: bool = True) -> np.ndarray:
-    """Camera frame (H, W, 3) uint8, as LIBERO renders it -> (224, 224, 3) uint8; store frames in
-    this form (150 KB). rotate=False for frames that are upright already."""
-    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-        raise ValueError(f"frame must be uint8 (H, W, 3), got {frame.dtype} {frame.shape}; use "
-                         "0..255, channels last")
-    upright = frame[::-1, ::-1] if rotate else frame    # LIBERO renders upside down
-    return centre_crop(resize(jpeg_round_trip(upright)))
+    """Camera frame uint8 (H, W, 3), as LIBERO renders it (upside down; rotate=False if upright) ->
+    uint8 (224, 224, 3)."""
+    assert frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3, (
+        f"frame must be uint8 (H, W, 3), got {frame.dtype} {frame.shape}")
+    return centre_crop(resize(jpeg_round_trip(frame[::-1, ::-1] if rotate else frame)))
 
 
 def jpeg_round_trip(frame: np.ndarray) -> np.ndarray:
@@ -164,8 +149,7 @@ def resize(frame: np.ndarray) -> np.ndarray:
 
 
 def centre_crop(frame: np.ndarray) -> np.ndarray:
-    """The central 0.9 of the AREA, bilinear back to (224, 224, 3): training used random crops of
-    that area."""
+    """The central 0.9 of the AREA, bilinear back to (224, 224, 3); training cropped at random."""
     side = 0.9 ** 0.5
     at = (IMAGE - 1) * ((1 - side) / 2 + side * np.arange(IMAGE) / (IMAGE - 1))     # (224,) pixels
     low = at.astype(int)
@@ -178,8 +162,7 @@ def centre_crop(frame: np.ndarray) -> np.ndarray:
 # Vision towers
 
 class Block(GradientCheckpointingLayer):
-    """A pre-norm transformer block; DINOv2 scales both residual branches by a learned vector,
-    SigLIP does not."""
+    """A pre-norm transformer block; DINOv2 scales both residual branches, SigLIP does not."""
 
     def __init__(self, width: int, mlp: int, layer_scale: bool):
         super().__init__()
@@ -212,9 +195,8 @@ class LayerScale(nn.Module):
 class Tower(nn.Module):
     """DINOv2 (CLS and 4 register tokens, LayerScale) or SigLIP: (B, 3, 224, 224) -> (B, 256, w).
 
-    The features are those of the SECOND-TO-LAST block, without the final norm. The last block, the
-    norm and SigLIP's pooling are in the checkpoints, so they are kept here to be saved again, but
-    never run and never trained."""
+    The features are those of the SECOND-TO-LAST block. What follows it, and SigLIP's pooling, is in
+    the checkpoints: kept to be saved again, never run and never trained."""
 
     def __init__(self, width: int, depth: int, mlp: int, dino: bool):
         super().__init__()
@@ -251,20 +233,17 @@ class Tower(nn.Module):
 # The whole policy
 
 class OpenVLA(nn.Module):
-    """OpenVLA-OFT. `from_pretrained` loads a checkpoint; OpenVLA(TINY, (32, 3, 128), (48, 4, 192))
-    is a random one.
-
-    config: config.json as a dict (text_config and norm_stats are used); dino, siglip: (width,
+    """`from_pretrained` loads a checkpoint; OpenVLA(TINY, (32, 3, 128), (48, 4, 192)) is a random
+    one. config: config.json, of which text_config and norm_stats are used; dino, siglip: (width,
     depth, mlp) of the towers, widths multiples of 16; preprocessor: preprocessor_config.json;
     files: a checkpoint's other small files, by name."""
-    model_type, camera, half_on_gpu = "openvla", CAMERA, True
+    model_type, camera, half_on_gpu = "openvla", 256, True      # pixels of the published camera
 
     def __init__(self, config: dict, dino: tuple[int, int, int], siglip: tuple[int, int, int],
                  preprocessor: dict = PREPROCESSOR, files: dict[str, bytes] | None = None):
         super().__init__()
         self.config, self.preprocessor, self.files = config, preprocessor, files or {}
-        self.norm_stats = config.get("norm_stats", {})
-        self.tokenizer = None                                   # made of files at its first use
+        self.norm_stats, self.tokenizer = config.get("norm_stats", {}), None
         both, llama = dino[0] + siglip[0], LlamaConfig(**config["text_config"])
         self.vision_backbone = nn.ModuleDict({"featurizer": Tower(*dino, dino=True),
                                               "fused_featurizer": Tower(*siglip, dino=False)})
@@ -274,16 +253,13 @@ class OpenVLA(nn.Module):
         self.language_model = LlamaForCausalLM(llama)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> Tensor:
-        """Logits of the action tokens, (B, 56, 256) float32: 8 steps x 7 dimensions; column c is
-        token 31744 + c.
-
-        input_ids, attention_mask: (B, L), RIGHT-padded prompts that end with 29871, see
-        `prompt_ids`; pixel_values: (B, 6 * images, 224, 224). ValueError where shapes disagree or
-        the padding is on the left."""
-        _check_inputs(input_ids, attention_mask, pixel_values)
-        length = attention_mask.sum(1, keepdim=True)                # (B, 1) tokens of each prompt
-        # Text: the prompt, 56 zero vectors as placeholders for the action tokens, the stop token,
-        # and padding last
+        """input_ids, attention_mask (B, L), RIGHT-padded, of `prompt_ids`; pixel_values
+        (B, 6 * images, 224, 224) -> logits of the action tokens, (B, 56, 256) float32; column c is
+        token 31744 + c."""
+        mask, length = attention_mask.bool(), attention_mask.sum(1, keepdim=True)       # (B, 1)
+        assert mask[:, 0].all() and not (mask[:, 1:] & ~mask[:, :-1]).any(), (
+            "prompts are padded on the RIGHT here: attention_mask must be ones, then zeros")
+        # Text: the prompt, 56 zero vectors in place of the action tokens, the stop token, padding
         end = input_ids.shape[1] + ACTION_TOKENS + 1
         position = torch.arange(end, device=input_ids.device)[None]             # (1, L + 57)
         stop = length + ACTION_TOKENS
@@ -322,14 +298,12 @@ class OpenVLA(nn.Module):
         return np.stack([preprocess(image, rotate=False) for image in images])[:, None]
 
     def pixel_values(self, frames) -> Tensor:
-        """Preprocessed frames uint8 (B, n, 224, 224, 3) -> (B, 6n, 224, 224), in the model's dtype
-        and on its device. Each of the n images of a sample appears twice: channels 0-2 normalised
-        for DINO, 3-5 for SigLIP."""
+        """Preprocessed frames uint8 (B, n, 224, 224, 3) -> (B, 6n, 224, 224) of the weights' dtype:
+        each image normalised for DINO (3 channels), then for SigLIP."""
         frames = torch.as_tensor(frames)
-        if frames.dtype != torch.uint8 or frames.ndim != 5 or frames.shape[2:] != (IMAGE, IMAGE, 3):
-            raise ValueError(f"frames must be uint8 (B, images, {IMAGE}, {IMAGE}, 3), got "
-                             f"{frames.dtype} {tuple(frames.shape)}; pass each through "
-                             "preprocess() and stack")
+        assert frames.dtype == torch.uint8 and frames.shape[2:] == (IMAGE, IMAGE, 3), (
+            f"frames must be uint8 (B, images, {IMAGE}, {IMAGE}, 3), as `frames` makes them, got "
+            f"{frames.dtype} {tuple(frames.shape)}")
         weight = self.projector["fc1"].weight
         image = frames.to(weight.device).permute(0, 1, 4, 2, 3).float() / 255   # (B, n, 3, ..)
         both = []
@@ -340,29 +314,26 @@ class OpenVLA(nn.Module):
         return torch.cat(both, 2).flatten(1, 2).to(weight.dtype)            # (B, 6n, 224, 224)
 
     def prompt_ids(self, instructions: str | list[str]) -> tuple[Tensor, Tensor]:
-        """Instructions -> right-padded input_ids and attention_mask (B, L) on the model's device.
-        FileNotFoundError if the checkpoint has no tokenizer.json."""
-        if "tokenizer.json" not in self.files:
-            raise FileNotFoundError("prompt_ids needs tokenizer.json; copy it into the checkpoint "
-                                    "from the original one")
-        self.tokenizer = self.tokenizer or read_tokenizer(self.files["tokenizer.json"])
+        """Instructions -> right-padded input_ids and attention_mask, (B, L) int64 each. ValueError
+        if the checkpoint has no tokenizer.json."""
+        if self.tokenizer is None:
+            raise ValueError("a prompt needs tokenizer.json; copy it into the checkpoint from the "
+                             "original one")
         rows = []
         for task in [instructions] if isinstance(instructions, str) else instructions:
             prompt = f"In: What action should the robot take to {task.lower()}?\nOut:"
             words = self.tokenizer.encode(prompt, add_special_tokens=False).ids
             rows.append(torch.tensor([BOS, *words, SPACE]))
-        ids, mask = (nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=padding)
-                     for part, padding in ((rows, PAD), ([torch.ones_like(r) for r in rows], 0)))
-        device = self.projector["fc1"].weight.device
-        return ids.to(device), mask.to(device)
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+        ids = ids.to(self.projector["fc1"].weight.device)
+        return ids, (ids != PAD).long()
 
     def decode(self, bins, unnorm_key: str) -> np.ndarray:
-        """Bins 0..255, (B, 56) or (B, 8, 7) -> un-normalised actions (B, 8, 7) float64; then see
-        `to_env_actions`."""
+        """`decode_actions`; then see `to_env_actions`."""
         return decode_actions(bins, action_stats(self.norm_stats, unnorm_key))
 
     def encode(self, actions, unnorm_key: str) -> Tensor:
-        """Actions (..., 7) in the data's units (see `from_env_actions`) -> bins (..., 7)."""
+        """`encode_actions`, of the data's units: see `from_env_actions`."""
         return encode_actions(actions, action_stats(self.norm_stats, unnorm_key))
 
     def set_gradient_checkpointing(self, on: bool = True) -> None:
@@ -373,68 +344,51 @@ class OpenVLA(nn.Module):
                 module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
     def _apply(self, fn, recurse=True):
-        """`.to(bfloat16)` and the like would round the rotary frequencies (logits off by 2.6e-3):
-        make them anew."""
+        """`.to(bfloat16)` would round the rotary frequencies (logits off by 2.6e-3): made anew."""
         super()._apply(fn, recurse)
-        return self._make_rotary()
-
-    def _make_rotary(self):
         llama, device = self.language_model.model, self.projector["fc1"].weight.device
         llama.rotary_emb = type(llama.rotary_emb)(llama.config).to(device)
         return self
 
     @classmethod
     def described(cls, folder: Path, shapes: dict | None = None) -> "OpenVLA":
-        """The model of a checkpoint folder without its weights, on the meta device, by config.json
-        and the tensors' shapes (those of their headers), which alone tell the towers' sizes.
-        FileNotFoundError, ValueError: one line, where a file is missing, damaged, or does not fit
-        the others."""
-        config = read_json(folder / "config.json", "text_config")
-        pixels = read_json(folder / "preprocessor_config.json", "tvf_normalize_params")
-        shapes = shapes or {name: shape for name, (_, shape) in read_headers(folder).items()}
-        sizes = [tower_size(shapes, f"vision_backbone.{tower}", folder) for tower in TOWERS]
-        rows = (*shapes.get("language_model.lm_head.weight", ()), 0)[0]
-        if rows < FIRST_BIN + BINS:
-            raise ValueError(f"{folder}: the head has {rows} rows, the action tokens end at "
-                             f"{FIRST_BIN + BINS}; give an OpenVLA-OFT checkpoint with them")
+        """The model of a checkpoint folder on the meta device, without weights: by config.json and
+        the tensors' shapes (default: `read_shapes`), which alone tell the towers' sizes.
+        ValueError, one line, where a file is missing, damaged, or does not fit the others."""
+        config = read_json(folder / "config.json")
+        pixels = read_json(folder / "preprocessor_config.json")
+        shapes, norm_stats = shapes or read_shapes(folder), action_statistics(folder)
         files = {f.name: f.read_bytes() for f in folder.iterdir()
                  if f.suffix in (".json", ".py", ".model") and not f.name.endswith(".index.json")}
         try:
             _check_config(config["text_config"], pixels["tvf_normalize_params"], shapes)
+            sizes = [_tower_size(shapes, f"vision_backbone.{name}") for name in TOWERS]
             with torch.device("meta"):
                 model = cls(config, *sizes, preprocessor=pixels, files=files)
         except Exception as error:          # whatever transformers makes of a damaged text_config
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-            raise ValueError(f"{folder}/config.json or preprocessor_config.json does not describe "
-                             f"an OpenVLA ({reason}); copy them again") from None
-        wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-        wrong = [name for name in {**wanted, **shapes} if shapes.get(name) != wanted.get(name)]
-        if wrong:
-            raise ValueError(f"{folder}: {len(wrong)} tensors are not OpenVLA's; the first, "
-                             f"{wrong[0]}, has shape {shapes.get(wrong[0], 'missing')} and should "
-                             f"be {wanted.get(wrong[0], 'absent')}; give a complete checkpoint "
-                             "whose config.json fits")
+            raise ValueError(f"{folder}: config.json, preprocessor_config.json and weights do not "
+                             f"describe an OpenVLA ({reason}); copy them again") from None
+        check_shapes(model, shapes, folder)
+        model.norm_stats = norm_stats
         if "tokenizer.json" in files:
-            model.tokenizer = read_tokenizer(files["tokenizer.json"], folder)
-        model.norm_stats = action_statistics(folder)
+            model.tokenizer = read_tokenizer(files["tokenizer.json"], folder / "tokenizer.json")
         return model
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32,
                         device: str | torch.device | None = None) -> "OpenVLA":
-        """A checkpoint folder or hub id, with one model.safetensors or shards and an index. Errors
-        are those of `described`, before any weight is read, and of `read_weights`."""
+        """A checkpoint folder or hub id. Errors are those of `described`, before any weight is
+        read, and of `read_weights`."""
         folder = local_folder(path)
         model = cls.described(folder)
-        for file in sorted({file for file, _ in read_headers(folder).values()}):
-            part = read_weights(file, dtype, device)
-            model.load_state_dict(part, strict=False, assign=True)
-        return model._make_rotary()         # in no file, and fp32 whatever the dtype
+        for file in weight_files(folder):
+            model.load_state_dict(read_weights(file, dtype, device), strict=False, assign=True)
+        return model._apply(lambda x: x)    # makes what is in no file
 
     def save_pretrained(self, path: str | Path, state_dict: dict | None = None) -> None:
-        """Write the checkpoint in the published layout and the model's dtype; it appears complete
-        or not at all. ValueError if path exists and is not empty. state_dict: the gathered one of a
-        sharded (FSDP) model."""
+        """A checkpoint in the published layout and the model's dtype; errors are `write_folder`'s.
+        state_dict: the gathered one of a sharded (FSDP) model."""
         jsons = {"config.json": self.config, "preprocessor_config.json": self.preprocessor,
                  "dataset_statistics.json": self.norm_stats}
         state = self.state_dict() if state_dict is None else state_dict
@@ -455,45 +409,36 @@ class OpenVLA(nn.Module):
         return found
 
 
-# Checks
-
-def _check_inputs(input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> None:
-    shape, mask = tuple(pixel_values.shape), attention_mask.bool()
-    if input_ids.ndim != 2 or mask.shape != input_ids.shape:
-        raise ValueError("input_ids and attention_mask must both be (B, L), got "
-                         f"{tuple(input_ids.shape)} and {tuple(mask.shape)}")
-    images = shape[1] if len(shape) == 4 else 0
-    if not images or images % 6 or shape != (len(input_ids), images, IMAGE, IMAGE):
-        raise ValueError(f"pixel_values must be ({len(input_ids)}, 6 * images, {IMAGE}, {IMAGE}), "
-                         f"got {shape}; make them with pixel_values()")
-    if not mask[:, 0].all() or (mask[:, 1:] & ~mask[:, :-1]).any():
-        raise ValueError("attention_mask must be ones, then zeros: prompts are padded on the RIGHT "
-                         "here; move each row's padding to its end")
-
-
 def _check_config(text: dict, norms: list, shapes: dict) -> None:
-    """Raises for what no shape shows: a Llama that is not Llama-2 but for its size, pixels that
-    cannot be normalised; ValueError, or any other error for a damaged file."""
+    """ValueError for what no shape shows: a Llama that is not Llama-2 but for its size, pixels that
+    cannot be normalised; any other error for a damaged file."""
     llama, published = LlamaConfig(**text), LlamaConfig()
-    for name in ("hidden_act", "rope_parameters", "attention_dropout", "tie_word_embeddings"):
-        if getattr(llama, name) != getattr(published, name):
-            raise ValueError(f"text_config: {name} {getattr(llama, name)} is not Llama-2's")
-    if not 0 < llama.rms_norm_eps < 1e-4:
-        raise ValueError(f"text_config: rms_norm_eps {llama.rms_norm_eps} is not Llama-2's")
-    depth = len({name.split(".")[3] for name in shapes if ".model.layers." in name})
-    if llama.num_hidden_layers != depth:            # before as many are made
-        raise ValueError(f"text_config: {llama.num_hidden_layers} layers, {depth} in the weights")
+    same = ("hidden_act", "rope_parameters", "attention_dropout", "tie_word_embeddings")
+    wrong = [name for name in same if getattr(llama, name) != getattr(published, name)]
+    wrong += ["rms_norm_eps"] * (not 0 < llama.rms_norm_eps < 1e-4)
+    wrong += ["vocab_size"] * (llama.vocab_size < FIRST_BIN + BINS)
+    depth = sum(name.endswith(".input_layernorm.weight") for name in shapes)
+    wrong += ["num_hidden_layers"] * (llama.num_hidden_layers != depth)    # before as many are made
+    if wrong:
+        raise ValueError(f"text_config: {', '.join(wrong)} not as Llama-2 or the weights have")
     numbers = torch.tensor([[norm["mean"], norm["std"]] for norm in norms])         # (2, 2, 3)
     if numbers.shape != (2, 2, 3) or not (numbers[:, 1] > 0.01).all() or not (numbers < 10).all():
         raise ValueError("tvf_normalize_params are not mean and std of 3 colours, for two towers")
 
 
-# Checkpoint folders, from here or the hub: headers before weights
+def _tower_size(shapes: dict, tower: str) -> tuple[int, int, int]:
+    """(width, depth, mlp); config.json does not tell them. KeyError: the tensor that is missing."""
+    depth = sum(name.startswith(f"{tower}.blocks.") and name.endswith(".norm1.weight")
+                for name in shapes)
+    return (shapes[f"{tower}.patch_embed.proj.weight"][0], depth,
+            shapes[f"{tower}.blocks.0.mlp.fc1.weight"][0])
+
+
+# Checkpoint folders
 
 def local_folder(path: str | Path, weights: bool = True) -> Path:
-    """A folder as it is; anything that looks like a hub id (owner/name) is downloaded, with the
-    hub's own cache, its weights only if asked. FileNotFoundError if it is neither, or the hub does
-    not give it."""
+    """A folder as it is; what looks like a hub id (owner/name) is downloaded into the hub's own
+    cache, its weights only if asked. FileNotFoundError if it is neither, or cannot be had."""
     if Path(path).is_dir():
         return Path(path)
     owner, _, name = str(path).partition("/")
@@ -510,35 +455,28 @@ def local_folder(path: str | Path, weights: bool = True) -> Path:
                                 f"({reason}); give the folder of a downloaded copy") from None
 
 
-def read_json(file: Path, *needed: str) -> dict:
-    """The object that a small file of a checkpoint holds. FileNotFoundError; ValueError if it holds
-    anything else, or lacks a key."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing; the folder is not a complete checkpoint")
+def read_json(file: Path) -> dict:
+    """The object in a small file of a checkpoint. ValueError, one line, if there is none."""
     try:
         content = json.loads(file.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); copy it again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is missing or no valid JSON ({error}); copy it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no JSON object; copy it again")
-    for key in needed:
-        if key not in content:
-            raise ValueError(f"{file} has no {key}, only {', '.join(content)[:200] or 'nothing'}; "
-                             "give a checkpoint that has it")
     return content
 
 
 def action_statistics(folder: Path) -> dict:
     """Quantiles of the training data's actions, by data set: those of fine-tuning, else the
     config's. ValueError names file and key of what no action can be decoded with."""
-    file, config = folder / "dataset_statistics.json", folder / "config.json"
-    if not file.is_file() and "norm_stats" in read_json(config):
-        file, stats = config, read_json(config)["norm_stats"]
-    else:
+    file = folder / "dataset_statistics.json"
+    if file.is_file():
         stats = read_json(file)
+    else:
+        stats, file = read_json(folder / "config.json").get("norm_stats"), folder / "config.json"
     try:
         if not isinstance(stats, dict):
-            raise ValueError("the statistics are no JSON object; copy it again")
+            raise ValueError("there are no action statistics, nor dataset_statistics.json")
         for key in stats:
             action_stats(stats, key)
     except ValueError as error:
@@ -546,40 +484,44 @@ def action_statistics(folder: Path) -> dict:
     return stats
 
 
-def read_headers(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Every tensor's file and shape, from the headers only: a bad checkpoint fails before anything
-    is loaded. FileNotFoundError: no weights, or a shard the index names is missing. ValueError: a
-    shard or the index cannot be read."""
-    names = ["model.safetensors"]
-    if not (folder / names[0]).is_file():
-        index = folder / "model.safetensors.index.json"
-        if not index.is_file():
-            raise FileNotFoundError(f"{folder} has neither model.safetensors nor {index.name}; "
-                                    "give a folder of weights")
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(
-                isinstance(name, str) and "/" not in name for name in shards.values()):
-            raise ValueError(f"{index} has no weight_map of file names; copy it again")
-        names = sorted(set(shards.values()))
-    tensors = {}
-    for file in (folder / name for name in names):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing, though the index names it; copy that "
-                                    "shard again")
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards that an index names."""
+    whole, index = (folder / f"model.safetensors{end}" for end in ("", ".index.json"))
+    if whole.is_file() or not index.is_file():
+        return [whole]
+    try:
+        return sorted({folder / str(name) for name in read_json(index)["weight_map"].values()})
+    except (KeyError, AttributeError):
+        raise ValueError(f"{index} has no weight_map of file names; copy it again") from None
+
+
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Every tensor's, from the headers: a bad checkpoint fails before anything is loaded."""
+    shapes = {}
+    for file in weight_files(folder):
         try:
-            with safe_open(file, "pt") as shard:
-                tensors |= {name: (file, tuple(shard.get_slice(name).get_shape()))
-                            for name in shard.keys()}
+            with safe_open(file, "pt") as tensors:
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape())
+                           for name in tensors.keys()}
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is truncated or not a safetensors file ({error}); copy it "
-                             "again") from None
-    return tensors
+            raise ValueError(f"{file} is truncated, missing or not a safetensors file ({error}); "
+                             "copy it again") from None
+    return shapes
+
+
+def check_shapes(model: nn.Module, shapes: dict, folder: Path) -> None:
+    """ValueError if a checkpoint's tensors are not the model's, by name and shape."""
+    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    wrong = [name for name in {**wanted, **shapes} if shapes.get(name) != wanted.get(name)]
+    if wrong:
+        raise ValueError(f"{folder}: {len(wrong)} tensors do not fit config.json; the first, "
+                         f"{wrong[0]}, has shape {shapes.get(wrong[0], 'missing')} and should be "
+                         f"{wanted.get(wrong[0], 'absent')}; give a complete checkpoint")
 
 
 def read_weights(file: Path, dtype: torch.dtype, device=None) -> dict[str, Tensor]:
     """A safetensors file's tensors. ValueError if one holds anything but finite numbers."""
-    with safe_open(file, "pt", device=str(device or "cpu")) as shard:
-        tensors = {name: shard.get_tensor(name) for name in shard.keys()}
+    tensors = load_file(file, device=str(device or "cpu"))
     for name, x in tensors.items():
         extremes = torch.stack(torch.aminmax(x)) if x.numel() else torch.zeros(2)   # NaN if any is
         if not x.is_floating_point() or not extremes.isfinite().all():
@@ -608,11 +550,9 @@ def write_folder(path: Path, jsons: dict[str, dict], files: dict[str, bytes], st
         raise OSError(f"{path} cannot be written ({error}); is the disk full?") from None
 
 
-def read_tokenizer(text: bytes, folder: Path = Path()) -> Tokenizer:
-    """tokenizer.json as it is (transformers 5 would rebuild Llama's by its own rules), without
-    padding or truncation. ValueError if it is not Llama-2's: its words would be other embeddings'
-    numbers, and the policy would see another instruction."""
-    file = folder / "tokenizer.json"
+def read_tokenizer(text: bytes, file: Path) -> Tokenizer:
+    """tokenizer.json as it is: transformers 5 would rebuild Llama's by its own rules. ValueError if
+    it is not Llama-2's, whose numbers are the rows of the embedding."""
     try:
         tokenizer = Tokenizer.from_str(text.decode())
         tokenizer.encode("In: What action?")        # fails if there is no <unk> for what it lacks
@@ -626,19 +566,6 @@ def read_tokenizer(text: bytes, folder: Path = Path()) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
-
-
-def tower_size(shapes: dict, prefix: str, folder: Path) -> tuple[int, int, int]:
-    """(width, depth, mlp) of a tower; config.json does not tell them, the tensors do."""
-    sizes = []
-    for name in (f"{prefix}.patch_embed.proj.weight", f"{prefix}.blocks.0.mlp.fc1.weight"):
-        if not shapes.get(name):
-            raise ValueError(f"{folder} lacks the tensor {name}; give a checkpoint of OpenVLA with "
-                             "two towers")
-        sizes.append(shapes[name][0])
-    start = f"{prefix}.blocks."
-    depth = len({name[len(start):].split(".")[0] for name in shapes if name.startswith(start)})
-    return sizes[0], depth, sizes[1]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -665,19 +592,20 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name}: width {tower.norm.weight.numel()}, {len(tower.blocks)} blocks")
     sizes = [p.numel() for p in model.parameters()]
     print(f"{sum(sizes):,} parameters in {len(sizes)} tensors, {args.dtype} on {args.device}")
-    ids = torch.tensor([[BOS, *torch.randint(3, 30000, (20,)).tolist(), SPACE]], device=args.device)
-    prompt = ids, torch.ones_like(ids)
     if model.tokenizer:
         prompt = model.prompt_ids(args.instruction)
     else:
         print("no tokenizer in this checkpoint: a prompt of random tokens instead")
+        words = torch.randint(3, 30000, (20,)).tolist()
+        ids = torch.tensor([[BOS, *words, SPACE]], device=args.device)
+        prompt = ids, torch.ones_like(ids)
     frame = np.random.default_rng(args.seed).integers(0, 256, (256, 256, 3), np.uint8)
     with torch.no_grad():
         logits = model(*prompt, model.pixel_values(preprocess(frame)[None, None]))
     key = next(iter(model.norm_stats))
-    actions = to_env_actions(model.decode(logits.argmax(-1), key))[0]
     print(f"greedy actions, 8 steps x (dx, dy, dz, droll, dpitch, dyaw, gripper), by {key!r}:")
-    print(np.array2string(actions, precision=3, suppress_small=True))
+    print(np.array2string(to_env_actions(model.decode(logits.argmax(-1), key))[0], precision=3,
+                          suppress_small=True))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ BROKEN = "is memory short, or the OpenGL driver broken?"
 
 
 class ActionChunk(gymnasium.Wrapper):
-    """One step executes a chunk of actions, (CHUNK, 7), and stops where the episode ends. A frame is
-    rendered at the end, and after each `every` actions for who wants a video.
+    """One step executes a chunk of actions, (CHUNK, 7), and stops where the episode ends. A frame
+    is rendered at the end, and after each `every` actions for who wants a video.
 
     info["executed"]: number of actions that ran; the tokens of the others must not be trained on.
     info["between"]: the frames before the last, uint8 (H, W, 3) each; (executed - 1) // every."""
@@ -35,6 +35,8 @@ class ActionChunk(gymnasium.Wrapper):
         self.action_space = Box(-1.0, 1.0, (CHUNK, 7), np.float32)
 
     def step(self, action, every: int = CHUNK):
+        if np.shape(action) != (CHUNK, 7):
+            raise ValueError(f"a chunk of actions has shape ({CHUNK}, 7), got {np.shape(action)}")
         env, executed, ended, between = self.env.unwrapped, 0, False, []
         while executed < CHUNK and not ended:
             if executed and executed % every == 0:
@@ -99,7 +101,8 @@ class Workers:
 
     def __init__(self, processes: int, tables: int, make_batch: Callable[[range], TableBatch]):
         self.tables, self.make_batch, self.replaced = tables, make_batch, 0
-        self.history: dict[int, tuple[Start, list]] = {}    # live tables: their chunks since a start
+        # Live tables: where they started, the chunks since
+        self.history: dict[int, tuple[Start, list]] = {}
         self.processes, self.pipes = [None] * processes, [None] * processes
         for k in range(processes):
             self._spawn(k)

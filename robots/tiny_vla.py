@@ -1,12 +1,10 @@
 """The small policy of the main job: OpenVLA's interface in 0.4 M parameters, so that RL runs on a
 laptop's CPU.
 
-1. Three convolutions over the image and two coordinate channels. Random ViTs of this size do not
-   learn to localise from a few thousand frames.
-2. The instruction is a sum of hashed word embeddings, which scales and shifts the features between
-   the convolutions (FiLM).
-3. A spatial softmax: where in the image is each feature? These places and the words pass through an
-   MLP.
+1. Three convolutions over the image and two coordinate channels; random ViTs of this size do not
+   learn to localise.
+2. The instruction, a sum of hashed word embeddings, scales and shifts the features (FiLM).
+3. A spatial softmax: where is each feature? These places and the words pass through an MLP.
 4. The 256 logits of a token are 16 numbers times a fixed cosine basis over the bins: what is learnt
    about one bin holds for its neighbours.
 
@@ -36,10 +34,11 @@ class TinyVLA(nn.Module):
                  crop: tuple[int, int, int] | None = None):
         super().__init__()
         top, left, side = crop or (0, 0, size)
-        if (size % 4 or side % 4 or side < 4 or min(top, left) < 0
-                or max(top, left) + side > size or size > 1024):
+        if (size % 4 or side % 4 or side < 4 or size > 1024 or min(*channels, width, basis) < 1
+                or min(top, left) < 0 or max(top, left) + side > size):
             raise ValueError(f"size={size}, crop={crop}: both sides must be multiples of 4, and "
-                             "the crop lie within the image, of at most 1024 pixels")
+                             "the crop lie within the image, of at most 1024 pixels; layers have "
+                             "at least 1 channel")
         self.config = {"model_type": self.model_type, "channels": list(channels), "width": width,
                        "basis": basis, "size": size, "crop": crop}
         self.norm_stats, (c1, c2, c3) = norm_stats, channels
@@ -51,8 +50,8 @@ class TinyVLA(nn.Module):
         self.fc1, self.fc2 = nn.Linear(2 * c3 + 64, width), nn.Linear(width, width)
         self.head = nn.Linear(width, ACTION_TOKENS * basis)
         nn.init.normal_(self.head.weight, std=0.1 / width ** 0.5)
-        x = torch.linspace(0, 1, BINS)
-        cosines = torch.stack([torch.cos(torch.pi * k * x) for k in range(1, basis + 1)])
+        waves = (torch.pi * torch.arange(1, basis + 1, dtype=torch.float64)).float()
+        cosines = torch.cos(waves[:, None] * torch.linspace(0, 1, BINS))        # (basis, 256)
         self.register_buffer("cosines", 3 * cosines, False)
         self.register_buffer("pixel_grid", self._grid(side), False)             # (2, side, side)
         cells = self._grid(side // 4).flatten(1).T                              # (cells, 2)
@@ -91,9 +90,8 @@ class TinyVLA(nn.Module):
         """Frames uint8 (B, 1, size, size, 3) -> what lies in the crop, (B, 3, side, side) in
         [-1, 1], of the weights' dtype."""
         frames, size, weight = torch.as_tensor(frames), self.config["size"], self.head.weight
-        if frames.dtype != torch.uint8 or frames.shape[1:] != (1, size, size, 3):
-            raise ValueError(f"frames must be uint8 (B, 1, {size}, {size}, 3), got "
-                             f"{frames.dtype} {tuple(frames.shape)}")
+        assert frames.dtype == torch.uint8 and frames.shape[1:] == (1, size, size, 3), (
+            f"frames must be uint8 (B, 1, {size}, {size}, 3), got {frames.dtype} {frames.shape}")
         top, left, side = self.config["crop"] or (0, 0, size)
         frames = frames[:, 0, top:top + side, left:left + side]
         pixels = frames.to(weight.device).permute(0, 3, 1, 2).float()           # channels-last
@@ -115,50 +113,43 @@ class TinyVLA(nn.Module):
 
     @classmethod
     def described(cls, folder: Path, shapes: dict | None = None) -> "TinyVLA":
-        """On the meta device; loading it is quick."""
-        return cls.from_pretrained(folder).to("meta")
+        """The policy of a checkpoint folder on the meta device, without weights; as OpenVLA's."""
+        config = openvla.read_json(folder / "config.json")
+        if config.pop("model_type", None) != cls.model_type:
+            raise ValueError(f"{folder}/config.json is not a TinyVLA's; give another folder")
+        shapes, stats = shapes or openvla.read_shapes(folder), openvla.action_statistics(folder)
+        try:
+            with torch.device("meta"):              # a damaged width would fill the memory
+                model = cls(stats, **config)
+        except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+            raise ValueError(f"{folder}/config.json does not describe a TinyVLA "
+                             f"({' '.join(str(error).split())[:200]}); give a complete checkpoint"
+                             ) from None
+        openvla.check_shapes(model, shapes, folder)
+        return model
 
     @classmethod
     def problems(cls, folder: Path, shapes: dict | None = None) -> list[str]:
-        """What would stop a run with this checkpoint."""
+        """What would stop a run with this checkpoint, a line."""
         try:
-            cls.from_pretrained(folder)
-        except (ValueError, OSError) as error:
+            cls.from_pretrained(folder) if shapes is None else cls.described(folder, shapes)
+        except ValueError as error:
             return [str(error)]
         return []
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32,
                         device=None) -> "TinyVLA":
-        """A folder written by `save_pretrained`; FileNotFoundError or ValueError, one line, for
-        anything else."""
+        """A folder written by `save_pretrained`; ValueError, one line, for anything else."""
         folder = Path(path)
-        config = openvla.read_json(folder / "config.json")
-        if config.pop("model_type", None) != "tiny_vla":
-            raise ValueError(f"{folder}/config.json is not a TinyVLA's; see load_policy")
-        stats, headers = openvla.action_statistics(folder), openvla.read_headers(folder)
-        shapes = {name: shape for name, (_, shape) in headers.items()}
-        c1, c2, c3, width, head = ((*shapes.get(f"{layer}.bias", ()), 0)[0]
-                                   for layer in ("conv1", "conv2", "conv3", "fc1", "head"))
-        sizes = {"channels": [c1, c2, c3], "width": width, "basis": head // ACTION_TOKENS}
-        misfit = ValueError(f"{folder}: the tensors do not fit config.json; give a complete "
-                            "checkpoint")
-        if any(config.get(name) != size for name, size in sizes.items()):
-            raise misfit                            # before a damaged width fills the memory
-        try:
-            model = cls(stats, **config)
-        except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-            raise ValueError(f"{folder}/config.json does not describe a TinyVLA "
-                             f"({' '.join(str(error).split())[:200]}); give a complete checkpoint"
-                             ) from None
-        if shapes != {name: tuple(p.shape) for name, p in model.state_dict().items()}:
-            raise misfit
+        known = cls.described(folder)
+        sizes = {name: x for name, x in known.config.items() if name != "model_type"}
+        model = cls(known.norm_stats, **sizes)
         model.load_state_dict(openvla.read_weights(folder / "model.safetensors", torch.float32))
         return model.to(device or "cpu", dtype)
 
     def save_pretrained(self, path: str | Path, state_dict: dict | None = None) -> None:
-        """Write config.json, dataset_statistics.json and model.safetensors; they appear together or
-        not at all."""
+        """config.json, dataset_statistics.json and model.safetensors; as `openvla.write_folder`."""
         state = self.state_dict() if state_dict is None else state_dict
         jsons = {"config.json": self.config, "dataset_statistics.json": self.norm_stats}
         openvla.write_folder(Path(path), jsons, {}, state)

@@ -54,6 +54,7 @@ def test_paper_table():
     assert few[-1].startswith("  libero_10: 3 of 500 episodes, 95% interval 43.8% to 100.0%")
 
 
+@pytest.mark.slow
 def test_vla_command(checkpoint, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("vla", "--checkpoint", checkpoint, "--states", 2, "--workers", 1, "--out", out) == 0
@@ -89,7 +90,7 @@ def test_all_of_it_is_checked_before_the_first_episode(checkpoint, tmp_path, mon
     assert measured == [("tabletop", "eval"), ("tabletop", "eval-weak")]
     measured.clear()
     monkeypatch.setattr(evaluation, "suite_and_key", lambda *_: None)
-    monkeypatch.setattr(evaluation, "success_table", lambda *_: "")
+    monkeypatch.setattr(evaluation.plots, "success_table", lambda *_: "")
     assert run("vla", "--checkpoint", checkpoint, "--suite", "libero_plus::libero_goal") == 0
     assert [name for name, _ in measured] == [
         f"libero_plus:{dimension}:libero_goal" for dimension in evaluation.DIMENSIONS
@@ -102,7 +103,8 @@ def test_curves_command(tmp_path, monkeypatch):
         row = {"step": 0, "heldout": 0.5, "name": name}
         (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     seen = {}
-    monkeypatch.setattr(evaluation, "draw_curves", lambda runs, out: seen.update(runs, out=out))
+    monkeypatch.setattr(evaluation.plots, "draw_curves",
+                        lambda runs, out: seen.update(runs, out=out))
     files = sorted(tmp_path.glob("*/metrics.jsonl"))
     assert run("curves", *files, "--out", "x.png") == 0 and seen.pop("out") == "x.png"
     assert {label: [rows[0]["name"] for rows in seeds] for label, seeds in seen.items()} == {

@@ -110,7 +110,7 @@ def test_an_interrupted_evaluation_goes_on(known, suite, workers, tmp_path, monk
 
     def again(chosen=suite, states=3, **more):
         return evaluate.evaluate(known, workers, chosen, "train", KEY, states=states,
-                                 journal=Journal(path, {"a": 1}), **more)
+                                 journal=Journal(path, {"a": 1}, evaluate.is_row), **more)
 
     def recording(act, workers, starts, *a, **k):
         played.append(starts)
@@ -133,6 +133,12 @@ def test_an_interrupted_evaluation_goes_on(known, suite, workers, tmp_path, monk
     fewer = again(find_suite("tabletop", (0, 2)), 2)        # what else is there does not count
     assert fewer["episodes"] == 4 and fewer["tasks"].keys() == {TASKS[0], TASKS[2]}
     assert played[-1] == []
+    rows = [json.loads(line) for line in lines[1:]]
+    damaged = [{"task": 0}, rows[1] | {"success": "yes"}, rows[2] | {"index": None}, *rows[3:]]
+    path.write_text(lines[0] + "".join(json.dumps(row) + "\n" for row in damaged))
+    assert again() == whole                                 # a damaged row is played again
+    assert ({(s.task, s.index) for s in played[-1]}
+            == {(row["task"], row["index"]) for row in rows[:3]})
     with Image.open(tmp_path / "gifs" / "task1-failure.gif") as gif:
         assert gif.size == (64, 64)
         gif.seek(gif.n_frames - 1)

@@ -314,7 +314,7 @@ def test_a_killed_worker_is_replaced():
             workers.reset(dict(enumerate(starts)))
             for step in range(3):
                 if kill and step == 2:
-                    workers.envs[1].processes[0].kill()
+                    workers.processes[1].kill()
                 images.append(
                     {
                         t: image

@@ -199,7 +199,7 @@ def test_bad_checkpoints_are_one_clear_line(tiny, tmp_path):
         (reshaped, "do not fit config.json"),
         (lacking, "do not fit config.json"),
         (resized, "do not fit config.json"),
-        (half_json, "not valid JSON"),
+        (half_json, "no valid JSON"),
         *(
             (lambda folder, name=name: (folder / name).unlink(), name)
             for name in ("model.safetensors", "config.json", "dataset_statistics.json")
@@ -212,30 +212,31 @@ def test_bad_checkpoints_are_one_clear_line(tiny, tmp_path):
             policies.load_policy(folder)
         assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
         shutil.rmtree(folder)
-    with pytest.raises(ValueError, match="is not a TinyVLA's; see load_policy"):
+    with pytest.raises(ValueError, match="config.json is not a TinyVLA's"):
         TinyVLA.from_pretrained(CHECKPOINT)
 
 
-def test_bad_input_is_one_clear_line(tiny, frames):
-    for call, words in [
-        (
-            lambda: tiny.decode(torch.zeros(1, 56).long(), "libero_moon"),
-            "'libero_moon' .* knows: tabletop",
-        ),
-        (
-            lambda: tiny.encode(np.zeros((1, 8, 7)), "libero_moon"),
-            "'libero_moon' .* knows: tabletop",
-        ),
-        (
-            lambda: tiny.pixel_values(frames[:, 0]),
-            r"\(B, 1, 64, 64, 3\), got torch.uint8 \(5, 64, 64, 3\)",
-        ),
-        (lambda: tiny.pixel_values(frames.float()), "got torch.float32"),
-        (lambda: tiny.pixel_values(frames[:, :, :32]), r"got torch.uint8 \(5, 1, 32, 64, 3\)"),
-    ]:
-        with pytest.raises(ValueError, match=words) as caught:
+def test_bad_input_is_refused(tiny, frames):
+    for call in (lambda: tiny.decode(torch.zeros(1, 56).long(), "libero_moon"),
+                 lambda: tiny.encode(np.zeros((1, 8, 7)), "libero_moon")):
+        with pytest.raises(ValueError, match="'libero_moon' .* knows: tabletop"):
             call()
-        assert "\n" not in str(caught.value)
+    for wrong, words in ((frames[:, 0], r"\(B, 1, 64, 64, 3\), got torch.uint8 .*5, 64, 64, 3"),
+                         (frames.float(), "got torch.float32"),
+                         (frames[:, :, :32], r"got torch.uint8 .*5, 1, 32, 64, 3")):
+        with pytest.raises(AssertionError, match=words):
+            tiny.pixel_values(wrong)
+
+
+def test_described(saved):
+    """Without weights, from the headers' shapes or the hub's."""
+    shapes = vla.read_shapes(saved)
+    for policy in (TinyVLA.described(saved), TinyVLA.described(saved, shapes)):
+        assert {p.device.type for p in policy.state_dict().values()} == {"meta"}
+        assert policy.config["width"] == 16 and policy.norm_stats == STATS
+    with pytest.raises(ValueError, match="1 tensors do not fit config.json; the first, fc1.bias"):
+        TinyVLA.described(saved, shapes | {"fc1.bias": (3,)})
+    assert len(TinyVLA.problems(saved, shapes | {"fc1.bias": (3,)})) == 1
 
 
 def test_activations_are_small(tiny):
@@ -251,7 +252,7 @@ def test_problems(tiny, tmp_path):
     (line,) = TinyVLA.problems(folder)
     assert "model.safetensors is truncated" in line and "\n" not in line
     (folder / "model.safetensors").unlink()
-    assert "neither model.safetensors" in TinyVLA.problems(folder)[0]
+    assert "model.safetensors is truncated, missing or not" in TinyVLA.problems(folder)[0]
 
 
 @pytest.mark.parametrize("config", [
