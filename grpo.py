@@ -244,9 +244,9 @@ def policy_loss(logp: Tensor, old_logp: Tensor | None, advantages: Tensor,
     token_loss = -torch.minimum(ratio * adv, clipped * adv)                     # (B, T)
     ref_kl = torch.zeros_like(logp)
     if ref_logp is not None:
-        # [VLA 6] beta * KL(pi || pi_ref) as k3: e^d - d - 1 with d = log pi_ref - log pi,
-        # never negative. code: SRPO-MLLM's script sets beta to 0, SRPO-VLA's leaves it out;
-        # paper 2 prints it with the sign of a reward
+        # [VLA 6] beta * KL(pi || pi_ref) as k3: e^d - d - 1, d = log pi_ref - log pi,
+        # never negative. code: SRPO-MLLM's script sets beta to 0, SRPO-VLA's leaves it
+        # out; paper 2 prints it with the sign of a reward
         d = ref_logp.detach().masked_fill(padding, 0.0) - logp
         d = d.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         ref_kl = d.exp() - d - 1
