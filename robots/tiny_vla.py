@@ -51,7 +51,9 @@ class TinyVLA(nn.Module):
         self.head = nn.Linear(width, ACTION_TOKENS * basis)
         nn.init.normal_(self.head.weight, std=0.1 / width ** 0.5)
         waves = (torch.pi * torch.arange(1, basis + 1, dtype=torch.float64)).float()
-        cosines = torch.cos(waves[:, None] * torch.linspace(0, 1, BINS))        # (basis, 256)
+        # Its device is named: transformers can leave linspace deaf to `with torch.device(..)`
+        bins = torch.linspace(0, 1, BINS, device=waves.device)
+        cosines = torch.cos(waves[:, None] * bins)                              # (basis, 256)
         self.register_buffer("cosines", 3 * cosines, False)
         self.register_buffer("pixel_grid", self._grid(side), False)             # (2, side, side)
         cells = self._grid(side // 4).flatten(1).T                              # (cells, 2)

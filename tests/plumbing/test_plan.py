@@ -152,9 +152,9 @@ def seven_b(tmp_path, openvla, monkeypatch):
         config = vla.TINY | {"text_config": {"vocab_size": 32064}}
         with torch.device("meta"):
             model = vla.OpenVLA(config, (1024, 24, 4096), (1152, 27, 4304)).bfloat16()
-        model.norm_stats, model.files = STATS, {"tokenizer.json": tokenizer}
+        model.norm_stats, model.tokenizer = STATS, tokenizer
         return model
-    tokenizer = (openvla / "tokenizer.json").read_bytes()
+    tokenizer = vla.OpenVLA.described(openvla).tokenizer
     kind = SimpleNamespace(described=described, problems=lambda folder, shapes: [])
     monkeypatch.setattr(robots_planned, "policy_class", lambda name: kind)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)       # bf16 in the world model
