@@ -215,10 +215,11 @@ def main(argv: list[str] | None = None) -> int:
     from reasoning import benchmarks
     parser = Parser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("vla", "success per task and initial state, of one policy"),
-                       ("paper", "the paper's LIBERO table, a policy for each suite")):
-        add_flags(commands.add_parser(name, help=text), Played)
-    commands.choices["paper"].set_defaults(split=["all"], protocol="simplevla")
+    add_flags(commands.add_parser(
+        "vla", help="success per task and initial state, of one policy"), Played)
+    add_flags(commands.add_parser(
+        "paper", help="the paper's LIBERO table, a policy for each suite"),
+        Played, split=["all"], protocol="simplevla")
     p = commands.add_parser("curves", help="learning curves; runs in folders named "
                                            "LABEL-SEED are averaged by label")
     p.add_argument("metrics", nargs="+", help="metrics.jsonl files")

@@ -16,7 +16,7 @@ weights, the temperature falls, two passes over a step's rollouts, fewer groups;
 `--paper` undoes all of it. Left out: a value network, an entropy bonus, refilling of
 dropped groups.
 
-    python vla_srpo.py --steps 200                      # ten minutes on two CPU cores
+    python vla_srpo.py --steps 200                      # eleven minutes on two cores
     python vla_srpo.py --steps 200 --reward binary      # plain GRPO, to compare with
     python vla_srpo.py --resume out/srpo                # go on after an interruption
     python vla_srpo.py --paper --suite libero_object \\

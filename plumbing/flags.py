@@ -84,10 +84,12 @@ def _truth(text: str) -> bool:
     return text.lower() in ("true", "yes", "1")
 
 
-def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
-    """A flag for every field of a dataclass, --name or --na-me; booleans also as --no_name."""
+def add_flags(parser: argparse.ArgumentParser, settings: type, **defaults) -> None:
+    """A flag for every field of a dataclass, --name or --na-me; booleans also as --no_name.
+    defaults: in place of the fields' own."""
     for f in fields(settings):
         default = f.default_factory() if f.default is MISSING else f.default
+        default = defaults.get(f.name, default)
         names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
         how = {"default": default, "dest": f.name, "choices": f.metadata.get("choices")}
         shown = "none" if default in ("", []) else default

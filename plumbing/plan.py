@@ -2,7 +2,7 @@
 
 1. `Meter`: the real model makes its passes, and the real optimiser its step, on tensors that have a
    size and no numbers (PyTorch's `meta` device); the bytes alive at once are counted.
-2. `measure`: a pass of the rollout, one of the world model, an update of two micro-batches.
+2. `measure`: a pass of the rollout, one of the world model, an update on top of gradients.
 3. `savings`: the flags that make it fit, found by trying.
 4. `show`: all that in words, and what else would stop the run.
 

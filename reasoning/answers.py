@@ -5,7 +5,7 @@ answer is read whole or not at all: no number is picked out of a longer text, so
 are 7±1, "at least 7" and "7 or 8" 7. What is unread is wrong.
   1. The answer is the last \boxed{}; without one, the whole text. Words may lead up to it ("Hence
      the area is"), without digits, negation or "or". Only a unit may follow.
-  2. One spelling: $..$, text commands, LaTeX spacing, full-width characters, \dfrac, \frac12, √, π;
+  2. One spelling: $..$, text commands, LaTeX spacing, full-width characters, \dfrac, \frac12, √;
      without "quotes" around it and the last full stop, but 7' and '7' may be primes: unread.
   3. Equal as text, but for case and blanks. Of options, the letter: B, (b), "(B) 60", \text{B}.
   4. Numbers and expressions: 1,250; 1e-5; 1.6\times 10^{-27}; "minus 7"; 1\frac{1}{2}; \sqrt{12};
@@ -38,11 +38,13 @@ NAME = rf"\\(?!(?:{FUNCTIONS}|pm|le|ge|ne|times|cdot)(?![a-z]))[A-Za-z]+(?![A-Za
 OPERATIONS = {ast.Add: "fadd", ast.Sub: "fsub", ast.Mult: "fmul", ast.Div: "fdiv"}
 CHARACTERS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {ord(a): b for a, b in {
     "、": ",", "。": ".", "−": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ",
-    "±": r"\pm ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∞": r"\infty ",
-    "∠": r"\angle ", "∪": r"\cup ", "…": r"\ldots ", "⅓": r"\frac13 ", "⅔": r"\frac23 ",
+    "±": r"\pm ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
+    "≈": r"\approx ", "∞": r"\infty ", "∠": r"\angle ", "∪": r"\cup ", "…": r"\ldots ",
+    "⅓": r"\frac13 ", "⅔": r"\frac23 ",
     "½": r"\frac12 ", "¼": r"\frac14 ", "¾": r"\frac34 ", "√": r"\sqrt ", "~": " "}.items()}
 TEXT = re.compile(r"\\(?:text\w*|math(?!bb)[a-z]+|operatorname|[mfh]box|emph|underline|bm)\*? ?"
                   r"\{([^{}]*)\}|\{\\(?:bf|it|rm|sf|tt)(?![a-z])([^{}]*)\}")
+SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<=\d)(?:\{,\}|,\\!) ?(?=\d{3})", ","), (r"\\%", "%"), (r"\.\.\.", r"\\ldots "),
     (r"(\\\\)|\\(?:[!,;:>()\[\] ]|(?:displaystyle|q?quad|left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?)|"
@@ -53,7 +55,7 @@ SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),
     (r"\\leq?(?:slant)?(?![a-z])|<=", r"\\le "), (r"\\geq?(?:slant)?(?![a-z])|>=", r"\\ge "),
     (r"\\neq?(?![a-z])| !=", r"\\ne "), (rf"(?<![A-Za-z\\])(pi|{FUNCTIONS})(?![A-Za-z])", r"\\\1 "),
-    (r"[⁻⁰¹²³⁴-⁹]+", lambda m: "^" + m[0].translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789"))),
+    (r"[⁻⁰¹²³⁴-⁹]+", lambda m: "^" + m[0].translate(SUPERSCRIPTS)),
     (r" ?\^ ?(-?\d+)", r"^{\1}"), (r" ?\^ ?\{ ?", "^{"), (r"\b(?:minus|negative) (?=[\d.\\])", "-"),
     (r"\s+", " "), (r"^[ \"`]+|[ \"`.,;]+$", ""), (r"^\\?\{([^{}]*[^{}\\])\\?\}$", r"\1"))]
 
@@ -178,11 +180,13 @@ def agree(x, y) -> bool:
 
 
 # A unit: a symbol, or a word in the plural that is no other number; 5m and 5abc may be products
-SYMBOL = r"(?:[kcdmμnMG]?(?:mol|Pa|Hz|eV|Wh|[mgslLJNWVAKCFhΩ])|min|in|ft|yd|mi|hr|rad)(?![A-Za-z])"
+SYMBOL = (r"(?:[kcdmμnMG]?(?:mol|Pa|Hz|eV|Wh|[mgslLJNWVAKCFhΩ])|min|in|ft|yd|mi|hr|rad)"
+          r"(?![A-Za-z])")
 WORD = (r"(?!(?:time|hal(?:f|ve)|third|quarter|dozen|ten|hundred|thousand|\w{1,3}illion|plu|minu|"
         r"les|root|pair|zero|one|two|three|four|five|six|seven|eight|nine|\w+th)s)"
         r"(?:[a-z]+s|people|children|men|women|feet|foot|inch|meter|hour|day|unit)\b")
-ATOM = rf"(?:(?:(?:square|cubic) )?(?:{SYMBOL}|{WORD})|°[CF]?|[%€£¥])(?:\^\{{-?\d\}}|[23](?!\d))?"
+ATOM = (rf"(?:(?:(?:square|cubic) )?(?:{SYMBOL}|{WORD})|°[CF]?|[%€£¥])"
+        r"(?:\^\{-?\d\}|[23](?!\d))?")
 UNIT = re.compile(r"(.*?\S)(?: |(?<=[^A-Za-z\\])(?![A-Za-z](?![A-Za-z])))(?<![A-Za-z\\])"
                   rf"({ATOM}(?:(?: ?(?:/|\\cdot|\*) ?| per | (?=\w+\^)){ATOM})?)")
 LEAD = re.compile(

@@ -38,7 +38,9 @@ from plumbing.plots import wilson
 from reasoning import rows
 from reasoning.answers import LETTERS, extract, option_letter, quantity, same, tidy
 
-FORMS = {"reflection": rows.reflection_prompt,      # the prompt that training uses
+# Those of training, "tagged" of its --prompt plain; "plain" is for models that know no tags
+FORMS = {"reflection": rows.reflection_prompt, "twice": rows.twice_prompt,
+         "tagged": rows.first_prompt,
          "plain": lambda query: f"{query}\n\nThink step by step, then give the final answer in "
                                 r"\boxed{}."}
 KINDS = {"choice": "The answer is the letter of the right option.",
@@ -73,7 +75,7 @@ class Question:
 @dataclass
 class Outcome:
     """A line of <benchmark>.jsonl. right is None for a row that could not be asked (see error): no
-    part of any score. The first answer is read with the reflection prompt only."""
+    part of any score. The first answer is read where the prompt asks for two."""
     id: str
     labels: list[str] = field(default_factory=list)
     gold: str = ""
@@ -293,14 +295,14 @@ def ask(batch: list[tuple[Question, list[Image.Image]]], form: str,
         if len(batch) > 1:
             return [outcome for one in batch for outcome in ask([one], form, complete)]
         responses, fault = [SimpleNamespace(text="", truncated=True, tokens=0)], str(error)
-    outcomes, reflects = [], form == "reflection"
+    outcomes, twofold = [], form in ("reflection", "twice")
     for (q, _), prompt, r in zip(batch, prompts, responses, strict=True):
         head, tag, _ = r.text.partition("</answer>")    # a lone answer is both first and final
         answer, first = (extract(text, q.kind == "choice", r.truncated)
                          for text in (r.text, head + tag))
         outcomes.append(Outcome(
             q.id, q.labels, q.answer, prompt, r.text, answer, is_right(q, answer),
-            first if reflects else None, is_right(q, first) if reflects else None,
+            first if twofold else None, is_right(q, first) if twofold else None,
             r.truncated, r.tokens, fault))
     return outcomes
 

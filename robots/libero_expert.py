@@ -10,12 +10,10 @@ Left out: libero_goal, libero_10, libero_90, whose tasks have drawers, knobs and
     python -m robots.libero_expert measure --suite libero_object --out expert.jsonl
     python -m robots.libero_expert demos --tasks 0 1 2 --per-task 10 --out demos
 """
-import io
 import itertools
-import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -23,10 +21,10 @@ from typing import NamedTuple
 import numpy as np
 from filelock import FileLock
 
+from plumbing.files import Journal, whole, write_json
 from plumbing.flags import ending, flag, read_command, require
 from robots import find_suite
 from robots.libero import PROTOCOLS, SPLIT_NAMES, SPLITS, Libero
-from robots.libero_files import write_whole
 from robots.suite import SuiteOptions
 
 
@@ -196,12 +194,11 @@ def demonstrate(env: Libero, start: dict, noise: float = 0.0, seed: int = 0,
         intended.append(expert.intended)
         ended = env.advance(actions[-1])
     return expert, {"images": np.array(images), "actions": np.array(actions, np.float32),
-                    "intended": np.array(intended, np.float32),
-                    "task": np.array(env.task), "state": np.array(env.state),
-                    "instruction": np.array(env.instruction)}
+                    "intended": np.array(intended, np.float32), "task": np.array(env.task),
+                    "state": np.array(env.state), "instruction": np.array(env.instruction)}
 
 
-def collect(env: Libero, tasks: list[int], per_task: int, folder: Path, noise: float = 0.3,
+def collect(env: Libero, tasks: Sequence[int], per_task: int, folder: Path, noise: float = 0.3,
             **how) -> list[dict[str, np.ndarray]]:
     """`per_task` clean successes (no second grasp) of each task from the environment's split ->
     episodes as from `demonstrate`, whose seed and every are in `how`. `folder` has a file for each
@@ -224,12 +221,13 @@ def collect(env: Libero, tasks: list[int], per_task: int, folder: Path, noise: f
 
 
 def attempt_once(env: Libero, task: int, attempt: int, file: Path, **how) -> None:
+    """An episode -> its file, which is empty if it is no clean success."""
     index = attempt % len(env.states_of(env.split))
     start = {"task": task, "index": index, "attempt": attempt}
     expert, episode = demonstrate(env, start, **how)
     clean = env.success and not expert.attempt
-    np.savez_compressed(data := io.BytesIO(), **(episode if clean else {}))
-    write_whole(file, data.getvalue())
+    with whole(file) as draft, open(draft, "wb") as data:
+        np.savez_compressed(data, **(episode if clean else {}))
     print(f"task {task}, initial state {env.state}: {'kept' if clean else 'dropped'} after "
           f"{env.steps} steps", flush=True)
 
@@ -294,22 +292,20 @@ class Demos(Settings):
 
 
 def demos(s: Demos, env: Libero, tasks: tuple[int, ...]) -> None:
-    """Episodes with noise in hover, lift and carry, and their dataset_statistics.json -> a folder
-    in s.out whose name says what they were made with."""
+    """Episodes and their dataset_statistics.json -> a folder in s.out whose name says what they
+    were made with."""
     require(s, dict(per_task=1, every=1))
-    name = (f"{s.suite}-{s.split}-{s.size}px{'-fast' * s.fast_sim}-every{s.every}-noise{s.noise}"
-            f"-seed{s.seed}-{s.protocol}")
-    folder = Path(s.out) / name
+    folder = Path(s.out) / (f"{s.suite}-{s.split}-{s.size}px{'-fast' * s.fast_sim}-every{s.every}-"
+                            f"noise{s.noise}-seed{s.seed}-{s.protocol}")
     kept = collect(env, tasks, s.per_task, folder, s.noise, seed=s.seed, every=s.every)
     actions = np.concatenate([episode["actions"] for episode in kept])
     stats = dataset_statistics(actions, f"{s.suite}_no_noops", len(kept))
-    write_whole(folder / "dataset_statistics.json", json.dumps(stats, indent=1).encode())
+    write_json(folder / "dataset_statistics.json", stats)
     print(f"{len(kept)} episodes of {len(actions)} actions are in {folder}")
 
 
 def measure(s: Measure, env: Libero, tasks: tuple[int, ...]) -> None:
     """The expert once from every initial state of the split -> s.out, a journal."""
-    from plumbing.files import Journal
     require(s, dict(states=1))
     env.reset(options={"task": tasks[0], "index": 0, "image": False})   # fails before it writes
     free = ("tasks", "states", "assets", "out")
@@ -321,15 +317,14 @@ def measure(s: Measure, env: Libero, tasks: tuple[int, ...]) -> None:
         for index, state in enumerate(states):
             if (task, state) not in rows:
                 expert, _ = demonstrate(env, {"task": task, "index": index}, s.noise, s.seed)
-                row = {"task": task, "state": state, "success": env.success, "steps": env.steps,
-                       "grasps": expert.attempt + 1}
-                rows[task, state] = row
-                journal.add(row)
+                rows[task, state] = {"task": task, "state": state, "success": env.success,
+                                     "steps": env.steps, "grasps": expert.attempt + 1}
+                journal.add(rows[task, state])
         own = [rows[task, state] for state in states]
         failed = [row["state"] for row in own if not row["success"]]
         steps = np.mean([row["steps"] for row in own])
         print(f"{len(own) - len(failed):3d}/{len(own)}  {steps:4.0f} steps  "
-              f"{env.tasks[task].instruction}; failed from {failed}", flush=True)
+              f"{env.instructions[task]}; failed from {failed}", flush=True)
     print(f"{sum(row['success'] for row in rows.values())}/{len(rows)}, the first {s.states} of "
           f"{SPLIT_NAMES[s.split]}, {s.protocol}; wrote {s.out}")
 
@@ -337,9 +332,9 @@ def measure(s: Measure, env: Libero, tasks: tuple[int, ...]) -> None:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     kind, run = (Demos, demos) if argv[:1] == ["demos"] else (Measure, measure)
-    flags = argv[1:] if argv[:1] in (["demos"], ["measure"]) else argv
 
     def work() -> None:
+        flags = argv[argv[:1] in (["demos"], ["measure"]):]
         about = "[measure | demos] " + __doc__.split("\n\n")[0]
         s = read_command(kind, flags, about=about).settings
         require(s, dict(seed=0, noise=0))

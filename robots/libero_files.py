@@ -3,7 +3,6 @@
 1. `prepare` imports LIBERO without its question on stdin and finds its meshes and textures.
 2. `tasks` lists a suite in the official order without importing anything.
 3. `initial_states` reads the 50 official ones of a task, which are pickles, and runs none of them.
-Whatever is wrong is one line that names the file and the fix. robots/libero.py simulates.
 """
 import ast
 import hashlib
@@ -23,7 +22,9 @@ from pathlib import Path
 
 import gymnasium
 import numpy as np
+from filelock import FileLock
 
+from plumbing.files import whole
 from robots.simulator import gl_help  # robots/simulator.py also sets MUJOCO_GL, before robosuite
 
 # What the stored initial states and the published checkpoints expect (LIBERO's issues 88 and 141,
@@ -45,9 +46,8 @@ ASSET_FOLDERS = ("articulated_objects", "scenes", "stable_hope_objects", "stable
 
 
 def mujoco_note() -> str | None:
-    """One line if success rates are not to be compared with published ones; None at 3.3.2, and
-    where MuJoCo is missing, which `prepare` says."""
-    if (version := mujoco_version()) in ("", MUJOCO):
+    """One line if success rates are not to be compared with published ones."""
+    if (version := mujoco_version()) in ("", MUJOCO):       # "": missing, which `prepare` says
         return None
     return (f"MuJoCo {version}, but published checkpoints and LIBERO's initial states expect "
             f"{MUJOCO}: other colours and contacts; run: pip install mujoco=={MUJOCO}")
@@ -78,50 +78,40 @@ def find_package(plus: str = "") -> Path:
 
 
 def find_assets(package: Path, assets: str = "") -> Path:
-    """LIBERO's meshes and textures: `assets`, else LIBERO_ASSETS, else inside the package, else
-    where hf-libero keeps them, else a snapshot of the hub's data set lerobot/libero-assets, which
-    is downloaded. LIBERO-Plus has more of its own: there the package comes before LIBERO_ASSETS.
-    RuntimeError if they are nowhere, or not whole."""
+    """LIBERO's meshes and textures: `assets`, else LIBERO_ASSETS, else inside the package (of
+    LIBERO-Plus, which has more, before LIBERO_ASSETS), else where hf-libero keeps them, else a
+    download of the hub's data set. RuntimeError if they are nowhere, or not whole."""
     plus, inside = (package / PLUS_LIST).is_file(), package / "assets"
     given = (assets or not (plus and inside.is_dir()) and os.environ.get("LIBERO_ASSETS")
              or (plus or inside.is_dir()) and inside)
     folder, told = Path(given or Path.home() / ".cache/libero/assets"), ""
-    if not given and not all((folder / name).is_dir() for name in ASSET_FOLDERS):
+
+    def missing() -> list[str]:
+        return [name for name in ASSET_FOLDERS if not (folder / name).is_dir()]
+    if not given and missing():
         try:
             from huggingface_hub import snapshot_download
             folder = Path(snapshot_download("lerobot/libero-assets", repo_type="dataset"))
         except Exception as e:      # network, access, disk: the way out is the same
             told = f" and cannot be had from the hub ({type(e).__name__})"
-    for name in ASSET_FOLDERS:
-        if not (folder / name).is_dir():
-            raise RuntimeError(f"LIBERO's assets in {folder} are not whole, {name}/ is missing"
-                               f"{told}; put a copy of the hub's data set lerobot/libero-assets "
-                               "into a folder and name that by LIBERO_ASSETS or --assets")
+    if missing():
+        raise RuntimeError(f"LIBERO's assets in {folder} are not whole, {missing()[0]}/ is missing"
+                           f"{told}; put a copy of the hub's data set lerobot/libero-assets into a "
+                           "folder and name that by LIBERO_ASSETS or --assets")
     return folder.resolve()
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """The old file or the new one, never half of it, though several processes write it at once."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_bytes(data)
-        os.replace(draft, path)
-    except OSError as e:
-        raise OSError(f"{path} cannot be written ({e.strerror}); is the disk full?") from None
-    finally:
-        draft.unlink(missing_ok=True)
-
-
 def write_config(package: Path, assets: Path) -> Path:
-    """Folder, named by LIBERO_CONFIG_PATH from now on, of the config.yaml without which LIBERO's
-    import asks on stdin. It is ours, in a cache, and written anew each time."""
+    """Folder, LIBERO_CONFIG_PATH from now on, of the config.yaml without which LIBERO's import asks
+    on stdin: ours, in a cache, written anew each time."""
     paths = {"benchmark_root": package, "bddl_files": package / "bddl_files", "assets": assets,
              "init_states": package / "init_files", "datasets": package.parent / "datasets"}
     text = json.dumps({key: str(path) for key, path in paths.items()})      # JSON is YAML
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = home / "libero_envs" / hashlib.sha256(text.encode()).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "config.yaml", text.encode())
+    with FileLock(folder / ".lock"), whole(folder / "config.yaml") as draft:    # workers do it too
+        draft.write_text(text)
     os.environ["LIBERO_CONFIG_PATH"] = str(folder)
     return folder
 
@@ -169,9 +159,9 @@ def prepare(assets: str = "", plus: str = ""):
 
 def older_numpy() -> types.SimpleNamespace:
     """numpy with what LIBERO-Plus's fog and motion blur call, and numpy 2 lacks."""
-    more = {"float_": np.float64,
-            "fromstring": lambda data, dtype: np.frombuffer(data, dtype).copy()}
-    return types.SimpleNamespace(**{**vars(np), **more})
+    def fromstring(data, dtype):
+        return np.frombuffer(data, dtype).copy()
+    return types.SimpleNamespace(**vars(np) | dict(float_=np.float64, fromstring=fromstring))
 
 
 # Tasks and initial states
@@ -187,9 +177,9 @@ class Task:
 
 @cache
 def tasks(suite: str, plus: str = "") -> tuple[Task, ...]:
-    """Tasks of a suite in the official order. Of LIBERO-Plus, in the folder `plus`:
-    `libero_plus:DIMENSION`, from all four suites, or `libero_plus:DIMENSION:SUITE`. ValueError for
-    an unknown one, RuntimeError if the package is not here."""
+    """Tasks of a suite in the official order; of LIBERO-Plus, in the folder `plus`, those of
+    `libero_plus:DIMENSION`, from all four suites, or of `libero_plus:DIMENSION:SUITE`. ValueError
+    for an unknown one, RuntimeError if the package is not here."""
     family, _, rest = suite.partition(":")
     dimension, _, only = rest.partition(":")
     if suite not in (*SUITES, "libero_90") and (
@@ -219,8 +209,7 @@ def tasks(suite: str, plus: str = "") -> tuple[Task, ...]:
 
 
 def make_task(package: Path, suite: str, name: str, dimension: str = "") -> Task:
-    """A task, from its name alone but for LIBERO-Plus's language variants, whose file tells it;
-    RuntimeError if that says nothing.
+    """A task, from its name alone but for LIBERO-Plus's language variants, whose file tells it.
 
     >>> name = "KITCHEN_SCENE3_turn_on_the_stove_moved_level1_sample7"
     >>> make_task(Path("p"), "libero_10", name, "layout").instruction

@@ -142,6 +142,13 @@ def make_renderer(mujoco, model, size: int):
     """mujoco.Renderer for square images of `size` pixels. It is closed before mujoco shuts OpenGL
     down, as it registers in its first one: later, Python would print a traceback."""
     renderer = with_opengl(partial(mujoco.Renderer, model, size, size))
-    alive = weakref.ref(renderer)
-    atexit.register(lambda: alive() and alive().close())
+    atexit.register(_close, weakref.ref(renderer))
     return renderer
+
+
+def _close(renderer: weakref.ref) -> None:
+    try:
+        if renderer():
+            renderer().close()
+    except Exception:                   # robosuite's own renderer has shut OpenGL down already
+        sys.unraisablehook = lambda _: None

@@ -2,9 +2,8 @@
 imitates them.
 
 SRPO-VLA (arXiv 2511.15605) starts from policies fine-tuned on one demonstration a task; a policy of
-0.4 M parameters from random weights needs a few more. It sees the camera's image and the
-instruction, and learns the next 8 actions as 56 tokens of 256 bins. Left out: fine-tuning
-OpenVLA-OFT; the published checkpoints are that.
+0.4 M parameters from random weights needs a few more. Left out: fine-tuning OpenVLA-OFT; the
+published checkpoints are that.
 
     python -m studies.demonstrate --out out/tiny_vla        # how weights/tiny_vla was made
     python -m studies.demonstrate --suite libero_object --tasks 0 1 2 --fast_sim --size 128 \\
@@ -13,11 +12,16 @@ OpenVLA-OFT; the published checkpoints are that.
 import math
 import os
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from plumbing.flags import ending, flag, read_command, require
+from robots import find_suite
 from robots.flags import SuiteSettings
+from robots.suite import CHUNK
 
 STILL = [0.0, 0, 0, 0, 0, 0, -1]        # after success: no motion, an open gripper
 
@@ -40,11 +44,8 @@ class Settings(SuiteSettings):
 
 def check(s: Settings) -> None:
     require(s, dict(demos=1, steps=1, threads=0, seed=0, size=16), ("lr",))
-    corner, side = s.crop[:2], s.crop[2] if len(s.crop) == 3 else s.size
-    outside = side < 4 or min(s.crop, default=0) < 0 or max(corner, default=0) + side > s.size
-    if s.size % 4 or side % 4 or len(s.crop) not in (0, 3) or outside:
-        raise ValueError(f"--size {s.size} --crop {' '.join(map(str, s.crop))}: both sides must be "
-                         "multiples of 4, and the crop lie within the image")
+    if len(s.crop) not in (0, 3):
+        raise ValueError(f"--crop {' '.join(map(str, s.crop))}: give top, left and side")
     if s.suite == "tabletop" and (s.tasks or s.crop or s.size != 64):
         raise ValueError("--tasks, --size and --crop are LIBERO's; give --suite")
     if not s.out or Path(s.out).exists() and any(Path(s.out).iterdir()):
@@ -52,53 +53,48 @@ def check(s: Settings) -> None:
         raise ValueError(f"--out must be a new folder for the policy{taken}")
 
 
-def tabletop_demonstrations(per_task: int, noise: float = 0.1, seed: int = 0) -> dict:
-    """The scripted expert on the first training initial states: at every step the image and the
-    next 8 actions.
+# An episode is (task, images, actions); there is an image before every so many actions
 
-    Noise disturbs what is executed, the labels stay clean, so the policy also sees how to come back
-    from small errors. -> {"image": uint8 (N, 64, 64, 3), "task": int64 (N,), "actions": float64
-    (N, 8, 7) in LIBERO's convention}"""
-    import numpy as np
-
-    from robots.tabletop import CHUNK, N_STATES, TASKS, Expert, Tabletop
+def tabletop_episodes(per_task: int, noise: float = 0.1, seed: int = 0) -> Iterator[tuple]:
+    """The scripted expert on the first training initial states, an image at every step. Noise
+    disturbs what is executed, the actions stay clean, so the policy also sees how to come back from
+    small errors."""
+    from robots.tabletop import N_STATES, TASKS, Expert, Tabletop
     env, rng = Tabletop(), np.random.default_rng(seed)
-    data = {"image": [], "task": [], "actions": []}
     for task in range(len(TASKS)):
         for index in range(per_task):
-            start = {"task": task, "index": index % N_STATES}
-            image = env.reset(options=start)[0]["image"]
+            images = [env.reset(options={"task": task, "index": index % N_STATES})[0]["image"]]
             expert, actions, ended = Expert(env), [], False
             while not ended:
                 actions.append(expert())
-                data["image"].append(image)
-                data["task"].append(task)
                 disturbed = actions[-1] + noise * np.array([*rng.standard_normal(3), 0, 0, 0, 0])
                 ended = env.advance(disturbed.clip(-1, 1))
-                image = env.render()
-            padded = actions + [np.array(STILL)] * CHUNK
-            data["actions"] += [np.stack(padded[t:t + CHUNK]) for t in range(len(actions))]
-    return {name: np.stack(rows) for name, rows in data.items()}
+                images.append(env.render())
+            yield task, images[:-1], actions
 
 
-def libero_demonstrations(s: Settings, tasks: tuple[int, ...], every: int = 2) -> dict:
-    """The same from LIBERO's scripted expert, a frame every `every` steps. Episodes are kept in
+def libero_episodes(s: Settings, tasks: Sequence[int], every: int) -> Iterator[tuple]:
+    """The same of LIBERO's scripted expert, an image every `every` steps. Episodes are kept in
     cache/demos and never played twice."""
-    import numpy as np
-
     from robots.libero import Libero
     from robots.libero_expert import collect
-    from robots.tabletop import CHUNK
     split = "train" if s.split == "disjoint" else "all"
     env = Libero(s.suite, split=split, size=s.size, fast=s.fast_sim, assets=s.assets)
     name = f"{s.suite}-{split}-{s.size}px{'-fast' * s.fast_sim}-every{every}"
-    data = {"image": [], "task": [], "actions": []}
-    for episode in collect(env, list(tasks), s.demos, Path("cache/demos") / name, every=every):
-        actions, n = np.concatenate([episode["intended"], [STILL] * CHUNK]), len(episode["images"])
-        data["image"] += list(episode["images"])
-        data["task"] += [int(episode["task"])] * n
-        data["actions"] += [actions[t * every:t * every + CHUNK] for t in range(n)]
+    for episode in collect(env, tasks, s.demos, Path("cache/demos") / name, every=every):
+        yield int(episode["task"]), episode["images"], episode["intended"]
     env.close()
+
+
+def demonstrations(episodes: Iterable[tuple], every: int = 1) -> dict[str, np.ndarray]:
+    """What is seen and the next 8 actions, a row for each image: {"image": uint8 (N, S, S, 3),
+    "task": int64 (N,), "actions": float64 (N, 8, 7) in LIBERO's convention}."""
+    data = {"image": [], "task": [], "actions": []}
+    for task, images, actions in episodes:
+        padded = np.concatenate([actions, [STILL] * CHUNK])
+        data["image"] += list(images)
+        data["task"] += [task] * len(images)
+        data["actions"] += [padded[t * every:][:CHUNK] for t in range(len(images))]
     return {name: np.stack(rows) for name, rows in data.items()}
 
 
@@ -106,7 +102,6 @@ def fine_tune(data: dict, s: Settings, key: str, instructions: tuple[str, ...], 
     """A TinyVLA from random weights, by cross-entropy on the demonstrations' action tokens.
 
     key: name of their statistics, beside which `noted` is kept."""
-    import numpy as np
     import torch
     from tqdm import tqdm
 
@@ -137,33 +132,34 @@ def fine_tune(data: dict, s: Settings, key: str, instructions: tuple[str, ...], 
     return policy
 
 
-def run(s: Settings) -> int:
+def run(s: Settings) -> None:
     import torch
 
-    from robots import find_suite
-    Path(s.out).mkdir(parents=True, exist_ok=True)      # now rather than after the work
+    from robots.tiny_vla import TinyVLA
     torch.set_num_threads(s.threads or os.cpu_count())
     torch.set_flush_denormal(True)                      # numbers below 1e-38 are noise, and slow
     suite, more = find_suite(s.suite, tuple(s.tasks), s.options()), ""
+    TinyVLA({}, size=s.size, crop=s.crop or None)       # is refused now rather than after the work,
+    Path(s.out).mkdir(parents=True, exist_ok=True)      # as is a folder
     noted = {"num_trajectories": s.demos * len(suite.tasks)}
     if s.suite == "tabletop":
-        data, key = tabletop_demonstrations(s.demos), "tabletop"
+        data, key = demonstrations(tabletop_episodes(s.demos)), s.suite
     else:
-        data, key = libero_demonstrations(s, suite.tasks), f"{s.suite}_no_noops"
-        noted |= {"fast_sim": s.fast_sim} | ({"split": "all"} if s.split == "all" else {})
+        data = demonstrations(libero_episodes(s, suite.tasks, every=2), every=2)
+        key, everything = f"{s.suite}_no_noops", s.split == "all"
+        noted |= {"fast_sim": s.fast_sim} | ({"split": "all"} if everything else {})
         more = (f" --suite {s.suite} --tasks {' '.join(map(str, suite.tasks))}"
-                + " --fast_sim" * s.fast_sim + " --split all" * (s.split == "all"))
+                + " --fast_sim" * s.fast_sim + " --split all" * everything)
     policy = fine_tune(data, s, key, suite.instructions, **noted)
     policy.save_pretrained(s.out)
     print(f"wrote {s.out}; measure it: python eval.py vla --checkpoint {s.out}{more}")
-    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    def work() -> int:
+    def work() -> None:
         s = read_command(Settings, argv, about=__doc__.split("\n\n")[0]).settings
         check(s)
-        return run(s)
+        run(s)
     return ending(work)
 
 

@@ -1,6 +1,7 @@
 """Progress curves of successes and failures under a world model, scored as SRPO-VLA's benchmark
-(arXiv 2511.15605, Appendix B) scores them. Two kinds, by --curves:
+(arXiv 2511.15605, Appendix B) scores them.
 
+--curves is one of two kinds:
 ours    after every prefix of a video, against the mean of its task's OTHER successes (one centre);
 paper   over growing windows, a success against its own whole video, a failure against the nearest
         cluster of successes (rewards.py). A success then ends near 1 by construction: only this
@@ -14,16 +15,29 @@ paper   over growing windows, a success against its own whole video, a failure a
 rollouts.npz, as `python eval.py vla --videos` writes it: `videos` uint8 (N, T, H, W, 3), `success`
 bool (N,); optional `task` int or str (N,), and `length` int (N,) of videos padded to T frames.
 """
-import argparse
 import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from plumbing.flags import ending
+from plumbing.flags import ending, flag, read_command
+from robots.suite import CHUNK
 
 MEASURES = ("spearman", "pearson", "monotonicity", "mmd", "js", "smd")
+COMMANDS = ("draw", "compare")
+
+
+@dataclass
+class Settings:
+    stage: str = flag("draw", "draw the curves, or compare with random weights and mean pixels",
+                      choices=COMMANDS)
+    videos: str = flag("", "rollouts.npz; without it the simulator is played")
+    model: str = flag("", "V-JEPA 2, folder or hub id; without it the simulator's")
+    curves: str = flag("ours", "which kind", choices=["ours", "paper"])
+    out: str = flag("progress.png", "draw: the picture")
+    seed: int = flag(0, "compare: of the random weights")
 
 
 def read_rollouts(path: str) -> tuple[list, np.ndarray | None, np.ndarray]:
@@ -56,17 +70,16 @@ def read_rollouts(path: str) -> tuple[list, np.ndarray | None, np.ndarray]:
 
 
 def simulator_rollouts(episodes: int = 120, seed: int = 0,
-                       every: int = 8) -> tuple[list, np.ndarray, np.ndarray]:
+                       every: int = CHUNK) -> tuple[list, np.ndarray, np.ndarray]:
     """The scripted expert with noise, a frame after every `every` env steps (the small encoder is
-    trained on those of 8, an action chunk); in half of the episodes it is wrong by centimetres
-    about where cube and plate are, and mostly fails. -> (videos, success, task)."""
-    from robots import tabletop
-
-    rng, env, videos, success, task = np.random.default_rng(seed), tabletop.Tabletop(), [], [], []
+    trained on those of a chunk); in half of the episodes it is wrong by centimetres about where
+    cube and plate are, and mostly fails. -> (videos, success, task)."""
+    from robots.tabletop import N_STATES, TASKS, Expert, Tabletop
+    rng, env, videos, success, task = np.random.default_rng(seed), Tabletop(), [], [], []
     for i in range(episodes):
-        start = {"task": i % len(tabletop.TASKS), "index": int(rng.integers(tabletop.N_STATES))}
+        start = {"task": i % len(TASKS), "index": int(rng.integers(N_STATES))}
         frames, ended = [env.reset(options=start)[0]["image"]], False
-        expert = tabletop.Expert(env, 0.025 * (i // len(tabletop.TASKS) % 2), rng)
+        expert = Expert(env, 0.025 * (i // len(TASKS) % 2), rng)
         while not ended:
             ended = env.advance(expert() + 0.1 * np.array([*rng.standard_normal(3), 0, 0, 0, 0]))
             if ended or env.steps % every == 0:
@@ -80,7 +93,6 @@ def simulator_rollouts(episodes: int = 120, seed: int = 0,
 def progress_curves(videos: list, success: np.ndarray, task: np.ndarray, model, kind: str) -> dict:
     """{task: [(success, frames seen, R)]} of the tasks with two successes and a failure."""
     from rewards import cluster
-
     latents, curves = model.encode(videos).numpy(), {}
     for name in np.unique(task).tolist():
         won = np.flatnonzero(success & (task == name))
@@ -103,7 +115,6 @@ def progress_curves(videos: list, success: np.ndarray, task: np.ndarray, model, 
 def benchmark(curves: dict) -> dict[str, float]:
     """The paper's numbers, means over tasks."""
     from world_model import progress_metrics
-
     scores = [progress_metrics([r for _, _, r in rows], [won for won, _, _ in rows])
               for rows in curves.values()]
     return {name: float(np.mean([score[name] for score in scores])) for name in MEASURES}
@@ -111,12 +122,9 @@ def benchmark(curves: dict) -> dict[str, float]:
 
 def draw(curves: dict, path: str) -> None:
     """A panel per task; successes are green."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(curves), figsize=(3.6 * len(curves), 3.2), sharey=True,
-                                  squeeze=False)
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(3.6 * len(curves), 3.2), layout="tight")
+    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)
     for (name, rows), panel in zip(curves.items(), panels[0], strict=True):
         for won, frames, r in rows:
             panel.plot(frames, r, color="tab:green" if won else "tab:red", alpha=0.4, linewidth=1)
@@ -124,13 +132,11 @@ def draw(curves: dict, path: str) -> None:
         panel.set(xlabel="frames seen", ylim=(0, 1))
         panel.set_title(f"task {name}: {wins} successes, {len(rows) - wins} failures", fontsize=9)
     panels[0][0].set_ylabel("progress (green: success)")
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
-def study(s: argparse.Namespace) -> None:
-    compare = s.command == "compare"
+def study(s: Settings) -> None:
+    compare = s.stage == "compare"
     if not compare and not Path(s.out).absolute().parent.is_dir():
         raise ValueError(f"--out {s.out}: there is no such folder; make it, or choose another")
     if s.videos:
@@ -138,13 +144,13 @@ def study(s: argparse.Namespace) -> None:
         if success is None:
             raise ValueError(f"{s.videos}: there is no `success` in it, to compare by; add it")
     else:
-        videos, success, task = simulator_rollouts(seed=1, every=1 if s.curves == "paper" else 8)
+        every = 1 if s.curves == "paper" else CHUNK
+        videos, success, task = simulator_rollouts(seed=1, every=every)
     import torch
     from transformers import VJEPA2Model
     from transformers.utils import logging
 
     from world_model import SHIPPED, PixelModel, WorldModel, separation
-
     logging.disable_progress_bar()
     logging.set_verbosity_error()           # of a damaged checkpoint transformers prints a table
     trained = WorldModel.from_pretrained(s.model or SHIPPED, batch_size=32)
@@ -167,15 +173,8 @@ def study(s: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Progress of rollouts under a world model.")
-    parser.add_argument("command", nargs="?", choices=("draw", "compare"), default="draw")
-    parser.add_argument("--videos", help="rollouts.npz; without it the simulator is played")
-    parser.add_argument("--model", help="V-JEPA 2, folder or hub id; without it the simulator's")
-    parser.add_argument("--curves", choices=("ours", "paper"), default="ours")
-    parser.add_argument("--out", default="progress.png", help="draw: the picture")
-    parser.add_argument("--seed", type=int, default=0, help="compare: of the random weights")
-    s = parser.parse_args(argv)
-    return ending(lambda: study(s))
+    about = __doc__.split("\n\n")[0]
+    return ending(lambda: study(read_command(Settings, argv, words=COMMANDS, about=about).settings))
 
 
 if __name__ == "__main__":

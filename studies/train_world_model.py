@@ -10,9 +10,6 @@ Left out: its image and action-conditioned stages, and augmentations (a fixed ca
     python -m studies.train_world_model --out FOLDER            # on 800 episodes of the simulator
     python -m studies.train_world_model --out FOLDER --videos rollouts.npz  # of progress_curves.py
 """
-from __future__ import annotations
-
-import argparse
 import copy
 import math
 import sys
@@ -22,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plumbing.flags import ending
+from plumbing.flags import ending, flag, read_command, require
 from studies.progress_curves import read_rollouts, simulator_rollouts
 
 if TYPE_CHECKING:       # imported by the functions: --help answers at once
@@ -38,26 +35,25 @@ TINY = dict(crop_size=64, patch_size=16, frames_per_clip=4, tubelet_size=2, hidd
             pred_num_mask_tokens=1)
 # Hidden rectangles and each one's share of the frame; V-JEPA 2: (8, 0.15) and (2, 0.7) on 16 x 16.
 BLOCKS, SHARE = 2, 0.3
+MOMENTUM = 0.999                # of the EMA
 
 
 @dataclass
-class Training:
-    steps: int = 600
-    batch_size: int = 32
-    lr: float = 5e-4
-    momentum: float = 0.999     # of the EMA
-    seed: int = 0
-    report_every: int = 50      # steps
+class Settings:
+    videos: str = flag("", "rollouts.npz; without it the simulator is played")
+    out: str = flag("", "a new folder; needed")
+    steps: int = flag(600, "updates")
+    batch_size: int = flag(32, "videos of an update")
+    lr: float = flag(5e-4, "learning rate: warm-up, cosine")
+    seed: int = flag(0, "of weights, batches and masks")
 
 
-def sample_masks(config: VJEPA2Config, generator: torch.Generator) -> list[tuple]:
+def sample_masks(config: "VJEPA2Config", generator: "torch.Generator") -> list[tuple]:
     """Two (context, target) pairs of token ids, each disjoint and together all tokens.
 
     1. Tubes, as V-JEPA 2: the union of random rectangles, hidden over the whole clip.
-    2. Moments, ours: whole frames of a random stretch of the clip. A tube can hide an object for
-       good, and with jittered layouts nothing visible tells where it was; what happens between two
-       moments can be told from them.
-    """
+    2. Moments, ours: a random stretch of the clip. A tube can hide an object for good, and with
+       jittered layouts nothing visible tells where it was."""
     import torch
 
     def draw(n: int) -> int:
@@ -78,8 +74,8 @@ def sample_masks(config: VJEPA2Config, generator: torch.Generator) -> list[tuple
             for hidden in (tubes, moments)]
 
 
-def encode_context(encoder: torch.nn.Module, pixels: torch.Tensor,
-                   ids: torch.Tensor) -> torch.Tensor:
+def encode_context(encoder: "torch.nn.Module", pixels: "torch.Tensor",
+                   ids: "torch.Tensor") -> "torch.Tensor":
     """Tokens `ids` (K,) of clips (B, L, 3, crop, crop) -> (B, K, D), the others dropped BEFORE
     attention: transformers' forward masks the encoder's output, when all have seen the targets."""
     x = encoder.embeddings(pixels)[:, ids]      # (B, K, D)
@@ -88,15 +84,12 @@ def encode_context(encoder: torch.nn.Module, pixels: torch.Tensor,
     return encoder.layernorm(x)
 
 
-def jepa_loss(model: VJEPA2Model, target_encoder: torch.nn.Module, pixels: torch.Tensor,
-              masks: list[tuple]) -> torch.Tensor:
-    """Mean over masked tokens of |P(E(visible), positions) - stopgrad(LN(E_ema(all)))|.
-
-    pixels (B, L, 3, crop, crop). A constant encoder would have loss 0; stop-gradient and EMA only
-    make it hard to reach.
-    """
+def jepa_loss(model: "VJEPA2Model", target_encoder: "torch.nn.Module", pixels: "torch.Tensor",
+              masks: list[tuple]) -> "torch.Tensor":
+    """Mean over masked tokens of |P(E(visible), positions) - stopgrad(LN(E_ema(all)))|; pixels
+    (B, L, 3, crop, crop). A constant encoder would have loss 0; stop-gradient and EMA only make it
+    hard to reach."""
     import torch
-
     with torch.no_grad():
         goal = target_encoder(pixel_values_videos=pixels).last_hidden_state     # (B, tokens, D)
         goal = torch.nn.functional.layer_norm(goal, goal.shape[-1:])
@@ -111,38 +104,29 @@ def jepa_loss(model: VJEPA2Model, target_encoder: torch.nn.Module, pixels: torch
     return torch.stack(losses).mean()
 
 
-def ema_update(target: torch.nn.Module, online: torch.nn.Module, momentum: float) -> None:
-    """target <- momentum * target + (1 - momentum) * online, parameter by parameter."""
+def ema_update(target: "torch.nn.Module", online: "torch.nn.Module", momentum: float) -> None:
+    """target <- momentum * target + (1 - momentum) * online."""
     for old, new in zip(target.parameters(), online.parameters(), strict=True):
         old.data.lerp_(new.data, 1 - momentum)
 
 
-def train_world_model(videos: list, s: Training, config: VJEPA2Config | None = None,
-                      resize: str = "exact", report: Callable | None = None) -> WorldModel:
+def train_world_model(videos: list, s: Settings, config: "VJEPA2Config | None" = None,
+                      report: Callable = lambda *_: None) -> "WorldModel":
     """Trains a V-JEPA 2 from random weights on `videos` as in WorldModel.encode, on the CPU.
 
     Returns the EMA encoder, with the predictor. report(step, {"loss", "latent_std"}, world_model)
-    is called every s.report_every steps from 0 on, and at the end. latent_std: standard deviation
-    of the EMA encoder's latents over a batch's videos, mean over dimensions; towards 0 means
-    collapse. Raises ValueError, one line, for bad settings, or if the loss diverges.
-    """
+    is called ten times from step 0 on, and at the end. latent_std: standard deviation of the EMA
+    encoder's latents over a batch's videos, mean over dimensions; towards 0 means collapse.
+    ValueError, one line, if the loss diverges."""
     import torch
     from transformers import VJEPA2Config, VJEPA2Model
 
     from world_model import WorldModel
-
-    if len(videos) == 0 or s.steps < 0 or s.batch_size < 1:
-        raise ValueError(f"need videos, steps >= 0 and batch_size >= 1, got {len(videos)} videos, "
-                         f"steps {s.steps}, batch_size {s.batch_size}")
-    config = config or VJEPA2Config(**TINY)
-    if config.crop_size < 2 * config.patch_size or config.frames_per_clip < 2 * config.tubelet_size:
-        raise ValueError(f"masking needs 2 x 2 patches and 2 tubelets: lower patch_size "
-                         f"{config.patch_size} or tubelet_size {config.tubelet_size}")
     torch.manual_seed(s.seed)
     generator = torch.Generator().manual_seed(s.seed)
-    model = VJEPA2Model(config).train()
+    model = VJEPA2Model(config or VJEPA2Config(**TINY)).train()
     # The target: it moves by EMA alone
-    frozen = WorldModel(copy.deepcopy(model), resize, device="cpu", batch_size=64)
+    frozen = WorldModel(copy.deepcopy(model), "exact", device="cpu", batch_size=64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, 0.95), weight_decay=0.04)
     warmup, last = max(s.steps // 10, 1), max(s.steps, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(
@@ -154,7 +138,7 @@ def train_world_model(videos: list, s: Training, config: VJEPA2Config | None = N
         loss = jepa_loss(model, frozen.model.encoder, frozen.pixels(batch), masks)
         if not torch.isfinite(loss):
             raise ValueError(f"the loss became {loss.item()} at step {step}: lower lr, now {s.lr}")
-        if report and (step % s.report_every == 0 or step == s.steps):
+        if step % max(s.steps // 10, 1) == 0 or step == s.steps:
             std = frozen.encode(batch).std(0).mean().item() if s.batch_size > 1 else math.nan
             report(step, {"loss": loss.item(), "latent_std": std}, frozen)
         if step < s.steps:
@@ -163,19 +147,19 @@ def train_world_model(videos: list, s: Training, config: VJEPA2Config | None = N
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            ema_update(frozen.model.encoder, model.encoder, s.momentum)
+            ema_update(frozen.model.encoder, model.encoder, MOMENTUM)
     frozen.model.predictor.load_state_dict(model.predictor.state_dict())
     return frozen
 
 
-def study(file: str | None, out: str, s: Training) -> None:
-    if not out or Path(out).exists():
-        raise ValueError("--out is needed, a new folder" + (f"; {out} exists" if out else ""))
-    if not Path(out).absolute().parent.is_dir():
-        raise ValueError(f"--out {out}: there is no such folder; make it, or choose another")
-    videos, success, task = read_rollouts(file) if file else simulator_rollouts(800)
+def study(s: Settings) -> None:
+    require(s, dict(steps=0, batch_size=1, seed=0), ("lr",))
+    if not s.out or Path(s.out).exists():
+        raise ValueError("--out is needed, a new folder" + (f"; {s.out} exists" if s.out else ""))
+    if not Path(s.out).absolute().parent.is_dir():
+        raise ValueError(f"--out {s.out}: there is no such folder; make it, or choose another")
+    videos, success, task = read_rollouts(s.videos) if s.videos else simulator_rollouts(800)
     from world_model import separation
-
     began = time.time()
 
     def report(step, numbers, model):
@@ -184,23 +168,13 @@ def study(file: str | None, out: str, s: Training) -> None:
             near = separation(model.encode(videos).numpy(), success, task)
             line += f"  success nearer than failure {near:.3f}"
         print(f"{line}  {time.time() - began:.0f} s", flush=True)
-
-    train_world_model(videos, s, report=report).save_pretrained(out)
-    print(f"wrote {out}")
+    train_world_model(videos, s, report=report).save_pretrained(s.out)
+    print(f"wrote {s.out}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Train a tiny V-JEPA 2 from random weights.")
-    parser.add_argument("--videos", help="rollouts.npz; without it the simulator is played")
-    parser.add_argument("--out", default="", help="a new folder; needed")
-    parser.add_argument("--steps", type=int, default=Training.steps)
-    parser.add_argument("--batch-size", type=int, default=Training.batch_size)
-    parser.add_argument("--lr", type=float, default=Training.lr)
-    parser.add_argument("--seed", type=int, default=Training.seed)
-    args = vars(parser.parse_args(argv))
-    videos, out = args.pop("videos"), args.pop("out")
-    s = Training(**args, report_every=max(args["steps"] // 10, 1))
-    return ending(lambda: study(videos, out, s))
+    about = __doc__.split("\n\n")[0]
+    return ending(lambda: study(read_command(Settings, argv, about=about).settings))
 
 
 if __name__ == "__main__":

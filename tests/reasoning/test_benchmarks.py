@@ -20,6 +20,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from reasoning import benchmarks, qwen
+from reasoning import rows as data
 from reasoning.answers import extract
 from reasoning.benchmarks import BENCHMARKS, Outcome, Question, is_right
 from reasoning.rows import MAX_PIXELS
@@ -142,7 +143,8 @@ def test_mathvista(tmp_path):
 
 
 def test_mathverse(tmp_path):
-    text = "In triangle ABC angle A = 80, then angle CED is ()\nChoices:\nA:40°\nB:60°\nC:120°\n" \
+    text = "In triangle ABC angle A = 80, then angle CED is ()\n" \
+           "Choices:\nA:40°\nB:60°\nC:120°\n" \
            "D:140°"
     write_parquet(tmp_path / "testmini.parquet", MATHVERSE, [
         verse("1", "D", text), verse("2", "D", "", "Vision Only", full=text),
@@ -300,6 +302,9 @@ def test_prompts():
     import rewards
     form = "<think>" + benchmarks.FORMS["reflection"]("").partition("<think>")[2]
     assert rewards.reflection_reward(form, "final answer").format == 0.5
+    # What training asks for can be asked for in evaluation
+    asked = {benchmarks.FORMS[name]("q") for name in ("reflection", "tagged", "twice")}
+    assert asked == {data.PROMPTS[name]("q") for name in ("reflection", "plain", "twice")}
 
 
 # Scoring
@@ -321,7 +326,8 @@ def test_prompts():
     ("expression", "5.5", ["5.5", "5 1/2", "5\\frac{1}{2}", "11/2"],
      ["1 1/2", "1\\frac{1}{2}", "1\\dfrac12", "5 5"]),
     ("expression", "10000", ["10 000", "10,000"], ["10 00", "1 0000", "100 00"]),
-    ("expression", "40°", ["40", "40^\\circ", "40 degrees", "∠ABC = 40°"], ["40%", "50", "140"]),
+    ("expression", "40°", ["40", "40^\\circ", "40 degrees", "∠ABC = 40°"],
+     ["40%", "50", "140"]),
     ("expression", "0.00001", ["1e-05", "10^{-5}", "0.00001"], ["1e-5 or 2", "0.0001", "0"]),
     ("expression", "2√{3}", ["2\\sqrt{3}", "2√3", "\\sqrt{12}"],
      ["2\\sqrt{2}", "2", "3", "2 or 3"]),
@@ -349,7 +355,8 @@ def test_rounding_is_mathvistas():
 
 
 UNREADABLE = ["", " ", "?", "None", "null", "nan", "inf", "\\boxed{", "}{", "\\frac{1}{", "()",
-              "$$", "[image 1]", "I cannot see the image.", "\\", "<answer>", "</answer>", "-", "°",
+              "$$", "[image 1]", "I cannot see the image.", "\\", "<answer>", "</answer>", "-",
+              "°",
               "\\text{}", "=", "x=", "0x1F", "1e400", "9" * 5000, "(" * 3000, "\\sqrt{" * 200,
               "9" * 5000 + " 1/2", "[" + "9" * 5000 + "]"]
 

@@ -12,6 +12,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from scipy.spatial.distance import cdist
 
 import robots
 from robots import libero
@@ -20,7 +21,7 @@ from robots.libero_expert import Expert
 from robots.libero_files import initial_states, mujoco_note, prepare, tasks
 from robots.rollouts import ActionChunk
 from robots.suite import Start, SuiteOptions
-from studies.libero_speed import main
+from studies import libero_speed
 from tests.conftest import needs_assets, package, run_bare
 
 # Without LIBERO
@@ -28,11 +29,8 @@ from tests.conftest import needs_assets, package, run_bare
 
 def test_splits_never_overlap():
     train, heldout = set(SPLITS["train"]), set(SPLITS["heldout"])
-    assert (
-        not train & heldout
-        and train | heldout == set(SPLITS["all"]) == set(range(50))
-        and len(train) == 25
-    )
+    assert not train & heldout and len(train) == 25
+    assert train | heldout == set(SPLITS["all"]) == set(range(50))
     assert "papers' own protocol" in libero.SPLIT_NAMES["all"]
 
 
@@ -82,11 +80,8 @@ def test_suites_for_the_scripts(tmp_path, installed):
     assert [s.index for s in found.starts("heldout", 3)] == [0, 1, 2]
     assert len(found.starts("all")) == 50 and found.labels == ()
     made = pickle.loads(pickle.dumps(found.make))(size=32, horizon=found.horizon)  # as workers do
-    assert (made.suite, made.size, made.options) == (
-        "libero_spatial",
-        32,
-        SuiteOptions(protocol="simplevla", horizon=None),
-    )
+    assert (made.suite, made.size) == ("libero_spatial", 32)
+    assert made.options == SuiteOptions(protocol="simplevla", horizon=None)
     shorter = suite("libero_spatial", options=SuiteOptions(horizon=99))
     assert "horizon 99, 10" in shorter.protocol and shorter.horizon == 99
     assert robots.find_suite("libero_spatial", (1,), simplevla).tasks == (1,)
@@ -129,7 +124,7 @@ def test_bad_flags(installed, capsys):
         ("--size x", "invalid int value: 'x'"),
         ("--suite libero_spatial --task 9", "unknown task 9; libero_spatial has 0..1"),
     ):
-        assert main(command.split()) == 2
+        assert libero_speed.main(command.split()) == 2
         said = capsys.readouterr().err
         assert said.startswith("error: ") and said.count("\n") == 1 and message in said
 
@@ -148,9 +143,8 @@ def test_thin_meshes_keeps_the_shape_and_the_collisions():
     """A finely tessellated sheet, once seen and once solid: the seen one loses triangles, no vertex
     moves further than its cell is wide."""
     mujoco = pytest.importorskip("mujoco")
-    grid = np.stack(
-        [*np.meshgrid(*[np.arange(21) * 0.002] * 2, indexing="ij"), np.zeros((21, 21))], -1
-    ).reshape(-1, 3)
+    flat = np.meshgrid(*[np.arange(21) * 0.002] * 2, indexing="ij")
+    grid = np.stack([*flat, np.zeros((21, 21))], -1).reshape(-1, 3)
     grid[:, 2] = 0.01 * np.sin(100 * grid[:, 0])
     corner = (np.arange(20)[:, None] * 21 + np.arange(20)).reshape(-1, 1)
     faces = np.concatenate([corner + [0, 21, 1], corner + [21, 22, 1]])
@@ -162,20 +156,15 @@ def test_thin_meshes_keeps_the_shape_and_the_collisions():
         <geom type="mesh" mesh="solid"/></worldbody></mujoco>""")
     before, vertices = model.mesh_face.copy(), model.mesh_vert.copy()
     thin_meshes(model, 0.005)
-    seen, solid = (
-        slice(a, a + n) for a, n in zip(model.mesh_faceadr, model.mesh_facenum, strict=True)
-    )
+    seen, solid = (slice(a, a + n) for a, n in zip(model.mesh_faceadr, model.mesh_facenum))
     np.testing.assert_array_equal(model.mesh_face[solid], before[solid])
     np.testing.assert_array_equal(model.mesh_vert, vertices)
     after = model.mesh_face[seen]
-    assert 60 < len(after) < len(before) / 2 / 4 and len(set(map(tuple, np.sort(after, 1)))) == len(
-        after
-    )
+    assert 60 < len(after) < len(before) / 2 / 4
+    assert len(set(map(tuple, np.sort(after, 1)))) == len(after)
     assert all(len(set(face)) == 3 for face in after.tolist())
-    used = vertices[np.unique(after)]
-    assert np.linalg.norm(vertices[: len(grid), None] - used[None], axis=-1).min(
-        1
-    ).max() < 0.005 * np.sqrt(3)
+    apart = cdist(vertices[:len(grid)], vertices[np.unique(after)])
+    assert apart.min(1).max() < 0.005 * np.sqrt(3)
 
 
 # With LIBERO and its assets
@@ -207,6 +196,7 @@ def expert_actions(env: Libero, **start) -> np.ndarray:
     return np.array(actions)
 
 
+@pytest.mark.slow
 @needs_assets
 def test_gymnasiums_checker():
     env = Libero("libero_object", task=0, size=16, fast=True)
@@ -214,6 +204,7 @@ def test_gymnasiums_checker():
     env.close()
 
 
+@pytest.mark.slow
 @needs_assets
 @pytest.mark.parametrize("name, task", [("libero_object", 3), ("libero_spatial", 2)])
 def test_expert_and_exactness(name, task):
@@ -224,10 +215,7 @@ def test_expert_and_exactness(name, task):
     actions = expert_actions(env, **start)
     images, states = play(env, actions, **start)
     assert env.success and env.state == 15
-    envs = sys.modules[prepare().__module__]
-    stock = envs.ControlEnv(
-        env.tasks[task].bddl, use_camera_obs=False, has_offscreen_renderer=False
-    )
+    stock = prepare()(env.tasks[task].bddl, use_camera_obs=False, has_offscreen_renderer=False)
     stock.seed(15)
     stock.reset()
     stock.set_init_state(initial_states(env.tasks[task].states)[15])
@@ -243,31 +231,20 @@ def test_expert_and_exactness(name, task):
 
     chunked = ActionChunk(env)
     chunked.reset(options=start)
-    between = chunked.step(actions[:8], every=1)[4][
-        "between"
-    ]  # rendered for the world model, they move nothing
+    # Rendered for the world model, they move nothing
+    between = chunked.step(actions[:8], every=1)[4]["between"]
     np.testing.assert_array_equal(np.concatenate([env.data.qpos, env.data.qvel]), states[7])
 
-    stock = envs.OffScreenRenderEnv(
-        bddl_file_name=env.tasks[task].bddl,
-        camera_names=["agentview"],
-        camera_heights=64,
-        camera_widths=64,
-    )
-    stock.seed(15)
-    stock.reset()
-    stock.set_init_state(initial_states(env.tasks[task].states)[15])
-    for _ in range(SETTLE):
-        observation = stock.step(NO_OP)[0]
     env.reset(options=start)
-    shown = []
+    theirs = libero_speed.stock(env)
+    shown, observation = [], theirs.observation
     for action in actions[:4]:
         shown.append(env.render())
         np.testing.assert_array_equal(shown[-1], observation["agentview_image"][::-1, ::-1])
-        observation = stock.step(action)[0]
+        observation = theirs.step(action)[0]
         env.advance(action)
     np.testing.assert_array_equal(between[:3], shown[1:])
-    stock.close()
+    theirs.close()
 
     env.reset(options={"task": 1, "index": 3})  # another task, and back
     soft, hard = play(env, actions[:30], **start), play(env, actions[:30], **start, hard=True)
@@ -275,12 +252,11 @@ def test_expert_and_exactness(name, task):
         np.testing.assert_array_equal(again[1], states[:30])
         np.testing.assert_array_equal(again[0], soft[0])
     np.testing.assert_array_equal(soft[0][0], images[0])
-    assert (
-        images.std(0).max() > 20 and np.abs(states[-1] - states[0]).max() > 0.1
-    )  # something did move
+    assert images.std(0).max() > 20 and np.abs(states[-1] - states[0]).max() > 0.1     # it did move
     env.close()
 
 
+@pytest.mark.slow
 @needs_assets
 @pytest.mark.parametrize("name, task", [("libero_spatial", 4), ("libero_10", 9)])
 def test_images_of_opened_fixtures(name, task):
@@ -288,22 +264,13 @@ def test_images_of_opened_fixtures(name, task):
     numbers before it places the fixtures."""
     env = Libero(name, task, size=64)
     image = env.reset(options={"index": 3})[0]["image"]
-    stock = sys.modules[prepare().__module__].OffScreenRenderEnv(
-        bddl_file_name=env.tasks[task].bddl,
-        camera_names=["agentview"],
-        camera_heights=64,
-        camera_widths=64,
-    )
-    stock.seed(env.state)
-    stock.reset()
-    stock.set_init_state(initial_states(env.tasks[task].states)[env.state])
-    for _ in range(SETTLE):
-        observation = stock.step(NO_OP)[0]
-    np.testing.assert_array_equal(image, observation["agentview_image"][::-1, ::-1])
-    stock.close()
+    theirs = libero_speed.stock(env)
+    np.testing.assert_array_equal(image, theirs.observation["agentview_image"][::-1, ::-1])
+    theirs.close()
     env.close()
 
 
+@pytest.mark.slow
 @needs_assets
 def test_a_killed_worker_is_replaced():
     starts = [Start(2, 4), Start(2, 9)]
@@ -315,19 +282,12 @@ def test_a_killed_worker_is_replaced():
             for step in range(3):
                 if kill and step == 2:
                     workers.processes[1].kill()
-                images.append(
-                    {
-                        t: image
-                        for t, (image, *_) in workers.step(
-                            dict.fromkeys(range(2), chunk[step])
-                        ).items()
-                    }
-                )
+                replies = workers.step(dict.fromkeys(range(2), chunk[step]))
+                images.append({t: image for t, (image, *_) in replies.items()})
         assert workers.replaced == 1
         for a, b in zip(images[:3], images[3:], strict=True):
-            assert all(np.array_equal(a[t], b[t]) for t in range(2)) and not np.array_equal(
-                a[0], a[1]
-            )
+            assert all(np.array_equal(a[t], b[t]) for t in range(2))
+            assert not np.array_equal(a[0], a[1])
     finally:
         workers.close()
 
@@ -342,10 +302,8 @@ def test_noise_of_libero_plus_repeats(env, monkeypatch):
 
         def step(self, action):
             observation, *rest = self.env.step(action)
-            return {
-                "agentview_image": observation["agentview_image"]
-                + np.random.randint(0, 9, (64, 64, 3))
-            }, *rest
+            drawn = np.random.randint(0, 9, (64, 64, 3))
+            return {"agentview_image": observation["agentview_image"] + drawn}, *rest
 
         def close(self):
             pass
@@ -364,6 +322,7 @@ def test_noise_of_libero_plus_repeats(env, monkeypatch):
     env.wrapper = own
 
 
+@pytest.mark.slow
 @needs_assets
 def test_fast_changes_pixels_only(env):
     fast, start = Libero("libero_object", size=64, fast=True), {"task": 4, "index": 2}
@@ -375,16 +334,13 @@ def test_fast_changes_pixels_only(env):
     fast.close()
 
 
+@pytest.mark.slow
 @needs_assets
 def test_episodes_end_and_bad_actions(env):
     brief = Libero("libero_object", size=16, horizon=2, split="all")
     _, info = brief.reset(options={"task": 3, "index": 49})
-    assert (info["state"], info["instruction"], info["success"]) == (
-        49,
-        tasks("libero_object")[3].instruction,
-        False,
-    )
-    assert brief.horizon == 2
+    assert info["state"] == 49 and not info["success"] and brief.horizon == 2
+    assert info["instruction"] == tasks("libero_object")[3].instruction
     for bad in (np.zeros(6), np.zeros((1, 7)), np.full(7, np.nan)):
         with pytest.raises(ValueError, match="action must be 7 finite numbers, got shape"):
             brief.step(bad)
@@ -417,10 +373,8 @@ def test_the_stored_physics_and_colours():
         pytest.skip(mujoco_note())
     spatial = Libero("libero_spatial", task=5, split="all", size=64)
     spatial.reset(options={"index": 0, "image": False})
-    bowl, ramekin = (
-        spatial.data.body(name).xpos
-        for name in ("akita_black_bowl_1_main", "glazed_rim_porcelain_ramekin_1_main")
-    )
+    bowl, ramekin = (spatial.data.body(f"{name}_1_main").xpos
+                     for name in ("akita_black_bowl", "glazed_rim_porcelain_ramekin"))
     assert np.linalg.norm((bowl - ramekin)[:2]) < 0.02  # 1.45 cm; 3.72 in MuJoCo 3.8.1
     spatial.close()
     flat = Libero("libero_object", task=0, split="all", size=128)
@@ -429,23 +383,20 @@ def test_the_stored_physics_and_colours():
     flat.close()
 
 
+@pytest.mark.slow
 @needs_assets
 def test_workers_equal_a_single_process():
     actions = np.random.default_rng(1).uniform(-1, 1, (3, 2, 7)).astype(np.float32)
     script = sys.modules["__main__"]
-    file, script.__file__ = (
-        getattr(script, "__file__", None),
-        None,
-    )  # workers need not import pytest's script
+    # Workers need not import pytest's script
+    file, script.__file__ = getattr(script, "__file__", None), None
     makers = [partial(Libero, "libero_object", task, size=32, fast=True) for task in (2, 5)]
     workers = gymnasium.vector.AsyncVectorEnv(makers, context="forkserver")
     script.__file__ = file
     try:
         observations, _ = workers.reset(options={"index": 11})
-        theirs = [
-            observations["image"].copy(),
-            *(workers.step(each)[0]["image"].copy() for each in actions),
-        ]
+        theirs = [observations["image"].copy(),
+                  *(workers.step(each)[0]["image"].copy() for each in actions)]
     finally:
         workers.close()
     env = Libero("libero_object", size=32, fast=True)
@@ -466,31 +417,18 @@ def test_incomplete_assets_name_the_file(tmp_path):
         (tmp_path / name.name).symlink_to(name.resolve())
     (tmp_path / "stable_hope_objects").unlink()
     (tmp_path / "stable_hope_objects").mkdir()
-    command = ["measure", "--tasks", "0", "--states", "1", "--out", str(tmp_path / "e.json")]
-    done = run_bare(
-        "robots.libero_expert", *command, LIBERO_ASSETS=str(tmp_path), XDG_CACHE_HOME=str(tmp_path)
-    )
-    assert (
-        done.returncode == 2
-        and done.stderr.count("\n") == 1
-        and done.stderr.startswith("error: LIBERO cannot build")
-    ), done.stderr
-    assert (
-        "stable_hope_objects" in done.stderr
-        and "--assets" in done.stderr
-        and not (tmp_path / "e.json").exists()
-    )
-    for file in (whole / "stable_hope_objects").rglob("*"):
-        if file.suffix == ".xml":  # as git-lfs leaves it where it is not installed
-            (tmp_path / "stable_hope_objects" / file.parent.name).mkdir(exist_ok=True)
-            (tmp_path / "stable_hope_objects" / file.parent.name / file.name).write_text(
-                "version https://git-lfs.github.com/spec/v1\n"
-            )
-    done = run_bare(
-        "robots.libero_expert", *command, LIBERO_ASSETS=str(tmp_path), XDG_CACHE_HOME=str(tmp_path)
-    )
-    assert (
-        done.returncode == 2
-        and done.stderr.count("\n") == 1
-        and done.stderr.startswith("error: LIBERO cannot build")
-    ), done.stderr
+    out = tmp_path / "e.json"
+
+    def refused() -> str:
+        done = run_bare("robots.libero_expert", "measure", "--tasks", "0", "--states", "1", "--out",
+                        str(out), LIBERO_ASSETS=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith("error: LIBERO cannot build") and not out.exists()
+        return done.stderr
+    said = refused()
+    assert "stable_hope_objects" in said and "--assets" in said
+    for file in (whole / "stable_hope_objects").rglob("*.xml"):
+        copy = tmp_path / "stable_hope_objects" / file.parent.name / file.name
+        copy.parent.mkdir(exist_ok=True)    # as git-lfs leaves it where it is not installed
+        copy.write_text("version https://git-lfs.github.com/spec/v1\n")
+    refused()

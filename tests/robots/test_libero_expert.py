@@ -140,14 +140,17 @@ def test_damaged_episodes(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_leaves_no_half_episode(tmp_path, monkeypatch):
-    def full(path, data):
-        path.open("wb").write(data[:10])
+    def full(file, **arrays):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="0-0.npz cannot be written .No space left.*disk full"):
-        libero_expert.write_whole(tmp_path / "0-0.npz", b"x" * 100)
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(np, "savez_compressed", full)
+    monkeypatch.setattr(libero_expert, "demonstrate",
+                        lambda env, start, **how: (types.SimpleNamespace(attempt=0), {}))
+    env = types.SimpleNamespace(split="all", states_of=lambda split: range(50), success=True)
+    with pytest.raises(OSError, match="0-0.npz cannot be written .*No space left.*disk full"):
+        collect(env, [0], 1, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [".lock"]
 
 
 def test_an_expert_that_fails(tmp_path, monkeypatch):
@@ -166,6 +169,7 @@ def test_an_expert_that_fails(tmp_path, monkeypatch):
 # With LIBERO and its assets
 
 
+@pytest.mark.slow
 @needs_assets
 def test_demonstrations_can_be_interrupted(tmp_path, capsys, monkeypatch):
     """The first run dies in its second episode; the second goes on from there and leaves what an

@@ -32,6 +32,7 @@ def small(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_from_demonstrations_to_a_table(small, monkeypatch, capsys):
     sft = [*LIBERO, "--demos", "1", "--size", "64", "--steps", "20", "--threads", "1"]
     assert vla_sft.main([*sft, "--out", "sft"]) == 0
@@ -133,6 +134,7 @@ def test_from_demonstrations_to_a_table(small, monkeypatch, capsys):
     )
 
 
+@pytest.mark.slow
 def test_openvla(small, monkeypatch):
     """A random checkpoint of OpenVLA-OFT's architecture plays one chunk, on the images that the
     published evaluation would show it."""

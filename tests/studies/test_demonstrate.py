@@ -15,7 +15,7 @@ from studies.demonstrate import Settings
 
 @pytest.mark.slow
 def test_demonstrations_and_fine_tuning():
-    data = demonstrate.tabletop_demonstrations(1, noise=0.0)
+    data = demonstrate.demonstrations(demonstrate.tabletop_episodes(1, noise=0.0))
     env, n = Tabletop(), 0
     for task in range(4):
         env.reset(options={"task": task, "index": 0})
@@ -64,8 +64,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     ("--out x --lr nan", "--lr must be positive"), ("--out x --suite libero_goal", "libero_goal"),
     ("--out x --size 128", "--size and --crop are LIBERO's"),
     ("--out x --suite libero_object --size 66",
-     "--size 66 --crop : both sides must be multiples of 4"),
-    ("--out x --suite libero_object --crop 8 8", "--crop 8 8: both"),
+     "size=66, crop=None: both sides must be multiples of 4"),
+    ("--out x --suite libero_object --crop 8 8", "--crop 8 8: give top, left and side"),
     ("--out x --suite libero_object --crop 0 8 60", "lie within the image")])
 def test_bad_flags(argv, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
