@@ -41,12 +41,14 @@ class ProgressRecord:
 
 
 def progress_reward(latents: np.ndarray, success: Sequence[bool], task: Sequence, *,
-                    alpha: float = 0.8) -> tuple[np.ndarray, ProgressRecord]:
+                    alpha: float = 0.8, earlier: dict | None = None,
+                    ) -> tuple[np.ndarray, ProgressRecord]:
     """Rewards (N,) float64 of N rollouts and their record, by [VLA 3] to [VLA 5].
 
     latents: (N, D) float array or tensor, a row per ROLLOUT. success: (N,) bool. task:
     (N,) ids; neither centres nor normalisation cross tasks. alpha in [0, 1] bounds what
     a failure earns: the paper found 0.8 best, then 1.0, 0.5, 0.3 and 0, the 0/1 reward.
+    earlier: ours, {task: latents (K, D)} of successes that count beside the batch's.
     Any two rewards in a GRPO group normalise to the advantages of 0 and 1, so that this
     changes what is learnt only where failures of ONE initial state differ.
     Raises ValueError for other shapes, values or alpha.
@@ -62,16 +64,17 @@ def progress_reward(latents: np.ndarray, success: Sequence[bool], task: Sequence
     reward, record = success.astype(float), ProgressRecord(np.full(len(h), np.nan))
     for name in np.unique(task).tolist():
         won, lost = (np.flatnonzero((task == name) & (success == s)) for s in (1, 0))
-        labels = cluster(h[won])  # [VLA 3]
-        centres = [h[won[labels == c]].mean(0) for c in np.unique(labels[labels >= 0])]
+        solved = np.concatenate([h[won], (earlier or {}).get(name, h[:0])])
+        labels = cluster(solved)  # [VLA 3]
+        centres = [solved[labels == c].mean(0) for c in np.unique(labels[labels >= 0])]
         record.clusters[name] = len(centres)
         record.noise[name] = int((labels < 0).sum())
-        if len(lost) and not len(won):
+        if len(lost) and not len(solved):
             record.fallbacks.setdefault(name, []).append("no_success")
         elif len(lost):
             if not centres:
                 record.fallbacks.setdefault(name, []).append("single_success")
-                centres = h[won]
+                centres = solved
             d = cdist(h[lost], centres, "sqeuclidean").min(1)  # [VLA 4]
             if d.std() > 1e-6 * d.mean():  # less is rounding noise
                 z = (d - d.mean()) / d.std()  # [VLA 5], over the task's failures

@@ -17,7 +17,7 @@ weights, the temperature falls, two passes over a step's rollouts, fewer groups;
 dropped groups.
 
     python vla_srpo.py --steps 200                      # eleven minutes on two cores
-    python vla_srpo.py --steps 200 --reward binary      # plain GRPO, to compare with
+    python vla_srpo.py --steps 200 --reward binary      # plain GRPO
     python vla_srpo.py --resume out/srpo                # go on after an interruption
     python vla_srpo.py --paper --suite libero_object \\
         --model Haozhan72/Openvla-oft-SFT-libero-object-traj1   # 7B, one H200
@@ -63,9 +63,12 @@ class Settings(SuiteSettings, RunSettings):
     keep: str = flag("signal", "groups to train on; signal: rewards differ; mixed: "
                      "success rate within 0.1..0.9, others go before shaping (code)",
                      choices=["signal", "mixed"])
+    references: int = flag(0, "successes of earlier steps kept per task, to measure "
+                              "failures by beside the batch's; 0: none (paper)")
     model: str = flag(str(WEIGHTS / "tiny_vla"), "starting policy: folder or hub id")
     world_model: str = flag(str(WEIGHTS / "vjepa_tiny"), "V-JEPA 2: folder or hub id; "
-                            "pixels: mean frames instead of latents, a baseline")
+                            "pixels: mean frames instead of latents, a baseline; "
+                            "oracle: the tabletop's true progress, the ceiling")
     clips: int = flag(32, "videos that the world model encodes at a time")
     video_every: int = flag(8, "env steps between the frames that the world model "
                             "sees; 8: those the policy sees anyway; 1: all (code)",
@@ -92,7 +95,7 @@ def check(s: Settings) -> None:
     check_run(s, "groups")
     check_suite(s)
     require(s, dict(steps=1, minibatch=1, micro_batch=1, clips=1, target_kl=0,
-                    lr_end=0), ("temperature_end",))
+                    lr_end=0, references=0), ("temperature_end",))
     for name, value, low, high in (("average", s.average, 0, 0.9999),
                                    ("until", s.until, 0, 1), ("alpha", s.alpha, 0, 1)):
         if not low <= value <= high:
@@ -100,6 +103,10 @@ def check(s: Settings) -> None:
     if s.average and s.dtype == "bfloat16":
         raise ValueError(f"--average {s.average} with bfloat16: in steps this small "
                          "the average would not move; give --average 0")
+    if s.references and s.reward != "srpo":
+        raise ValueError(f"--references is for --reward srpo, not {s.reward}")
+    if s.world_model == "oracle" and not s.suite.startswith("tabletop"):
+        raise ValueError(f"--world_model oracle: only the tabletop, not {s.suite}")
     s.out = s.out or f"out/{s.reward}"
 
 
@@ -121,6 +128,7 @@ from plumbing.run import Run, launch
 from plumbing.update import Update
 from robots import evaluate, find_suite, published_reward
 from robots import policy as policies
+from robots.references import Oracle, References
 from robots.rollouts import play
 from robots.suite import Episode, Suite
 
@@ -136,6 +144,8 @@ class Parts:
     reference: object | None    # the starting policy, for the KL
     encoder: object | None      # the world model; None for 0/1 rewards
     optimizer: torch.optim.Optimizer
+    memory: References | None = None    # of earlier successes
+    split: str = "heldout"              # that is evaluated
 
     @property
     def evaluated(self) -> torch.nn.Module:
@@ -147,24 +157,30 @@ def official(latents, success, task, alpha):
     return published_reward.progress_reward(latents, success, task)
 
 
-# Step 2. Ablations are other functions: latents (N, D), success (N,), ids of tasks
-# (N,), alpha -> rewards (N,), and the record of how they came about
+# Step 2: latents (N, D), success (N,), task ids (N,), alpha -> rewards (N,), the record
 REWARDS = {"srpo": rewards.progress_reward, "official": official}
 
 
-def score(run: Run, episodes: list[Episode], encoder) -> tuple[np.ndarray, object]:
+def score(run: Run, episodes: list[Episode], encoder,
+          memory: References | None = None) -> tuple[np.ndarray, object]:
     """Reward of all ranks' rollouts, float64 (N,); the record, None for 0/1 rewards."""
     s, success = run.s, np.array(run.gather([e.success for e in episodes]))
     if encoder is None:
         return success.astype(float), None
-    latents = encoder.encode([e.clip for e in episodes])            # one per ROLLOUT
+    if isinstance(encoder, Oracle):
+        latents = encoder.latents(episodes)
+    else:
+        latents = encoder.encode([e.clip for e in episodes])        # one per ROLLOUT
     latents = np.stack(run.gather(list(latents.numpy())))                   # (N, D)
     task = np.array(run.gather([e.start.task for e in episodes]))           # (N,)
     kept = kept_by_rate(success, s)
     if not kept.any():
         return success.astype(float), None
+    earlier = {"earlier": memory.latents()} if memory else {}
     shaped, record = REWARDS[s.reward](
-        latents[kept], success[kept], task[kept], alpha=s.alpha)
+        latents[kept], success[kept], task[kept], alpha=s.alpha, **earlier)
+    if memory:
+        memory.add(latents[success], task[success])
     reward, distances = success.astype(float), np.full(len(success), np.nan)
     reward[kept], distances[kept] = shaped, record.distances
     return reward, replace(record, distances=distances)
@@ -192,14 +208,14 @@ def train(run: Run, parts: Parts, before: dict) -> None:
         starts = [pool[i] for i in run.mine(states) for _ in range(s.group_size)]
         act = policies.sampler(policy, temperature, parts.key)
         clip = {}           # the frames of a rollout that the world model will see
-        if parts.encoder is not None:
+        if parts.encoder is not None and s.world_model != "oracle":
             clip = {"every": s.video_every, "clip": parts.encoder.seen}
         with ranks.whole_weights(policy):
             played = play(act, parts.workers, starts, suite, **clip)
         run.lap("rollout")
 
         # 2. A success earns 1, a failure at most alpha: how near?    [VLA 2] to [VLA 5]
-        reward, record = score(run, played, parts.encoder)
+        reward, record = score(run, played, parts.encoder, parts.memory)
         run.lap("reward")
 
         # 3. Advantages, each rollout beside the others of its group    [VLA 6] [VLA 9]
@@ -236,8 +252,8 @@ def train(run: Run, parts: Parts, before: dict) -> None:
         run.lap("update")
 
         if run.due(s.eval_every):
-            result = run.write("after.json", evaluated(run, parts, "after"))
-            run.say(f"step {step:4d}  {words(run, parts)}: success "
+            result = run.write("after.json", evaluate.of_run(run, parts, "after"))
+            run.say(f"step {step:4d}  {suite.split_names[parts.split]}: success "
                     f"{result['success']:.1%} (greedy, {result['episodes']} episodes)")
             if 0 < s.until <= result["success"]:
                 run.end()
@@ -266,32 +282,6 @@ def reference_logprobs(parts: Parts, batch, s: Settings, temperature: float):
                           for part in parts_])
 
 
-def evaluation_split(s: Settings) -> str:
-    return "heldout" if s.split == "disjoint" else "all"
-
-
-def words(run: Run, parts: Parts) -> str:
-    return parts.suite.split_names[evaluation_split(run.s)]
-
-
-def evaluated(run: Run, parts: Parts, name: str) -> dict:
-    """`evaluate.evaluate` on the held-out initial states; the first rank plays."""
-    gifs = run.out / name if parts.suite.slow else None
-    with ranks.whole_weights(parts.evaluated):
-        return ranks.first(lambda: evaluate.evaluate(
-            parts.evaluated, parts.workers, parts.suite, evaluation_split(run.s),
-            parts.key, gifs=gifs))
-
-
-def film(run: Run, parts: Parts, name: str) -> None:
-    """A GIF of one held-out episode of each task, where that takes no minutes."""
-    if not parts.suite.slow:
-        starts = parts.suite.starts(evaluation_split(run.s), 1)
-        with ranks.whole_weights(parts.evaluated):
-            ranks.first(lambda: evaluate.film(parts.evaluated, parts.suite, starts,
-                                              parts.key, run.out / name))
-
-
 def ready(policy: torch.nn.Module, s: Settings) -> torch.nn.Module:
     """With the adapters and the checkpointing asked for."""
     if s.gradient_checkpointing:
@@ -309,30 +299,36 @@ def prepare(run: Run) -> Parts:
     s = run.s
     suite = find_suite(s.suite, tuple(s.tasks), s.options())
     suite.count(s.workers, s.tables)                    # before minutes of loading
-    evaluate.try_suite(suite, evaluation_split(s))
+    split = "heldout" if s.split == "disjoint" else "all"
+    evaluate.try_suite(suite, split)
     policy = policies.load_policy(s.model, getattr(torch, s.dtype), ranks.device())
     key = policies.find_key(policy.norm_stats, suite.name)
     ready(policy, s)
-    reference = encoder = None
+    reference = encoder = memory = None
     if s.beta and not s.lora_rank:
         reference = policies.load_policy(s.model, getattr(torch, s.dtype))
-    if s.reward != "binary":
+    if s.reward != "binary" and s.world_model == "oracle":
+        encoder, memory = Oracle(), References.solved(len(suite.instructions))
+    elif s.reward != "binary":
         pixels = s.world_model == "pixels"
         encoder = world_model.WorldModel.from_pretrained(
             WEIGHTS / "vjepa_tiny" if pixels else s.world_model, batch_size=s.clips)
         encoder = world_model.PixelModel(encoder) if pixels else encoder
+        if s.references:
+            memory = References(len(suite.instructions), s.references, encoder.width)
     if s.split == "all":
         policy.norm_stats[key]["split"] = "all"         # for who evaluates it
     if run.first_rank:
-        evaluate.note_training(policy, key, s.fast_sim, [evaluation_split(s)])
+        evaluate.note_training(policy, key, s.fast_sim, [split])
     average = adapters.running_average(policy, s.average) if s.average else None
     optimizer = make_optimizer(ranks.shard(policy), s.lr, betas=(0.9, 0.99),
                                offload=s.offload_optimizer)
     if average is not None:
         ranks.shard(average.module)
-    run.keep(adapters.kept(policy, average), optimizer)
+    run.keep(adapters.kept(policy, average) | getattr(memory, "tensors", {}), optimizer)
     workers = suite.workers(s.workers, policy.camera, s.tables)
-    return Parts(suite, workers, policy, key, average, reference, encoder, optimizer)
+    return Parts(suite, workers, policy, key, average, reference, encoder, optimizer,
+                 memory, split)
 
 
 def work(run: Run) -> int:
@@ -341,19 +337,20 @@ def work(run: Run) -> int:
     torch.set_num_threads(s.threads or os.cpu_count())
     torch.set_flush_denormal(True)      # numbers below 1e-38 are noise, and slow
     parts = prepare(run)
+    states = parts.suite.split_names[parts.split]
     count = sum(p.numel() for p in parts.policy.parameters())
     print(f"{count:,} parameters, {len(parts.suite.tasks)} tasks, "
           f"{torch.get_num_threads()} torch threads, {s.workers} simulator processes; "
           f"results go to {out}/{run.where()}\n{parts.suite.protocol}".rstrip())
     try:
-        before = run.once("before.json", lambda: evaluated(run, parts, "before"))
-        print(f"before: {before['success']:.1%} of the {words(run, parts)} solved "
+        before = run.once("before.json", lambda: evaluate.of_run(run, parts, "before"))
+        print(f"before: {before['success']:.1%} of the {states} solved "
               "(greedy)")
         if run.fresh:
-            film(run, parts, "before.gif")
+            evaluate.film_run(run, parts, "before.gif")
         train(run, parts, before)
         if run.finished:
-            film(run, parts, "after.gif")
+            evaluate.film_run(run, parts, "after.gif")
             adapters.save_policy(parts.evaluated, out / "policy",
                                  parts.policy.save_pretrained)
     finally:
@@ -364,7 +361,7 @@ def work(run: Run) -> int:
     if not run.finished:
         return run.stopped()
     results = {"before": before, f"after {run.step} steps": run.read("after.json")}
-    print(f"\n{words(run, parts)}, success, greedy, 95% Wilson intervals\n"
+    print(f"\n{states}, success, greedy, 95% Wilson intervals\n"
           + plots.success_table(results) + "\n" + run.times())
     print("wrote metrics.jsonl, curve.png, GIFs, after.json, policy/, checkpoint/ in "
           f"{out}/")

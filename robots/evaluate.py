@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from grpo import group_advantages
+from plumbing import ranks
 from plumbing.files import Journal, whole
 from plumbing.plots import rate
 from robots import policy as policies
@@ -134,6 +135,25 @@ def save_videos(episodes: list[Episode], out: Path) -> None:
                             task=np.array([e.start.task for e in episodes]))
 
 
+# Of a run: what all ranks call, and the first does
+
+def of_run(run, parts, name: str) -> dict:
+    """`evaluate` of what a run of vla_srpo.py has trained so far; GIFs go to a folder `name`."""
+    gifs = run.out / name if parts.suite.slow else None
+    with ranks.whole_weights(parts.evaluated):
+        return ranks.first(lambda: evaluate(parts.evaluated, parts.workers, parts.suite,
+                                            parts.split, parts.key, gifs=gifs))
+
+
+def film_run(run, parts, name: str) -> None:
+    """One held-out episode of each task, where that takes no minutes."""
+    if not parts.suite.slow:
+        starts = parts.suite.starts(parts.split, 1)
+        with ranks.whole_weights(parts.evaluated):
+            ranks.first(lambda: film(parts.evaluated, parts.suite, starts, parts.key,
+                                     run.out / name))
+
+
 # A training step's rollouts
 
 def measured(gather, played: list[Episode], reward: np.ndarray, advantages: torch.Tensor,
@@ -144,6 +164,7 @@ def measured(gather, played: list[Episode], reward: np.ndarray, advantages: torc
     solved = success.float().view_as(advantages).mean(1)                        # (P,)
     steps = sum(gather([e.steps for e in played]))
     entropy = gather([call.entropy for e in played for call in e.calls])
+    progress = gather([e.progress for e in played if not np.isnan(e.progress)])
     failures = torch.tensor(reward, dtype=torch.float32)[~success]
     row = {"success": float(solved.mean()), "reward": float(reward.mean()),
            "failure_reward": float(failures.mean()) if len(failures) else None,
@@ -151,6 +172,8 @@ def measured(gather, played: list[Episode], reward: np.ndarray, advantages: torc
            "groups_used": int((advantages != 0).any(1).sum()),
            "groups_failed": int((solved == 0).sum()), "groups_solved": int((solved == 1).sum()),
            "entropy": float(np.mean(entropy))}
+    if progress:
+        row["progress"] = float(np.mean(progress))
     if record is not None:
         plain = group_advantages(success.view_as(advantages))
         shift = (group_advantages(torch.tensor(reward).view_as(advantages)) - plain).abs()

@@ -28,7 +28,8 @@ class ActionChunk(gymnasium.Wrapper):
     is rendered at the end, and after each `every` actions for who wants a video.
 
     info["executed"]: number of actions that ran; the tokens of the others must not be trained on.
-    info["between"]: the frames before the last, uint8 (H, W, 3) each; (executed - 1) // every."""
+    info["between"]: the frames before the last, uint8 (H, W, 3) each; (executed - 1) // every.
+    info["progress"]: the simulator's own."""
 
     def __init__(self, env: gymnasium.Env):
         super().__init__(env)
@@ -44,7 +45,7 @@ class ActionChunk(gymnasium.Wrapper):
             ended = env.advance(action[executed])
             executed += 1
         return (env.observe(), float(env.success), env.success, ended and not env.success,
-                {"executed": executed, "between": between})
+                {"executed": executed, "between": between, "progress": env.progress})
 
 
 class TableBatch:
@@ -64,7 +65,7 @@ class TableBatch:
         for t, chunk in chunks.items():
             seen, _, success, truncated, info = self.tables[t].step(chunk, every)
             results[t] = (seen["image"], info["executed"], bool(success),
-                          bool(success or truncated), info["between"])
+                          bool(success or truncated), info["between"], info["progress"])
         return results
 
 
@@ -135,7 +136,7 @@ class Workers:
 
     def step(self, chunks: dict[int, np.ndarray], every: int = CHUNK) -> dict[int, tuple]:
         """Run a chunk (8, 7) on each given table -> {table: (image, actions executed, success,
-        ended, the frames before that image: one after each `every` actions)}."""
+        ended, the frames before that image: one after each `every` actions, progress)}."""
         results = self._exchange("step", chunks, every)
         for t, chunk in chunks.items():
             self.history[t][1].append(chunk)
@@ -227,11 +228,11 @@ def play(act: Callable, workers: Workers, starts: list[Start], suite: Suite, *, 
         actions, records = act(np.stack([film[t][-1] for t in tables]), texts)
         replies = workers.step(dict(zip(tables, actions)), every if clip else CHUNK)
         for t, record in zip(tables, records):
-            episode, (image, executed, success, ended, between) = running[t], replies[t]
+            episode, (image, executed, success, ended, between, progress) = running[t], replies[t]
             film[t] = [*(film[t] if clip else ()), *between, image]
             episode.calls.append(record)
             episode.executed.append(executed)
-            episode.success = success
+            episode.success, episode.progress = success, progress
             if ended:
                 video = film.pop(t)
                 del running[t]

@@ -34,6 +34,7 @@ class Simulator(gymnasium.Env):
     initial state, simulate(action), one env step of physics, solved(), and render(), the image."""
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
     largest = 256           # image, pixels
+    progress = np.nan       # of this episode, 0 .. 1; of who knows it
 
     def __init__(self, name: str, instructions: Sequence[str], states: dict[str, Sequence[int]],
                  split: str, size: int):

@@ -25,6 +25,7 @@ class Episode:
     executed: list[int] = field(default_factory=list)   # how many actions of each call's chunk ran
     success: bool = False
     clip: np.ndarray | None = None      # uint8 (T, H, W, 3), the frames that were asked for
+    progress: float = np.nan            # true, 0 .. 1, where the simulator knows it
 
     @property
     def steps(self) -> int:

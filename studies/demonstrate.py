@@ -29,7 +29,7 @@ STILL = [0.0, 0, 0, 0, 0, 0, -1]        # after success: no motion, an open grip
 @dataclass
 class Settings(SuiteSettings):
     suite: str = flag("tabletop", "those there is an expert for",
-                      choices=["tabletop", "libero_object", "libero_spatial"])
+                      choices=["tabletop", "tabletop_long", "libero_object", "libero_spatial"])
     demos: int = flag(6, "demonstrations per task, from its training initial states")
     split: str = flag("disjoint", "LIBERO; disjoint: from half of the initial states; all: from "
                                   "all 50", choices=["disjoint", "all"])
@@ -46,7 +46,7 @@ def check(s: Settings) -> None:
     require(s, dict(demos=1, steps=1, threads=0, seed=0, size=16), ("lr",))
     if len(s.crop) not in (0, 3):
         raise ValueError(f"--crop {' '.join(map(str, s.crop))}: give top, left and side")
-    if s.suite == "tabletop" and (s.tasks or s.crop or s.size != 64):
+    if s.suite.startswith("tabletop") and (s.tasks or s.crop or s.size != 64):
         raise ValueError("--tasks, --size and --crop are LIBERO's; give --suite")
     if not s.out or Path(s.out).exists() and any(Path(s.out).iterdir()):
         taken = f"; {s.out} is not empty" if s.out else ""
@@ -55,13 +55,14 @@ def check(s: Settings) -> None:
 
 # An episode is (task, images, actions); there is an image before every so many actions
 
-def tabletop_episodes(per_task: int, noise: float = 0.1, seed: int = 0) -> Iterator[tuple]:
+def tabletop_episodes(per_task: int, noise: float = 0.1, seed: int = 0,
+                      suite: str = "tabletop") -> Iterator[tuple]:
     """The scripted expert on the first training initial states, an image at every step. Noise
     disturbs what is executed, the actions stay clean, so the policy also sees how to come back from
     small errors."""
-    from robots.tabletop import N_STATES, TASKS, Expert, Tabletop
-    env, rng = Tabletop(), np.random.default_rng(seed)
-    for task in range(len(TASKS)):
+    from robots.tabletop import N_STATES, Expert, Tabletop
+    env, rng = Tabletop(suite=suite), np.random.default_rng(seed)
+    for task in range(len(env.instructions)):
         for index in range(per_task):
             images = [env.reset(options={"task": task, "index": index % N_STATES})[0]["image"]]
             expert, actions, ended = Expert(env), [], False
@@ -142,8 +143,8 @@ def run(s: Settings) -> None:
     TinyVLA({}, size=s.size, crop=s.crop or None)       # is refused now rather than after the work,
     Path(s.out).mkdir(parents=True, exist_ok=True)      # as is a folder
     noted = {"num_trajectories": s.demos * len(suite.tasks)}
-    if s.suite == "tabletop":
-        data, key = demonstrations(tabletop_episodes(s.demos)), s.suite
+    if s.suite.startswith("tabletop"):
+        data, key = demonstrations(tabletop_episodes(s.demos, suite=s.suite)), s.suite
     else:
         data = demonstrations(libero_episodes(s, suite.tasks, every=2), every=2)
         key, everything = f"{s.suite}_no_noops", s.split == "all"

@@ -74,12 +74,13 @@ def simulator_rollouts(episodes: int = 120, seed: int = 0,
     """The scripted expert with noise, a frame after every `every` env steps (the small encoder is
     trained on those of a chunk); in half of the episodes it is wrong by centimetres about where
     cube and plate are, and mostly fails. -> (videos, success, task)."""
-    from robots.tabletop import N_STATES, TASKS, Expert, Tabletop
+    from robots.tabletop import N_STATES, Expert, Tabletop
     rng, env, videos, success, task = np.random.default_rng(seed), Tabletop(), [], [], []
+    tasks = len(env.instructions)
     for i in range(episodes):
-        start = {"task": i % len(TASKS), "index": int(rng.integers(N_STATES))}
+        start = {"task": i % tasks, "index": int(rng.integers(N_STATES))}
         frames, ended = [env.reset(options=start)[0]["image"]], False
-        expert = Expert(env, 0.025 * (i // len(TASKS) % 2), rng)
+        expert = Expert(env, 0.025 * (i // tasks % 2), rng)
         while not ended:
             ended = env.advance(expert() + 0.1 * np.array([*rng.standard_normal(3), 0, 0, 0, 0]))
             if ended or env.steps % every == 0:

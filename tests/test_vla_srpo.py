@@ -90,7 +90,7 @@ def batch(policy):
     chunk."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (12, 64, 64, 3), np.uint8)
-    instructions = [TASKS[i] for i in (0, 1, 2, 3, 1) for _ in range(LENGTHS[i])]
+    instructions = [TASKS["tabletop"][i] for i in (0, 1, 2, 3, 1) for _ in range(LENGTHS[i])]
     torch.manual_seed(1)
     _, records = policies.sampler(policy, TEMPERATURE, "tabletop")(images, instructions)
     executed = torch.tensor([8, 8, 3, 8, 8, 5, 8, 8, 8, 1, 8, 6])
@@ -141,7 +141,7 @@ def update(monkeypatch, tmp_path):
         played = [fake_episode(Start(0, i), [8, 3], i) for i in range(2)]
         monkeypatch.setattr(vla_srpo, "play", lambda *_, **__: played)
         monkeypatch.setattr(policies, "collate", lambda *_: batch)
-        monkeypatch.setattr(vla_srpo, "evaluated", lambda *_: {"success": 0.5, "episodes": 2})
+        monkeypatch.setattr(evaluate, "of_run", lambda *_: {"success": 0.5, "episodes": 2})
         run = Run(s, Path(tempfile.mkdtemp(dir=tmp_path)), None, "vla_srpo.py")
         run.keep(adapters.kept(policy), optimizer)
         parts = vla_srpo.Parts(
@@ -344,6 +344,8 @@ def test_target_kl_ends_the_updates(policy, batch, update):
 class Blind:
     """A world model whose latent is the mean colour of a rollout's last frame."""
 
+    width = 3
+
     def seen(self, video):
         return video[-1:]
 
@@ -448,7 +450,7 @@ class Pretend:
         if not (tmp_path / "policy").exists():
             tiny_policy().save_pretrained(tmp_path / "policy")
         result = {"success": 0.5, "interval": (0.4, 0.6), "episodes": 8}
-        result = result | {"tasks": dict.fromkeys(TASKS, result)}
+        result = result | {"tasks": dict.fromkeys(TASKS["tabletop"], result)}
         collate, score, log = policies.collate, vla_srpo.score, Run.log
         monkeypatch.setattr(vla_srpo, "play", self.play)
         monkeypatch.setattr(Suite, "workers", lambda *_: self)
@@ -482,7 +484,7 @@ class Pretend:
         for start in starts:
             rng = np.random.default_rng([start.task, start.index])
             images.append(rng.integers(0, 256, (2, 64, 64, 3), np.uint8))
-        images, texts = np.stack(images), [TASKS[s.task] for s in starts]
+        images, texts = np.stack(images), [TASKS["tabletop"][s.task] for s in starts]
         calls = [act(images[:, j], texts)[1] for j in range(2)]
         for i, start in enumerate(starts):
             bins = calls[1][i].bins
@@ -688,10 +690,16 @@ class PowerCut(BaseException):
 
 
 @pytest.mark.parametrize(
-    "at, fault", [(4, PowerCut), (5, PowerCut), (3, KeyboardInterrupt), (6, KeyboardInterrupt)]
+    "at, fault, flags",
+    [
+        (4, PowerCut, ()),
+        (5, PowerCut, ("--references", "3")),
+        (3, KeyboardInterrupt, ()),
+        (6, KeyboardInterrupt, ()),
+    ],
 )
 def test_a_run_cut_at_any_step_resumes_to_the_same_metrics(
-    monkeypatch, tmp_path, capsys, at, fault
+    monkeypatch, tmp_path, capsys, at, fault, flags
 ):
     """Steps 2, 4, 6 are saved: a power cut in step 4 costs a step already done; Ctrl-C finishes the
     step and saves it."""
@@ -704,11 +712,11 @@ def test_a_run_cut_at_any_step_resumes_to_the_same_metrics(
             time.sleep(0.01)  # let the handler run
 
     Pretend(monkeypatch, tmp_path)
-    assert go(tmp_path, "whole", "--reward", "srpo") == 0
+    assert go(tmp_path, "whole", "--reward", "srpo", *flags) == 0
     pretend, handler = Pretend(monkeypatch, tmp_path, fault=strike), signal.getsignal(signal.SIGINT)
     if fault is PowerCut:
         with pytest.raises(PowerCut):
-            go(tmp_path, "cut", "--reward", "srpo")
+            go(tmp_path, "cut", "--reward", "srpo", *flags)
         signal.signal(
             signal.SIGINT, handler
         )  # a process that lost its power has no handlers either
@@ -790,6 +798,9 @@ def refused(argv: list, words: list[str], folder: Path, capsys) -> None:
         (["--temperature", "-1"], ["--temperature", "positive"]),
         (["--alpha", "1.1"], ["--alpha", "[0, 1]"]),
         (["--until", "95"], ["--until", "[0, 1]"]),
+        (["--references", "-1"], ["--references", "at least 0"]),
+        (["--references", "8", "--reward", "binary"], ["--references", "srpo, not binary"]),
+        (["--world_model", "oracle", "--suite", "libero_goal"], ["oracle", "not libero_goal"]),
         (["--video_every", "3"], ["--video_every", "1, 2, 4, 8"]),
         (["--dtype", "bfloat16"], ["--average 0.97 with bfloat16", "--average 0"]),
         (["--paper"], ["--paper needs --model"]),
@@ -1039,7 +1050,7 @@ def test_a_run_writes_what_it_promises(whole, folder):
         assert (
             0 <= row["success"] <= 1
             and row["success"] <= row["reward"] < 1.0001
-            and 1 <= row["length"] <= HORIZON
+            and 1 <= row["length"] <= HORIZON["tabletop"]
         )
         assert (
             row["env_steps"] == pytest.approx(12 * row["length"])
@@ -1055,7 +1066,8 @@ def test_a_run_writes_what_it_promises(whole, folder):
     for key, file in (("before", rows[0]), ("after", rows[-1])):
         result = json.loads((out / f"{key}.json").read_text())
         assert result["episodes"] == 16 and result["success"] == file["heldout"]
-        assert list(result["tasks"]) == list(TASKS) and f"{result['success']:.1%}" in stdout
+        assert list(result["tasks"]) == list(TASKS["tabletop"])
+        assert f"{result['success']:.1%}" in stdout
         with Image.open(out / f"{key}.gif") as gif:
             assert gif.n_frames > 4 * 10
     with Image.open(out / "curve.png") as curve:
@@ -1138,7 +1150,8 @@ def test_the_command_as_users_type_it(tmp_path):
     assert code == 0, stderr
     result = json.loads((tmp_path / "out" / "binary" / "after.json").read_text())
     assert result["episodes"] == 200 and "all tasks" in stdout
-    assert {k: v["episodes"] for k, v in result["tasks"].items()} == dict.fromkeys(TASKS, 50)
+    episodes = {task: own["episodes"] for task, own in result["tasks"].items()}
+    assert episodes == dict.fromkeys(TASKS["tabletop"], 50)
     (row,) = metrics(tmp_path / "out" / "binary")[1:]
     assert row["reward"] == pytest.approx(row["success"]) and "groups_changed" not in row
     code, stdout, stderr = Process(

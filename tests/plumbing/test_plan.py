@@ -238,7 +238,7 @@ def test_what_does_not_belong_together_is_named(openvla, qwen, monkeypatch):
     with pytest.raises(ValueError, match="give a V-JEPA 2"):
         vla_problems(reward="srpo", world_model=str(openvla))
     assert vla_problems(tasks=[77]) == ["unknown task 77; tabletop has 0..3: "
-                                        + "; ".join(tabletop.TASKS)]
+                                        + "; ".join(tabletop.TASKS["tabletop"])]
 
     def no_opengl(*_, **__):
         raise RuntimeError("OpenGL is missing")

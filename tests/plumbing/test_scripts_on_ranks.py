@@ -208,7 +208,7 @@ def vla_step(kind: str, out: Path) -> tuple[dict, dict]:
     with (
         patch.object(vla_srpo, "play", lambda *_, **__: ranks.share(played)),
         patch.object(policies, "collate", lambda *_: batch),
-        patch.object(vla_srpo, "evaluated", lambda *_: {"success": 0.5, "episodes": 4}),
+        patch.object(vla_srpo.evaluate, "of_run", lambda *_: {"success": 0.5, "episodes": 4}),
     ):
         vla_srpo.train(run, parts, {"success": 0.5})
     return adapters.whole_state(policy), (lines(out / "metrics.jsonl") or [{}, {}])[1]

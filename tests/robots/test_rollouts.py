@@ -22,7 +22,7 @@ from robots.suite import Episode, Start
 from robots.tabletop import HORIZON, Expert, Tabletop
 
 SUITE = find_suite("tabletop")
-make_tables = partial(TableBatch, size=64, horizon=HORIZON, make=Tabletop)
+make_tables = partial(TableBatch, size=64, horizon=HORIZON["tabletop"], make=Tabletop)
 
 
 def whole(video: np.ndarray) -> np.ndarray:
@@ -81,7 +81,7 @@ class Script:
         self.chunks, self.batches = {}, []
         for episode, chunks, _ in self.truth.values():
             for image, chunk in zip(episode.clip, chunks):
-                self.chunks[image.tobytes(), envs.TASKS[episode.start.task]] = chunk
+                self.chunks[image.tobytes(), envs.TASKS["tabletop"][episode.start.task]] = chunk
 
     def __call__(self, images, instructions):
         self.batches.append(len(images))
@@ -94,7 +94,7 @@ class Script:
         for e in episodes:
             truth, _, frames = self.truth[e.start]
             assert (e.executed, e.success) == (truth.executed, truth.success), e.start
-            assert e.calls == [envs.TASKS[e.start.task]] * len(e.executed)
+            assert e.calls == [envs.TASKS["tabletop"][e.start.task]] * len(e.executed)
             assert e.steps == sum(truth.executed)
             if every == 8:
                 np.testing.assert_array_equal(e.clip, truth.clip)
@@ -137,7 +137,7 @@ def test_workers_equal_a_table_alone(script, workers):
     while running:
         shuffle.shuffle(running)
         chosen = running[: shuffle.randint(1, len(running))]  # the others wait
-        for t, (image, executed, success, ended, _) in workers.step(
+        for t, (image, executed, success, ended, *_) in workers.step(
             {t: script.truth[tables[t]][1][stage[t]] for t in chosen}
         ).items():
             truth, chunks, _ = script.truth[tables[t]]
@@ -226,7 +226,7 @@ class Dying(TableBatch):
 
 
 def test_worker_that_always_dies():
-    workers = Workers(1, 1, partial(Dying, size=64, horizon=HORIZON, make=Tabletop))
+    workers = Workers(1, 1, partial(Dying, size=64, horizon=HORIZON["tabletop"], make=Tabletop))
     try:
         workers.reset({0: Start(0, 0)})
         with pytest.raises(RuntimeError, match="^worker process 0 died 4 times in a row"):
@@ -245,7 +245,7 @@ class Refusing(TableBatch):
 def test_an_error_in_a_worker_is_raised_as_it_is(table, error, message):
     """Its message alone, for one line; where it happened stands in its notes, which Python prints
     with a traceback. A file that the worker misses does not pass for its death."""
-    workers = Workers(1, 2, partial(Refusing, size=64, horizon=HORIZON, make=Tabletop))
+    workers = Workers(1, 2, partial(Refusing, size=64, horizon=HORIZON["tabletop"], make=Tabletop))
     try:
         workers.reset({table: Start(0, 0)})
         with pytest.raises(error, match="no such mesh") as caught:
@@ -271,7 +271,7 @@ class Garbled(TableBatch):
     (3, RuntimeError, "MemoryError: "),
 ])  # fmt: skip
 def test_whatever_a_worker_says_is_one_line(slot, error, start):
-    workers = Workers(1, 4, partial(Garbled, size=64, horizon=HORIZON, make=Tabletop))
+    workers = Workers(1, 4, partial(Garbled, size=64, horizon=HORIZON["tabletop"], make=Tabletop))
     try:
         workers.reset({slot: Start(0, 0)})
         with pytest.raises(error) as caught:
@@ -345,7 +345,7 @@ class Recorder:
 
     def step(self, chunks, every):
         none = np.zeros((0, 4, 4, 3), np.uint8)
-        return {t: (np.ones((4, 4, 3), np.uint8), 8, True, True, none) for t in chunks}
+        return {t: (np.ones((4, 4, 3), np.uint8), 8, True, True, none, 1.0) for t in chunks}
 
 
 def test_a_table_keeps_its_task_where_another_needs_another_simulator():

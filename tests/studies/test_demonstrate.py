@@ -35,12 +35,12 @@ def test_demonstrations_and_fine_tuning():
     assert n == len(data["image"]) == len(data["actions"])
     torch.manual_seed(0)
     s = Settings(steps=40, lr=2e-3, seed=3)
-    one, two = (demonstrate.fine_tune(data, s, "tabletop", TASKS) for _ in range(2))
+    one, two = (demonstrate.fine_tune(data, s, "tabletop", TASKS["tabletop"]) for _ in range(2))
     states = one.state_dict().values(), two.state_dict().values()
     assert all(torch.equal(a, b) for a, b in zip(*states))
     rows = torch.arange(0, n, 4)
     with torch.no_grad():
-        logits = one(*one.prompt_ids([TASKS[t] for t in data["task"][rows]]),
+        logits = one(*one.prompt_ids([TASKS["tabletop"][t] for t in data["task"][rows]]),
                      one.pixel_values(data["image"][rows][:, None]))
     bins = one.encode(from_env_actions(data["actions"][rows]), "tabletop").flatten(1)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), bins.flatten())
