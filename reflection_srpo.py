@@ -8,9 +8,8 @@ answers (reasoning/teacher.py makes them). Stage 2, one step, numbered as in `tr
   3. Advantages compare each response with the others to its own prompt.
   4. Clipped policy gradient over the tokens of the responses.
 
-Without arguments both stages run on small pictures of arrows (reasoning/arrows.py),
-with a Qwen2.5-VL of 0.2 M parameters from random weights. Left out: a value network,
-sequence packing.
+Without arguments both stages run on small pictures of arrows (reasoning/arrows.py) and
+a Qwen2.5-VL of 0.2 M random weights. Left out: a value network, sequence packing.
 
     python reflection_srpo.py                               # both stages on a laptop
     python reflection_srpo.py --resume out/reflection       # go on after Ctrl-C
@@ -49,6 +48,8 @@ class Settings(RunSettings):
     max_new_tokens: int = flag(56, "longest response, in tokens (paper: 2048)")
     max_length: int = flag(4096, "sft: rows of more tokens are set aside (paper: 4096)")
     sft_rows: int = flag(6400, "sft on arrows: rows to draw")
+    target: str = flag("teacher", "sft on arrows: whose responses to imitate; base "
+                       "knows the formats, and guesses", choices=["teacher", "base"])
     sft_epochs: float = flag(6.0, "sft: passes over the rows (paper: 1)")
     sft_batch: int = flag(64, "sft: rows per update")
     sft_lr: float = flag(4e-3, "sft: learning rate, 10% warmup, cosine (paper: 1e-5)")
@@ -62,11 +63,11 @@ class Settings(RunSettings):
                                 "paper's less one part", choices=list(REWARDS))
     alpha: float = flag(0.1, "weight of the length in the paper's reward (paper: 0.05 "
                              "and 0.1 tie)")
-    prompts: int = flag(32, "P: prompts per step (paper: 128)")
-    group_size: int = flag(8, "G: responses per prompt (paper: 8)")
+    prompts: int = flag(128, "P: prompts per step (paper: 128)")
+    group_size: int = flag(4, "G: responses per prompt (paper: 8)")
     temperature: float = flag(1.0, "of sampling and of log-probabilities (paper: 1.0)")
-    lr: float = flag(5e-4, "rl: learning rate after 10 steps of warmup (paper: 1e-6)")
-    minibatch: int = flag(128, "responses per update; 0: all of a step in one")
+    lr: float = flag(3e-4, "rl: learning rate after 10 steps of warmup (paper: 1e-6)")
+    minibatch: int = flag(0, "responses per update; 0: all of a step in one")
     epochs: int = flag(1, "passes over a step's responses")
     clip_low: float = flag(0.2, "the ratio is clipped below 1 - this (code: 0.2)")
     clip_high: float = flag(0.2, "and above 1 + this (code: 0.2)")
@@ -93,7 +94,8 @@ class Settings(RunSettings):
 # The paper's settings, where they differ from the small ones above
 PAPER = dict(
     prompt="reflection", max_new_tokens=2048, max_pixels=640 * 28 * 28, sft_epochs=1.0,
-    sft_lr=1e-5, steps=500, prompts=128, lr=1e-6, keep="mixed", freeze_vision=True,
+    sft_lr=1e-5, steps=500, group_size=8, lr=1e-6, minibatch=128, keep="mixed",
+    freeze_vision=True,
     gradient_checkpointing=True, dtype="bfloat16", rollout_batch=32, micro_tokens=8192,
     eval_every=50)
 # May change on resume: they cost memory or time, and change no more than rounding; with
@@ -115,7 +117,7 @@ def check(s: Settings) -> None:
     if s.stage == "all" and s.data != "arrows":
         raise ValueError("--data needs a stage: python reflection_srpo.py sft ... "
                          "(rows with targets) or rl ...")
-    if s.stage != "all" and not s.model:
+    if s.stage != "all" and not s.model and (s.stage == "rl" or s.data != "arrows"):
         raise ValueError(f"{s.stage} needs --model: a folder or hub id")
     if s.reward == "verl" and s.data == "arrows":
         raise ValueError("--reward verl reads boxed answers, which the arrows do not "
@@ -326,7 +328,7 @@ def work(run: Run) -> int:
     if s.stage != "rl" and run.stage != "rl":
         parts = load(run, base)
         introduce(run, parts)
-        cold_start(run, parts, arrows.dataset(s.sft_rows, s.seed, s.format)
+        cold_start(run, parts, arrows.dataset(s.sft_rows, s.seed, s.format, s.target)
                    if s.data == "arrows" else read_rows(run, s.data, parts.processor))
         if not run.finished:
             return run.stopped()
@@ -344,8 +346,8 @@ def work(run: Run) -> int:
 
 
 def introduce(run: Run, parts: Parts) -> None:
-    trained = sum(p.numel() for p in ranks.trainable(parts.model).values())
-    total = sum(p.numel() for p in parts.model.parameters())
+    total, trained = (sum(p.numel() for p in some) for some in (
+        parts.model.parameters(), ranks.trainable(parts.model).values()))
     print(f"{total:,} parameters, {trained:,} of them trained, on {ranks.world_size()} "
           f"x {parts.model.device.type}; results go to {run.out}/{run.where()}")
 
@@ -354,11 +356,11 @@ def reinforce(run: Run, parts: Parts, start: str | Path) -> int:
     """Stage 2 from a fine-tuned model, with what comes before and after it."""
     s, out = run.s, run.out
     if s.data == "arrows":
-        rows = arrows.dataset(s.steps * s.prompts, s.seed + 1000)
-        heldout = arrows.dataset(400, seed=10**6)
+        rows = arrows.dataset(s.steps * s.prompts, s.seed + 1000, s.format)
+        heldout = arrows.dataset(400, 10**6, s.format)
     else:
-        rows, heldout = (read_rows(run, source, parts.processor) if source else []
-                         for source in (s.data, s.eval_data))
+        rows, heldout = (read_rows(run, x, parts.processor) if x else []
+                         for x in (s.data, s.eval_data))
     before = run.once("before.json", lambda: r.evaluate(
         parts.model, parts.processor, heldout, s) if heldout else {})
     if s.beta and not s.lora_rank:
@@ -373,12 +375,11 @@ def reinforce(run: Run, parts: Parts, start: str | Path) -> int:
     if not run.finished:
         return run.stopped()
     if heldout:
-        after = {name.removeprefix("heldout_"): x for name, x in metrics[-1].items()
-                 if name.startswith("heldout_")}
-        run.write("after.json", after)
-        title = f"after {s.steps} RL steps"
+        after = run.write("after.json", {
+            name.removeprefix("heldout_"): x for name, x in metrics[-1].items()
+            if name.startswith("heldout_")})
         print(f"\n{len(heldout)} held-out questions, greedy, 95% Wilson intervals\n"
-              + r.table({"after SFT": before, title: after}))
+              + r.table({"after SFT": before, f"after {s.steps} RL steps": after}))
     print(f"{run.age():.0f} s; wrote metrics.jsonl, curves.png, policy/, checkpoint/ "
           f"in {out}/")
     return 0

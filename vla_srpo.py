@@ -11,10 +11,9 @@ One step, numbered as in `train`:
   4. Clipped policy gradient over the tokens of actions that ran.
 Before that the policy is fine-tuned on a few demonstrations (studies/demonstrate.py).
 
-Ours, for a policy of 0.4 M parameters: what is evaluated is a running average of the
-weights, the temperature falls, two passes over a step's rollouts, fewer groups;
-`--paper` undoes all of it. Left out: a value network, an entropy bonus, refilling of
-dropped groups.
+Ours, for 0.4 M parameters: evaluated is a running average of the weights, the
+temperature falls, two passes over a step's rollouts, fewer groups; `--paper` undoes it.
+Left out: a value network, an entropy bonus, refilling of dropped groups.
 
     python vla_srpo.py --steps 200                      # eleven minutes on two cores
     python vla_srpo.py --steps 200 --reward binary      # plain GRPO

@@ -20,7 +20,6 @@ import io
 import json
 import sys
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -35,26 +34,34 @@ MOVES = {"right": (0, 1), "down": (1, 0), "left": (0, -1), "up": (-1, 0)}
 COLORS = {"right": (250, 60, 60), "down": (250, 250, 250), "left": (20, 20, 20),
           "up": (250, 230, 40)}     # redundant, and quicker to learn
 DIRECTION = {down * SIDE + right: name for name, (down, right) in MOVES.items()}    # cell - cell
-HOPS, GLANCE = 6, 2                 # arrows to follow, arrows per glance
-SURE, NOTICE = 0.4, 0.4             # the teacher's glance is right; it sees where it went wrong
+FORMS = ("plain", "twice", "reflection")
+LURE = 2                            # a wrong way looks right for so many cells, at least
+STEPS = 5                           # arrows between the start and the cell asked for
 
 
-def walk(follow: np.ndarray, cell: int, hops: int) -> list[int]:
-    """The cells from `cell` on, hops + 1 of them."""
-    return [cell, *walk(follow, int(follow[cell]), hops - 1)] if hops else [cell]
+def walk(follow: np.ndarray, cell: int, steps: int) -> list[int]:
+    """The cells from `cell` on, steps + 1 of them."""
+    return [cell, *walk(follow, int(follow[cell]), steps - 1)] if steps else [cell]
 
 
-def draw(rng: np.random.Generator) -> tuple[Row, int, np.ndarray]:
-    """(picture and question, the cell to start from, the cell that each cell's arrow points at: int
-    (16,)). No two arrows point at each other, so paths do not swing to and fro."""
+def draw(rng: np.random.Generator, form: str) -> tuple[Row, np.ndarray, list[int]]:
+    """(picture and question, the cell that each cell's arrow points at: int (16,), the right way
+    back: STEPS + 1 cells). One start alone is right, and some way back from the end is wrong. No
+    two arrows point at each other, so ways do not swing to and fro."""
     follow = np.full(SIDE * SIDE, -1)
     for cell in rng.permutation(SIDE * SIDE):
         neighbours = [(cell // SIDE + down, cell % SIDE + right) for down, right in MOVES.values()]
         options = [r * SIDE + c for r, c in neighbours
                    if 0 <= r < SIDE and 0 <= c < SIDE and follow[r * SIDE + c] != cell]
         if not options:
-            return draw(rng)
+            return draw(rng, form)
         follow[cell] = options[rng.integers(len(options))]
+    ways = [walk(follow, cell, STEPS)[::-1] for cell in range(SIDE * SIDE)]
+    ends = [way[0] for way in ways]
+    ways = [way for way in ways if ends.count(way[0]) == 1 and temptation(follow, way) >= LURE]
+    if not ways:
+        return draw(rng, form)
+    way = ways[rng.integers(len(ways))]
     image = Image.new("RGB", (SIDE * CELL, SIDE * CELL))
     pen = ImageDraw.Draw(image)
     for cell, target in enumerate(follow):
@@ -66,50 +73,73 @@ def draw(rng: np.random.Generator) -> tuple[Row, int, np.ndarray]:
         down, right = (5 * step for step in MOVES[name])
         pen.polygon([(x + right, y + down), (x - right + down, y - down + right),
                      (x - right - down, y - down - right)], fill=COLORS[name])
-    start = int(rng.integers(SIDE * SIDE))
     image.save(png := io.BytesIO(), "PNG")
-    row = Row(id="", query=f"from {NAMES[start]} go {HOPS} ?", images=[png.getvalue()],
-              answer=NAMES[walk(follow, start, HOPS)[-1]], source="arrows", sizes=[image.size])
-    return row, start, follow
+    row = Row(id="", query=f"to {NAMES[way[0]]} in {STEPS} {form} ?", images=[png.getvalue()],
+              answer=NAMES[way[-1]], source="arrows", sizes=[image.size])
+    return row, follow, way
 
 
-def teach(start: int, follow: np.ndarray, rng: np.random.Generator,
-          form: str = "reflection") -> str:
-    """A response to imitate. "reflection": with the teacher's errors in it; "twice": the same two
-    attempts, without the reflection between them; "plain": the second alone, from the start on."""
-    places, sure = [start], []              # the places of glances, GLANCE arrows apart
-    for _ in range(HOPS // GLANCE):
-        sure.append(rng.random() < SURE)
-        places.append(walk(follow, places[-1], GLANCE if sure[-1] else GLANCE - 1)[-1])
-    sure[-1] = False                        # at the latest, it looks again from the last glance on
-    k = sure.index(False) if rng.random() < NOTICE else len(sure) - 1
-    k = 0 if form == "plain" else k
-    cells = walk(follow, places[k], HOPS - k * GLANCE)
-    glances = " ".join(f"about {NAMES[c]}" for c in places[1:])
-    trace = " ".join(f"{NAMES[a]} {DIRECTION[b - a]}" for a, b in pairwise(cells))
-    end = NAMES[cells[-1]]
-    first = (f"<think> from {NAMES[start]} {glances} </think> "
-             f"<answer> {NAMES[places[-1]]} </answer> ")
-    reflection = f"<reflection> check from {NAMES[cells[0]]} </reflection> "
-    final = f"<think> {trace} {end} </think> <answer> {end} </answer>"
-    return {"reflection": first + reflection + final, "twice": first + final, "plain": final}[form]
+def temptation(follow: np.ndarray, way: list[int]) -> int:
+    """Cells of the longest wrong way that leaves this one."""
+    def longest(cell: int, steps: int, right: int = -1) -> int:
+        return max((1 + longest(int(source), steps - 1) for source in np.flatnonzero(
+            follow == cell) if source != right), default=0) if steps else 0
+    return max(longest(cell, STEPS - i, way[i + 1]) for i, cell in enumerate(way[:-1]))
 
 
-def dataset(n: int, seed: int, form: str = "") -> list[Row]:
-    """n rows; with a form (--format), the teacher's responses in it as targets."""
+def guess(follow: np.ndarray, cell: int, steps: int, rng: np.random.Generator) -> list[int]:
+    """A way back from a cell, any of the arrows that point at it each time, until none does."""
+    sources = np.flatnonzero(follow == cell)
+    if not steps or not len(sources):
+        return [cell]
+    return [cell, *guess(follow, int(rng.choice(sources)), steps - 1, rng)]
+
+
+def attempt(way: list[int]) -> str:
+    """One think and its answer."""
+    names = [NAMES[cell] for cell in way]
+    return f"<think> {' '.join(names)} </think> <answer> {names[-1]} </answer>"
+
+
+def respond(follow: np.ndarray, way: list[int], form: str, knows: bool,
+            rng: np.random.Generator) -> str:
+    """A response to imitate. The first attempt of two is a guess. Who knows the way ends with it,
+    and reflects where the guess left it. Who does not guesses again: after a dead end otherwise
+    from any fork on, if the format has a reflection to say so."""
+    first = guess(follow, way[0], STEPS, rng)
+    if form == "plain":
+        return attempt(way if knows else first)
+    back, second = 0, way if knows else guess(follow, way[0], STEPS, rng)
+    if form == "reflection":
+        back = min(sum(a == b for a, b in zip(first, way)), STEPS) - 1      # the last cell of both
+        second = way[back:]
+        if not knows and first != way:
+            forks = [i for i, cell in enumerate(first) if (follow == cell).sum() > 1]
+            back = int(rng.choice(forks))
+            others = np.flatnonzero(follow == first[back])
+            turn = int(rng.choice(others[others != first[back + 1]]))
+            second = [first[back], *guess(follow, turn, STEPS - back - 1, rng)]
+    middle = [f"<reflection> check from {NAMES[second[0]]} </reflection>"] * (form == "reflection")
+    return " ".join([attempt(first), *middle, attempt(second)])
+
+
+def dataset(n: int, seed: int, form: str = "reflection", target: str = "") -> list[Row]:
+    """n rows. target: "", none; "teacher", responses in this form by one who knows the way;
+    "base", in all forms by turns by one who does not."""
     rng, rows = np.random.default_rng(seed), []
     for i in range(n):
-        row, start, follow = draw(rng)
-        target = teach(start, follow, rng, form) if form else None
-        rows.append(replace(row, id=f"arrows-{seed}-{i}", target=target))
+        used = FORMS[i % len(FORMS)] if target == "base" else form
+        row, follow, way = draw(rng, used)
+        said = respond(follow, way, used, target == "teacher", rng) if target else None
+        rows.append(replace(row, id=f"arrows-{seed}-{i}", target=said))
     return rows
 
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|image_pad|>", "<|video_pad|>"]
 TAGS = [f"<{end}{name}>" for name in ("think", "answer", "reflection") for end in ("", "/")]
-WORDS = [*SPECIAL, *TAGS, "<unk>", "user", "assistant", "from", "go", str(HOPS), "?", "about",
-         "check", *MOVES, *NAMES]
+WORDS = [*SPECIAL, *TAGS, "<unk>", "user", "assistant", "to", "in", str(STEPS), *FORMS, "?",
+         "check", "from", *NAMES]
 TEMPLATE = """\
 {% for message in messages %}<|im_start|> {{ message.role }} \
 {% if message.content is string %}{{ message.content }} {% else %}{% for part in message.content %}\

@@ -192,7 +192,7 @@ def test_lora_trains_adapters_of_the_language_model_alone(base, tmp_path):
     with torch.no_grad():
         for p in ranks.trainable(model).values():
             p.add_(torch.randn_like(p) * 0.05)
-    prompt = processor.prompt([], "from a2 go 6 ?")
+    prompt = processor.prompt([], "to a2 in 5 plain ?")
     inputs, _, _ = processor.batch([prompt])
     with torch.no_grad():
         expected = model(**inputs).logits
@@ -276,12 +276,12 @@ def test_both_stages_end_to_end(finished):
     )
     assert (
         "sample: 'from " in printed
-        and "go 6 ?', answer" in printed
+        and "reflection ?', answer" in printed
         and "final answer right" in printed
         and "(format" in printed
     )
     model, processor = qwen.load_vlm(out / "policy")  # a checkpoint like any other
-    assert qwen.complete(model, processor, [[]], ["from a2 go 6 ?"], 4)[0].tokens <= 4
+    assert qwen.complete(model, processor, [[]], ["to a2 in 5 plain ?"], 4)[0].tokens <= 4
 
 
 @pytest.mark.slow
@@ -508,7 +508,7 @@ def test_resume_with_other_settings_and_a_taken_folder(finished, tmp_path, capsy
     out, _ = finished
     assert (
         rs.main(["--resume", str(out), "--lr", "0.5"]) == 2
-        and "--lr 0.5 differs from the run's 0.0005" in capsys.readouterr().err
+        and "--lr 0.5 differs from the run's 0.0003" in capsys.readouterr().err
     )
     assert (
         rs.main([*SMALL, "--out", str(out)]) == 2 and f"--resume {out}" in capsys.readouterr().err
@@ -535,7 +535,7 @@ def test_paper_settings_yield_to_flags():
 def test_the_cold_start_s_gradient_is_cross_entropy_on_the_response(base, tmp_path, monkeypatch):
     """Against torch's cross-entropy with the prompt's labels at -100, one padded batch through the
     model's own loss."""
-    rows, seen = arrows.dataset(4, 3, "reflection"), []
+    rows, seen = arrows.dataset(4, 3, target="teacher"), []
     s = rs.Settings(sft_epochs=1, sft_batch=4, micro_tokens=1, save_every=100)
     parts, run = loaded(s, base), Run(s, tmp_path, None, "reflection_srpo.py")
     run.keep(adapters.kept(parts.model), parts.optimizer)

@@ -122,7 +122,7 @@ def fine_tuning(folder: Path, out: Path, **changes) -> tuple[dict, list[dict]]:
     run = Run(s, out, None, "reflection_srpo.py")
     parts = rs.load(run, folder.parent / "base")
     steady(parts.optimizer)
-    rs.cold_start(run, parts, arrows.dataset(10, 0, "reflection"))
+    rs.cold_start(run, parts, arrows.dataset(10, 0, target="teacher"))
     return adapters.whole_state(parts.model), lines(out / "sft.jsonl")
 
 

@@ -9,57 +9,85 @@ from reasoning import rows as data
 from reasoning.responses import PATTERNS
 
 
-def test_answers_follow_the_arrows_in_the_pixels():
-    """Arrows read off the picture (a triangle's mass lies away from its tip) lead from the cell
-    asked to the answer."""
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        asked, *_ = arrows.draw(rng)
-        pixels = np.asarray(data.load_image(asked))
-        arrow = np.any([(pixels == color).all(-1) for color in arrows.COLORS.values()], 0)
-        cell = arrows.NAMES.index(asked.query.split()[1])
-        for _ in range(arrows.HOPS):
-            row, column = divmod(cell, arrows.SIDE)
-            y, x = np.nonzero(arrow[row * 16:row * 16 + 16, column * 16:column * 16 + 16])
-            tip = np.array([(y.min() + y.max()) / 2 - y.mean(), (x.min() + x.max()) / 2 - x.mean()])
-            axis = np.abs(tip).argmax()
-            cell += int(np.sign(tip[axis])) * (arrows.SIDE if axis == 0 else 1)
-        assert arrows.NAMES[cell] == asked.answer
+def ways_in(picture) -> np.ndarray:
+    """The cell that each cell's arrow points at, (16,), read off the picture: a triangle's mass
+    lies away from its tip."""
+    pixels = np.asarray(data.load_image(picture))
+    arrow = np.any([(pixels == color).all(-1) for color in arrows.COLORS.values()], 0)
+    follow = np.zeros(arrows.SIDE**2, int)
+    for cell in range(len(follow)):
+        row, column = divmod(cell, arrows.SIDE)
+        y, x = np.nonzero(arrow[row * 16:row * 16 + 16, column * 16:column * 16 + 16])
+        tip = np.array([(y.min() + y.max()) / 2 - y.mean(), (x.min() + x.max()) / 2 - x.mean()])
+        axis = np.abs(tip).argmax()
+        follow[cell] = cell + int(np.sign(tip[axis])) * (arrows.SIDE if axis == 0 else 1)
+    return follow
 
 
-def test_the_teacher_errs_as_it_says():
-    """Its form always holds, its second look follows the arrows, and it begins in the right place
-    as often as SURE and NOTICE say."""
-    rng, right, first = np.random.default_rng(0), 0, 0
-    for _ in range(2000):
-        row, start, follow = arrows.draw(rng)
-        response = arrows.teach(start, follow, rng)
-        record = rewards.reflection_reward(response, row.answer)
-        assert record.format == 0.5 and record.reflection == 0.25
-        trace = response.split("</reflection> <think>")[1].split("</think>")[0].split()
-        cells = [arrows.NAMES.index(word) for word in trace[::2]]
-        assert arrows.walk(follow, cells[0], len(cells) - 1) == cells
-        assert response.split()[-2] == arrows.NAMES[cells[-1]]
-        right, first = right + record.final_correct, first + record.first_correct
-    glances = arrows.HOPS // arrows.GLANCE
-    sound = arrows.SURE ** (glances - 1)        # every place but the last is on the path
-    paths = right / 2000 - (sound + (1 - sound) * arrows.NOTICE)        # they also meet by chance
-    assert -0.03 < paths < 0.2 and -0.03 < first / 2000 - arrows.SURE**glances < 0.25
+def test_one_start_is_right_and_a_long_way_is_wrong():
+    """By brute force, from the pixels."""
+    for asked in arrows.dataset(40, 0):
+        follow = ways_in(asked)
+        end, ends = arrows.NAMES.index(asked.query.split()[1]), np.arange(arrows.SIDE**2)
+        ways = [ends]
+        for _ in range(arrows.STEPS):
+            ways.append(follow[ways[-1]])
+        (start,) = np.flatnonzero(ways[-1] == end)
+        assert arrows.NAMES[start] == asked.answer
+        right = [step[start] for step in ways]                  # from the start to the end
+        wrong = 0
+        for cell in set(range(arrows.SIDE**2)) - {start}:
+            for n in range(1, arrows.STEPS):
+                if ways[n][cell] == end:                        # n arrows lead there: a dead end
+                    own, way = [step[cell] for step in ways[:n + 1]][::-1], right[::-1]
+                    apart = next((i for i, (x, y) in enumerate(zip(own, way)) if x != y), n + 1)
+                    wrong = max(wrong, n + 1 - apart)
+        assert wrong >= arrows.LURE
 
 
-def test_the_forms_without_reflection_are_of_the_same_teacher():
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        row, start, follow = arrows.draw(rng)
-        seed = int(rng.integers(2**31))
-        texts = {form: arrows.teach(start, follow, np.random.default_rng(seed), form)
-                 for form in PATTERNS}
-        assert all(rewards.format_holds(text, PATTERNS[form]) for form, text in texts.items())
-        before, _, after = texts["reflection"].partition("<reflection>")
-        assert texts["twice"] == before + after.partition("</reflection> ")[2]
-        trace = [arrows.NAMES.index(word) for word in texts["plain"].split()[1:-4:2]]
-        assert trace == arrows.walk(follow, start, arrows.HOPS)     # always right
-        assert texts["plain"].endswith(f"<answer> {row.answer} </answer>")
+@pytest.mark.parametrize("form", arrows.FORMS)
+@pytest.mark.parametrize("who", ["teacher", "base"])
+def test_responses_follow_the_arrows(form, who):
+    """The formats hold, each attempt goes back along arrows, a shorter way has met a dead end; the
+    teacher's last answer is right, and a reflection names where its first attempt left the way."""
+    rng, right = np.random.default_rng(0), []
+    for _ in range(200):
+        row, follow, way = arrows.draw(rng, form)
+        text = arrows.respond(follow, way, form, who == "teacher", rng)
+        assert rewards.format_holds(text, PATTERNS[form])
+        thinks = [[arrows.NAMES.index(word) for word in think.split()]
+                  for think in rewards.inside(text, "think")]
+        answers = rewards.inside(text, "answer")
+        back = 0
+        if form == "reflection":
+            place = rewards.inside(text, "reflection")[0].split()[-1]
+            if thinks[0].count(arrows.NAMES.index(place)) != 1:
+                continue                                        # in a circle: which time is meant?
+            back = thinks[0].index(arrows.NAMES.index(place))
+        for think, answer, at in zip(thinks, answers, (0, back)):
+            assert all(follow[b] == a for a, b in zip(think, think[1:]))
+            assert arrows.NAMES[think[-1]] == answer
+            assert len(think) + at == arrows.STEPS + 1 or not (follow == think[-1]).any()
+        assert thinks[0][0] == way[0] and thinks[-1][0] == thinks[0][back]
+        right.append((answers[0] == row.answer, answers[-1] == row.answer))
+        if who == "teacher":
+            assert thinks[-1] == way[back:] and right[-1][1]
+            left = next((i for i, (a, b) in enumerate(zip(thinks[0], way)) if a != b), 99) - 1
+            assert form != "reflection" or back == min(left, arrows.STEPS - 1)
+        elif form == "reflection" and len(thinks[0]) <= arrows.STEPS:
+            assert thinks[1][1] != thinks[0][back + 1]          # after a dead end, another way
+    first, final = np.mean(right, 0)
+    if who == "base":
+        assert 0.25 < first < 0.5
+        assert final > first + 0.2 if form == "reflection" else final < 0.5
+
+
+def test_the_base_learns_all_forms():
+    rows = arrows.dataset(6, 1, target="base")
+    assert [row.query.split()[-2] for row in rows] == [*arrows.FORMS] * 2
+    assert all(rewards.format_holds(row.target, PATTERNS[row.query.split()[-2]]) for row in rows)
+    assert {row.query.split()[-2] for row in arrows.dataset(6, 1, "plain", "teacher")} == {"plain"}
+    assert [row.target for row in arrows.dataset(2, 1)] == [None, None]
 
 
 @pytest.mark.parametrize("seed", [0, 7])

@@ -437,8 +437,8 @@ def test_usable_rows(base, tmp_path, capsys):
     """A long question, one with a place holder, a long target go, with the reason, once; the length
     is that of the real prompt."""
     processor, limits = qwen.Processor(base), Limits()
-    good, long, holder, target = arrows.dataset(4, 0, "reflection")
-    long.query = "from a1 go 6 " * 30
+    good, long, holder, target = arrows.dataset(4, 0, target="teacher")
+    long.query = "from a1 to " * 30
     holder.query, target.target = "from <|image_pad|> a2", "from " * 5000
     for _ in range(2):
         rejections, rows = Rejections(tmp_path), [good, long, holder, target]

@@ -1,0 +1,225 @@
+"""What reflection adds, and what each reward pays for: the ablation table of reflection-aware SRPO
+(arXiv 2506.01713) in miniature, plain GRPO included.
+
+Every seed has a base, which knows the formats and guesses; fine-tuned on the same teacher's
+responses it becomes two more starts, without reflections and with them; RL goes on from all three.
+All run under one token budget. What is finished is not done again, and the same command goes on
+with what was interrupted. Further flags are reflection_srpo.py's, of every run.
+
+    python -m studies.reflection_ablation --out results/reflection_ablation --seeds 5 --jobs 2
+"""
+import argparse
+import math
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from plumbing.files import read_json
+from plumbing.flags import ending, read_command
+from plumbing.plots import read_metrics, values_of
+
+ROOT = Path(__file__).parents[1]
+OURS = {"model", "data", "resume", "reward", "seed", "stage", "format", "target", "out"}
+# Folders NAME-SEED: where a run starts, and its own flags
+SHORT = ["--sft_rows", "1920", "--sft_epochs", "4", "--sft_lr", "2e-3"]
+STARTS = {"base": ("", ["--target", "base", "--sft_rows", "9600", "--sft_epochs", "4"]),
+          "plain_sft": ("base", [*SHORT, "--format", "plain"]),
+          "reflection_sft": ("base", SHORT)}
+PLAIN = ["--format", "plain", "--reward", "task"]
+RUNS = {"grpo": ("base", PLAIN),
+        "grpo_twice": ("base", ["--format", "twice", "--reward", "task"]),
+        "srpo_no_sft": ("base", []),
+        "plain_sft_grpo": ("plain_sft", PLAIN),
+        "no_I_eff": ("reflection_sft", ["--reward", "no_effectiveness"]),
+        "no_I_ref": ("reflection_sft", ["--reward", "no_reflection"]),
+        "no_f_len": ("reflection_sft", ["--reward", "no_length"]),
+        "alpha_0.05": ("reflection_sft", ["--alpha", "0.05"]),
+        "alpha_0.3": ("reflection_sft", ["--alpha", "0.3"]),
+        "srpo": ("reflection_sft", []),
+        "outcome": ("reflection_sft", ["--reward", "outcome"]),
+        "openrlhf": ("reflection_sft", ["--reward", "openrlhf"])}
+# The table's rows: title, run, which of its evaluations, the paper's mean of five benchmarks
+TABLE = (("base, asked for one attempt", "grpo", "before", 44.4),
+         ("plain SFT, same teacher", "plain_sft_grpo", "before", 45.3),
+         ("reflection SFT", "srpo", "before", 46.6),
+         ("GRPO", "grpo", "after", 49.8),
+         ("GRPO, two attempts", "grpo_twice", "after", 50.3),
+         ("SRPO without SFT", "srpo_no_sft", "after", 51.2),
+         ("plain SFT + GRPO", "plain_sft_grpo", "after", 51.4),
+         ("SRPO without I_eff", "no_I_eff", "after", 52.0),
+         ("SRPO without I_ref", "no_I_ref", "after", None),
+         ("SRPO without f_len", "no_f_len", "after", 53.1),
+         ("SRPO, alpha 0.05", "alpha_0.05", "after", None),
+         ("SRPO, alpha 0.3", "alpha_0.3", "after", None),
+         ("SRPO, alpha 0.1", "srpo", "after", 53.5),
+         ("reflection SFT + 0/1 reward", "outcome", "after", None),
+         ("reflection SFT + openrlhf code's", "openrlhf", "after", None))
+
+
+def command(name: str, seed: int, flags: list[str], out: Path) -> list[str]:
+    """Arguments of reflection_srpo.py for one run."""
+    start, own = (STARTS | RUNS)[name]
+    model = ["--model", str(out / f"{start}-{seed}" / "policy")] if start else []
+    return ["rl" if name in RUNS else "sft", *own, *flags, *model, "--seed", str(seed),
+            "--threads", "1", "--out", str(out / f"{name}-{seed}")]
+
+
+def finished(folder: Path, argv: list[str]) -> bool:
+    """Whether this run has ended. ValueError if what stands there was made with other settings."""
+    from reflection_srpo import FREE, Settings
+    if not (folder / "settings.json").exists():
+        return False
+    saved = read_json(folder / "settings.json")
+    for name, value in asdict(read_command(Settings, argv, words=("sft", "rl")).settings).items():
+        if name not in FREE | {"model", "out"} and saved.get(name) != value:
+            raise ValueError(f"{folder} was made with --{name} {saved.get(name)}, not {value}; "
+                             "choose another --out")
+    return (folder / ("after.json" if argv[0] == "rl" else "policy")).exists()
+
+
+def study(flags: list[str], seeds: int, jobs: int, out: Path) -> None:
+    """All runs, then OUT/table.txt and OUT/picture.png."""
+    stages = [[(name, seed) for seed in range(seeds) for name in names]
+              for names in (["base"], ["plain_sft", "reflection_sft"], RUNS)]
+    todo = [[(out / f"{name}-{seed}", argv) for name, seed in stage
+             if not finished(out / f"{name}-{seed}", argv := command(name, seed, flags, out))]
+            for stage in stages]
+    began, done, total = time.time(), 0, sum(map(len, todo))
+    with ThreadPoolExecutor(jobs) as pool:
+        for stage in todo:
+            for folder in pool.map(run, stage):
+                done += 1
+                left = (time.time() - began) / done * (total - done) / 60
+                print(f"{folder.name}: {done} of {total} runs, {left:.0f} minutes left", flush=True)
+    report(out, seeds)
+
+
+def run(job: tuple[Path, list[str]]) -> Path:
+    """One run in a process of its own. RuntimeError with its last words if it fails."""
+    folder, argv = job
+    begun = any((folder / f"checkpoint{old}").exists() for old in ("", ".old"))
+    argv = ["--resume", str(folder)] if begun else argv
+    done = subprocess.run([sys.executable, ROOT / "reflection_srpo.py", *argv],
+                          capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{folder}: {(done.stderr.splitlines() or ['it failed'])[-1]}")
+    return folder
+
+
+# What came out
+
+def report(out: Path, seeds: int) -> None:
+    text = table(out, seeds)
+    (out / "table.txt").write_text(text + "\n")
+    print(f"\n{text}")
+    draw(out, seeds)
+    print(f"wrote {out}/table.txt, {out}/picture.png")
+
+
+def results(out: Path, name: str, when: str, seeds: int) -> list[dict]:
+    """An evaluation of each seed's run, with the seconds of its RL steps."""
+    found = []
+    for seed in range(seeds):
+        folder = out / f"{name}-{seed}"
+        rows = read_metrics(folder / "metrics.jsonl") if when == "after" else []
+        seconds = sum(x for row in rows for key, x in row.items() if key.startswith("seconds_"))
+        found.append(read_json(folder / f"{when}.json") | {"seconds": seconds})
+    return found
+
+
+def mean_and_half(values: list[float]) -> tuple[float, float]:
+    """Mean over seeds, half of its 95% interval (Student's t)."""
+    from scipy.stats import t as student
+    n = len(values)
+    if n < 2:
+        return values[0], math.nan
+    return (float(np.mean(values)),
+            float(np.std(values, ddof=1) * student.ppf(0.975, n - 1) / math.sqrt(n)))
+
+
+def table(out: Path, seeds: int) -> str:
+    """A row per setting; `gain` is the final accuracy less the base's, ours and the paper's."""
+    base, _ = mean_and_half([x["final_accuracy"] for x in results(out, "grpo", "before", seeds)])
+    lines = [f"held-out, greedy, mean of {seeds} seeds; +- is its 95% interval; gain: points over "
+             "the base; seconds: of the RL steps",
+             f"{'':33}{'final':>15}{'first':>7}{'fixes':>7}{'breaks':>8}{'tokens':>8}{'seconds':>9}"
+             f"{'gain':>7}{'paper':>8}{'gain':>6}"]
+    for title, name, when, paper in TABLE:
+        found = results(out, name, when, seeds)
+        final, half = mean_and_half([x["final_accuracy"] for x in found])
+        first, tokens, seconds = (np.mean([x[key] for x in found])
+                                  for key in ("first_accuracy", "tokens", "seconds"))
+        fixes, breaks = (f"{np.mean(x):.0%}" if (x := values_of(found, key)) else "-"
+                         for key in ("fix_rate", "break_rate"))
+        two = name not in ("grpo", "plain_sft_grpo")
+        theirs = f"{paper:8.1f}{paper - TABLE[0][3]:+6.1f}" if paper else f"{'-':>8}"
+        lines.append(
+            f"{title:33}{final:7.1%} +-{half:5.1%}{first:7.1%}{fixes if two else '-':>7}"
+            f"{breaks if two else '-':>8}{tokens:8.1f}{seconds:9.0f}{100 * (final - base):+7.1f}"
+            f"{theirs}")
+    return "\n".join(lines)
+
+
+def draw(out: Path, seeds: int) -> None:
+    """Left: final accuracy of every row. Right: the first answer under each reward, by step."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained",
+                                         width_ratios=(1.3, 1))
+    for y, (title, name, when, _) in enumerate(reversed(TABLE)):
+        values = [x["final_accuracy"] for x in results(out, name, when, seeds)]
+        mean, half = mean_and_half(values)
+        color = "tab:gray" if when == "before" else "tab:orange" if "grpo" in name else "tab:blue"
+        left.errorbar(mean, y, xerr=half, fmt="o", color=color, capsize=3)
+        left.plot(values, [y] * len(values), "|", color=color, alpha=0.5)
+    left.set_yticks(range(len(TABLE)), [row[0] for row in reversed(TABLE)], fontsize=9)
+    left.set_title(f"final answer right, held-out, {seeds} seeds", fontsize=10)
+    left.grid(axis="x", alpha=0.3)
+    for name, color in (("srpo", "tab:blue"), ("openrlhf", "tab:red"), ("outcome", "tab:green")):
+        for key, style in (("first", "--"), ("final", "-")):
+            curves = [{row["step"]: row[f"heldout_{key}_accuracy"]
+                       for row in read_metrics(out / f"{name}-{seed}" / "metrics.jsonl")
+                       if f"heldout_{key}_accuracy" in row} for seed in range(seeds)]
+            steps = sorted(set.intersection(*map(set, curves)))
+            values = np.array([[curve[step] for step in steps] for curve in curves])
+            right.plot(steps, values.mean(0), style, color=color, label=f"{name}: {key} answer")
+            right.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.1)
+    right.set_title("what each reward makes of two answers", fontsize=10)
+    right.set_xlabel("RL step")
+    right.legend(fontsize=8)
+    right.grid(alpha=0.3)
+    figure.savefig(out / "picture.png", dpi=80)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--out", default="out/reflection_ablation")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each")
+    more, rest = parser.parse_known_args(argv)
+
+    def work() -> None:
+        from reflection_srpo import Settings, check
+        asked = read_command(Settings, rest)
+        if wrong := asked.given & OURS:
+            raise ValueError(f"a study has no --{min(wrong)}: it sets that itself")
+        for name in ("seeds", "jobs"):
+            if getattr(more, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(more, name)}")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("a study starts its own processes; start it without torchrun")
+        check(asked.settings)
+        study(rest, more.seeds, more.jobs, Path(more.out))
+    return ending(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
