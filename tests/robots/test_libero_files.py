@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -89,7 +90,7 @@ def test_which_assets(tmp_path, monkeypatch, installed):
     assert find_assets(installed, str(tmp_path / "whole")) == tmp_path / "whole"
     with pytest.raises(
         RuntimeError,
-        match=f"{tmp_path} are not whole, articulated_objects/ is missing; .*LIBERO_ASSETS or --as",
+        match=f"{tmp_path} are not whole, articulated_objects/ is missing; .*LIBERO_ASSETS or --a",
     ):
         find_assets(installed)
     monkeypatch.delenv("LIBERO_ASSETS")
@@ -104,6 +105,9 @@ def test_which_assets(tmp_path, monkeypatch, installed):
         tmp_path / "whole"
     )  # where hf-libero puts a download
     assert find_assets(other) == tmp_path / "whole"
+    for name in libero_files.ASSET_FOLDERS:
+        (tmp_path / libero_files.ASSET_PACKAGE / name).mkdir(parents=True)
+    assert find_assets(other) == tmp_path / libero_files.ASSET_PACKAGE  # by setup.sh --libero
     plus = package(tmp_path / "plus", plus=True)
     monkeypatch.setenv("LIBERO_ASSETS", str(tmp_path / "whole"))
     assert find_assets(plus) == tmp_path / "whole"
@@ -502,19 +506,20 @@ def test_numpy_for_libero_plus():
 
 
 @needs_libero
-def test_one_line_without_assets(tmp_path):
-    if (find_package() / "assets").is_dir():
-        pytest.skip("this LIBERO has its assets inside")
-    done = run_bare(
-        "studies.libero_speed",
-        HF_HUB_OFFLINE="1",
-        HF_HOME=str(tmp_path / "hub"),
-        XDG_CACHE_HOME=str(tmp_path),
+def test_one_line_without_assets(tmp_path, monkeypatch, installed):
+    def offline(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.delenv("LIBERO_ASSETS", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setitem(
+        sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=offline)
     )
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: LIBERO's assets in") and done.stderr.count("\n") == 1
-    assert "cannot be had from the hub" in done.stderr
-    assert "LIBERO_ASSETS or --assets" in done.stderr
+    with pytest.raises(RuntimeError) as caught:
+        find_assets(installed)
+    said = str(caught.value)
+    assert said.startswith(f"LIBERO's assets in {tmp_path}") and "\n" not in said
+    assert "hub (ConnectionError); run: bash setup.sh --libero" in said
 
 
 @needs_assets

