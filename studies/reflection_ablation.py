@@ -23,6 +23,8 @@ import numpy as np
 from plumbing.files import read_json
 from plumbing.flags import ending, read_command
 from plumbing.plots import read_metrics, values_of
+from reasoning.published_reward import openrlhf
+from rewards import reflection_reward
 
 ROOT = Path(__file__).parents[1]
 OURS = {"model", "data", "resume", "reward", "seed", "stage", "format", "target", "out"}
@@ -163,7 +165,22 @@ def table(out: Path, seeds: int) -> str:
             f"{title:33}{final:7.1%} +-{half:5.1%}{first:7.1%}{fixes if two else '-':>7}"
             f"{breaks if two else '-':>8}{tokens:8.1f}{seconds:9.0f}{100 * (final - base):+7.1f}"
             f"{theirs}")
+    lines.append("a wrong first answer earns more than a right one once wrong ones end right in: "
+                 + ", ".join(f"{name} {share:.0%}" if (share := break_even(earn)) <= 1 else
+                             f"{name} never" for name, earn in (
+                                 ("paper", reflection_reward), ("openrlhf", openrlhf))))
     return "\n".join(lines)
+
+
+def break_even(earn) -> float:
+    """Which share of wrong first answers must end right for a wrong one to earn as much as a right
+    one that stays right; above 1 errors never pay. earn(response, answer) -> record."""
+    def earned(first: int, final: int) -> float:
+        think = "<think> x </think> <answer> {} </answer>"
+        text = f"{think} <reflection> y </reflection> {think}".format(first, final)
+        record = earn(text, "7")
+        return record.accuracy + record.effectiveness
+    return (earned(7, 7) - earned(8, 8)) / (earned(8, 7) - earned(8, 8))
 
 
 def draw(out: Path, seeds: int) -> None:
@@ -173,7 +190,7 @@ def draw(out: Path, seeds: int) -> None:
     import matplotlib.pyplot as plt
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained",
                                          width_ratios=(1.3, 1))
-    for y, (title, name, when, _) in enumerate(reversed(TABLE)):
+    for y, (_, name, when, _) in enumerate(reversed(TABLE)):
         values = [x["final_accuracy"] for x in results(out, name, when, seeds)]
         mean, half = mean_and_half(values)
         color = "tab:gray" if when == "before" else "tab:orange" if "grpo" in name else "tab:blue"

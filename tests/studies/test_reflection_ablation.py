@@ -5,6 +5,8 @@ import time
 
 import pytest
 
+from reasoning import published_reward
+from rewards import reflection_reward
 from studies import reflection_ablation as ablation
 from tests.test_reflection_srpo import SMALL
 
@@ -50,6 +52,12 @@ def test_a_run_that_fails_is_named_with_its_last_words(tmp_path):
 def test_gains_and_intervals_by_hand():
     assert ablation.mean_and_half([0.5, 0.7]) == (0.6, pytest.approx(1.2706, abs=1e-3))
     assert ablation.mean_and_half([0.25])[0] == 0.25
+
+
+def test_when_errors_pay_by_hand():
+    """Paper: 0.75 against at most 0.5. OpenRLHF: 0.75 against 1."""
+    assert ablation.break_even(reflection_reward) == 1.5
+    assert ablation.break_even(published_reward.openrlhf) == 0.75
 
 
 @pytest.mark.parametrize("argv, words", [
