@@ -11,7 +11,7 @@ out: wrist camera, proprioception, rewards other than success; the paper's polic
 
     python -m studies.libero_speed          # speed and exactness beside the stock environment
 """
-import os
+import sys
 import types
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -55,9 +55,9 @@ class Libero(Simulator):
         if self.options.protocol not in PROTOCOLS:
             raise ValueError(f"protocol={self.options.protocol!r}: use "
                              f"{' or '.join(map(repr, PROTOCOLS))}")
-        plus = self.options.plus or os.environ.get("LIBERO_PLUS_PATH", "")
-        self.plus = plus if suite.startswith("libero_plus") else ""
-        self.suite, self.tasks = suite, files.tasks(suite, plus)
+        own = suite.startswith("libero_plus")
+        self.plus = files.find_plus(self.options.plus) if own else ""
+        self.suite, self.tasks = suite, files.tasks(suite, self.plus)
         # LIBERO-Plus: one trial per task, whatever the split
         states = dict.fromkeys(SPLITS, range(1)) if self.plus else SPLITS
         super().__init__(suite, [t.instruction for t in self.tasks], states, split, size)
@@ -182,8 +182,12 @@ class Libero(Simulator):
         observation = {"agentview_image": image[::-1, ::-1]}, 0, False, {}
         wrapper = types.SimpleNamespace(noise=self.wrapper.noise,
                                         env=types.SimpleNamespace(step=lambda _: observation))
-        with seeded([self.task, self.state, self.steps]):       # code: never seeded there
-            spoiled = type(self.wrapper).step(wrapper, None)[0]["agentview_image"]
+        try:
+            with seeded([self.task, self.state, self.steps]):   # code: never seeded there
+                spoiled = type(self.wrapper).step(wrapper, None)[0]["agentview_image"]
+        except ValueError:                                      # its fog is 256 pixels wide
+            raise ValueError(f"LIBERO-Plus's noise is for images of 256 pixels, not {self.size}"
+                             ) from None
         return np.asarray(spoiled, np.uint8)[::-1, ::-1]
 
     def info(self) -> dict:
@@ -250,14 +254,19 @@ def suite(name: str, tasks: tuple[int, ...] = (), options: SuiteOptions | None =
     protocol = (f"horizon {steps}" + f" ({options.protocol})" * (not options.horizon)
                 + f", {SETTLE} settling steps" + ", fast pixels" * options.fast
                 + f", {files.mujoco_note() or 'MuJoCo ' + files.mujoco_version()}")
-    numbers = range(len(env.tasks))
+    numbers = [i for i, task in enumerate(env.tasks) if not task.own_assets]
+    if (lacking := len(env.tasks) - len(numbers)) and not tasks:
+        told = f"{name}: {lacking} of {len(env.tasks)} tasks need LIBERO-Plus's own assets"
+        if not numbers:
+            raise ValueError(f"{told}; put them into its folder assets")
+        print(f"note: {told}, and are left out", file=sys.stderr)
     chosen = tuple(task_number(task, name, env.instructions) for task in tasks or numbers)
     kwargs = dict(horizon=options.horizon or None, by_task=True, protocol=protocol)
     if env.plus:
         return Suite(name, env.instructions, chosen, {"all": 1}, make,
                      {"all": "LIBERO-Plus, one trial per task"}, evaluated=("all",),
                      labels=tuple(t.suite for t in env.tasks), **kwargs)
-    alike = len(set(env.instructions)) < len(numbers)
+    alike = len(set(env.instructions)) < len(env.tasks)
     labels = tuple(t.name.replace("_", " ") for t in env.tasks if alike)
     return Suite(name, env.instructions, chosen, {split: len(SPLITS[split]) for split in SPLITS},
                  make, SPLIT_NAMES, labels=labels, **kwargs)

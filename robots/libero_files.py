@@ -38,7 +38,9 @@ DIMENSIONS = {"camera": "Camera Viewpoints", "robot": "Robot Initial States",
               "language": "Language Instructions", "light": "Light Conditions",
               "background": "Background Textures", "noise": "Sensor Noise",
               "layout": "Objects Layout"}
-PLUS_LIST = "benchmark/task_classification.json"        # LIBERO-Plus alone has it
+PLUS_LIST = "benchmark/task_classification.json"        # a clone of LIBERO-Plus alone has it
+PLUS_PACKAGE = "liberoplus/liberoplus"                  # the same tasks, from the package index
+PLUS_INSTALL = "bash setup.sh --libero-plus, or give a clone's folder by --plus or LIBERO_PLUS_PATH"
 # What LIBERO-Plus appends to the name of the task that it changes
 SUFFIX = re.compile(r"(_moved)?_((view|table|tb|light|add|noise)_-?\d|level\d).*$")
 ASSET_FOLDERS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects",
@@ -63,14 +65,14 @@ def mujoco_version() -> str:
 # Finding and importing LIBERO
 
 def find_package(plus: str = "") -> Path:
-    """Folder `libero/libero` of the installed LIBERO, or of the copy of LIBERO-Plus at `plus`;
-    nothing is imported. RuntimeError."""
+    """Folder `libero/libero` of the installed LIBERO, or of the copy of LIBERO-Plus at `plus`, a
+    clone or the package; nothing is imported. RuntimeError."""
     if plus:
-        for place in (Path(plus), Path(plus) / "libero", Path(plus) / "libero/libero"):
-            if (place / PLUS_LIST).is_file():
+        for place in (Path(plus), *(Path(plus) / x for x in ("libero", "libero/libero"))):
+            if (place / PLUS_LIST).is_file() or place.match(PLUS_PACKAGE) and place.is_dir():
                 return place.resolve()
-        raise RuntimeError(f"{plus} holds no LIBERO-Plus (no libero/libero/{PLUS_LIST}); clone it "
-                           "and give its folder by --plus or LIBERO_PLUS_PATH")
+        raise RuntimeError(f"{plus} holds no LIBERO-Plus (no libero/libero/{PLUS_LIST}); "
+                           f"run: {PLUS_INSTALL}")
     for entry in sys.path:
         place = Path(entry or ".").resolve() / "libero/libero"
         if (place / "__init__.py").is_file() and not (place / PLUS_LIST).is_file():
@@ -78,12 +80,24 @@ def find_package(plus: str = "") -> Path:
     raise RuntimeError(f"LIBERO is not installed; run: {INSTALL}")
 
 
+def is_plus(package: Path) -> bool:
+    return (package / PLUS_LIST).is_file() or package.match(PLUS_PACKAGE)
+
+
+def find_plus(plus: str = "") -> str:
+    """Folder of LIBERO-Plus: `plus`, else LIBERO_PLUS_PATH, else the installed package. "" if there
+    is none."""
+    installed = (str(place) for entry in sys.path
+                 if (place := Path(entry or ".") / PLUS_PACKAGE).is_dir())
+    return plus or os.environ.get("LIBERO_PLUS_PATH") or next(installed, "")
+
+
 def find_assets(package: Path, assets: str = "") -> Path:
     """LIBERO's meshes and textures: `assets`, else LIBERO_ASSETS, else inside the package (of
     LIBERO-Plus, which has more, before LIBERO_ASSETS), else what setup.sh --libero installed, else
     where hf-libero keeps them, else a download of the hub's data set. RuntimeError if they are
     nowhere, or not whole."""
-    plus, inside = (package / PLUS_LIST).is_file(), package / "assets"
+    plus, inside = is_plus(package), package / "assets"
     packaged = (Path(entry or ".") / ASSET_PACKAGE for entry in sys.path)
     given = (assets or not (plus and inside.is_dir()) and os.environ.get("LIBERO_ASSETS")
              or inside.is_dir() and inside or next(filter(Path.is_dir, packaged), None))
@@ -133,21 +147,22 @@ def prepare(assets: str = "", plus: str = ""):
     package, name = find_package(plus), "LIBERO" + "-Plus" * bool(plus)
     folder = find_assets(package, assets)
     write_config(package, folder)
-    # Both packages are called `libero`, and LIBERO-Plus's may have no __init__.py: pin the name
-    libero = sys.modules.setdefault("libero", types.ModuleType("libero"))
+    # A clone of LIBERO-Plus is called `libero` too, and may have no __init__.py: pin the name
+    top = package.parent.name
+    libero = sys.modules.setdefault(top, types.ModuleType(top))
     libero.__path__ = own = list(getattr(libero, "__path__", ())) or [str(package.parent)]
     assert Path(own[0]).resolve() == package.parent, "LIBERO and LIBERO-Plus in one process"
     if plus and util.find_spec("gym") is None:
         sys.modules["gym"] = gymnasium                          # it needs gym's class Env alone
     logging.disable(logging.WARNING)                            # robosuite's private macros
     try:
-        import_module("libero.libero")._assets_path_cache = str(folder)
-        wrapper = import_module("libero.libero.envs.env_wrapper")
+        import_module(f"{top}.{package.name}")._assets_path_cache = str(folder)
+        wrapper = import_module(f"{top}.{package.name}.envs.env_wrapper")
     except ModuleNotFoundError as e:
-        top = str(e.name).partition(".")[0]
+        lacking = str(e.name).partition(".")[0]
         fix = {"skimage": "pip install scikit-image", "wand": "pip install wand"}
-        raise RuntimeError(f"{name} needs the package {top}; "
-                           f"run: {fix.get(top, 'bash setup.sh')}") from None
+        raise RuntimeError(f"{name} needs the package {lacking}; "
+                           f"run: {fix.get(lacking, 'bash setup.sh')}") from None
     except (AttributeError, ImportError, OSError, RuntimeError) as e:   # many ways to lack OpenGL
         fix = ("run: apt-get install -y libmagickwand-dev" if "MagickWand" in str(e)
                else f"if that is OpenGL, {gl_help()}")
@@ -176,6 +191,7 @@ class Task:
     instruction: str
     bddl: str                   # path; LIBERO-Plus reads its changes from it, so it need not exist
     states: str                 # path of the initial states
+    own_assets: bool = False    # it needs LIBERO-Plus's own
 
 
 @cache
@@ -190,25 +206,37 @@ def tasks(suite: str, plus: str = "") -> tuple[Task, ...]:
         raise ValueError(f"unknown suite {suite!r}; there are {', '.join(SUITES)}, libero_90 and "
                          f"libero_plus:{'|'.join(DIMENSIONS)}, of one suite "
                          "libero_plus:DIMENSION:SUITE")
-    plus = plus or os.environ.get("LIBERO_PLUS_PATH", "")
+    plus = find_plus(plus) if dimension else ""
     if dimension and not plus:
-        raise RuntimeError("LIBERO-Plus is not here; clone it and give its folder by --plus or "
-                           "LIBERO_PLUS_PATH")
-    package = find_package(plus if dimension else "")
-    file = package / (PLUS_LIST if dimension else "benchmark/libero_suite_task_map.py")
+        raise RuntimeError(f"LIBERO-Plus is not here; run: {PLUS_INSTALL}")
+    package = find_package(plus)
+    classified = dimension and (package / PLUS_LIST).is_file()
+    file = package / (PLUS_LIST if classified else "benchmark/libero_suite_task_map.py")
     try:
         text = file.read_text()
-        if dimension:
+        if classified:
             listed, category = json.loads(text), DIMENSIONS[dimension].lower()
             rows = [(s, row["name"]) for s in SUITES if only in ("", s)
                     for row in listed.get(s, ()) if row["category"].lower() == category]
         else:                   # read, because importing it would import torch
             listed = ast.literal_eval(text.partition("=")[2].strip())
-            rows = [(suite, name) for name in listed[suite]]
+            rows = [(s, name) for s in (SUITES if dimension else (suite,)) if only in ("", s)
+                    for name in listed[s] if not dimension or dimension_of(name) == dimension]
         return tuple(make_task(package, s, name, dimension) for s, name in rows)
     except (ValueError, SyntaxError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise RuntimeError(f"{file} is not LIBERO{'-Plus' * bool(dimension)}'s list of tasks "
                            f"({type(e).__name__}); {ANEW}") from None
+
+
+def dimension_of(name: str) -> str:
+    """What LIBERO-Plus changed in the task of this name: as its classification says of all 10,030.
+
+    >>> dimension_of("pick_up_the_bowl_view_0_0_100_0_0_initstate_12")
+    'robot'
+    """
+    marks = {"language": "_language_", "noise": "_noise_", "layout": r"_add_\d|_level\d",
+             "light": "_light_", "background": r"_(table|tb)_\d", "camera": "_initstate_0$"}
+    return next((dim for dim, mark in marks.items() if re.search(mark, name)), "robot")
 
 
 def make_task(package: Path, suite: str, name: str, dimension: str = "") -> Task:
@@ -231,8 +259,10 @@ def make_task(package: Path, suite: str, name: str, dimension: str = "") -> Task
         instruction = " ".join(found[1].lower().split())
     if dimension and re.search(r"_add_\d|_level\d", name):
         states, base = package / "init_files/libero_newobj" / suite, name
+    own = bool(dimension and re.search(r"_(light|table|tb|add)_\d", name)
+               and not (package / "assets/new_objects").is_dir())
     return Task(suite, name, instruction, str(bddl / f"{name}.bddl"),
-                str(states / f"{base}.pruned_init"))
+                str(states / f"{base}.pruned_init"), own)
 
 
 @cache

@@ -18,7 +18,7 @@ import robots
 from robots import libero
 from robots.libero import NO_OP, SETTLE, SPLITS, Libero, suite, thin_meshes
 from robots.libero_expert import Expert
-from robots.libero_files import initial_states, mujoco_note, prepare, tasks
+from robots.libero_files import find_plus, initial_states, mujoco_note, prepare, tasks
 from robots.rollouts import ActionChunk
 from robots.suite import Start, SuiteOptions
 from studies import libero_speed
@@ -91,9 +91,15 @@ def test_suites_for_the_scripts(tmp_path, installed):
         robots.find_suite("libero_spatial", (0, 1, 0))
 
 
-def test_suites_of_libero_plus(tmp_path, installed):
+def test_suites_of_libero_plus(tmp_path, capsys, installed):
     package(tmp_path / "plus", plus=True)
     options = SuiteOptions(plus=str(tmp_path / "plus"))
+    with pytest.raises(ValueError, match="light: 1 of 1 tasks need LIBERO-Plus's own assets; put"):
+        suite("libero_plus:light", options=options)
+    layout = suite("libero_plus:layout", options=options)
+    assert "1 of 2 tasks need LIBERO-Plus's own assets, and are left" in capsys.readouterr().err
+    assert [layout.instructions[task] for task in layout.tasks] == ["pick up the bowl"]
+    (tmp_path / "plus/libero/libero/assets/new_objects").mkdir(parents=True)
     plus = suite("libero_plus:background", options=options)
     assert plus.states == {"all": 1} and plus.labels == ("libero_spatial", "libero_10")
     assert plus.evaluated == ("all",) and "one trial per task" in plus.split_names["all"]
@@ -290,6 +296,25 @@ def test_a_killed_worker_is_replaced():
             assert not np.array_equal(a[0], a[1])
     finally:
         workers.close()
+
+
+@pytest.mark.slow
+@needs_assets
+@pytest.mark.skipif(not find_plus(), reason="LIBERO-Plus is not installed (setup.sh --libero-plus)")
+@pytest.mark.parametrize("dimension", ["camera", "robot", "language", "noise", "layout"])
+def test_libero_plus_plays(dimension):
+    """One task of each dimension that LIBERO's own meshes suffice for."""
+    played = suite(f"libero_plus:{dimension}")
+    assert len(played.tasks) > 600
+    task = int(np.random.default_rng(3).choice(played.tasks))
+    plus = played.make(size=256)
+    before = plus.reset(options={"task": task, "index": 0})[0]["image"]
+    for _ in range(8):
+        plus.advance(np.array([0, 0, 1.0, 0, 0, 0, -1]))
+    after = plus.render()
+    plus.close()
+    assert before.shape == (256, 256, 3) and before.std() > 10
+    assert not np.array_equal(before, after)
 
 
 @needs_assets

@@ -376,7 +376,7 @@ def test_libero_plus(tmp_path, installed):
 
 def test_libero_plus_missing_or_broken(tmp_path, installed):
     with pytest.raises(
-        RuntimeError, match="LIBERO-Plus is not here; clone it.*--plus or LIBERO_PLUS_PATH"
+        RuntimeError, match="LIBERO-Plus is not here; run: .*--libero-plus, .*or LIBERO_PLUS_PATH"
     ):
         tasks("libero_plus:camera")
     root = package(tmp_path / "plus", plus=True)
@@ -491,6 +491,31 @@ def test_all_names_of_libero_plus():
             assert make_task(Path("p"), suite, name, "camera").instruction == bases[base], name
             count += 1
     assert count == 10_030 - 1537
+
+
+def test_every_task_of_the_package_is_there(monkeypatch):
+    """As its own classification has them: dimension, order, states, and for all but the changes
+    that are made from the name a file."""
+    if not libero_files.find_plus():
+        pytest.skip("LIBERO-Plus is not installed (bash setup.sh --libero-plus)")
+    found = {d: tasks(f"libero_plus:{d}") for d in libero_files.DIMENSIONS}
+    assert {d: len(each) for d, each in found.items()} == dict(
+        camera=1599, robot=1550, language=1537, light=1142, background=1076, noise=1601, layout=1525
+    )
+    for dimension, each in found.items():
+        assert all(task.instruction and Path(task.states).is_file() for task in each)
+        whole = dimension in ("light", "background", "layout")
+        assert all(Path(task.bddl).is_file() == whole for task in each)
+    if shared := os.environ.get("SRPO_SHARED"):
+        file = Path(shared) / "libero_plus/task_classification.json"
+        classified = json.loads(file.read_text())
+        for dimension, category in libero_files.DIMENSIONS.items():
+            assert [task.name for task in found[dimension]] == [
+                row["name"]
+                for suite in libero_files.SUITES
+                for row in classified[suite]
+                if row["category"].lower() == category.lower()
+            ]
 
 
 def test_numpy_for_libero_plus():

