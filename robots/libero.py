@@ -145,12 +145,14 @@ class Libero(Simulator):
 
     def _as_new(self) -> None:
         """In place of a simulator's reset what the stock environment's new one begins with:
-        fixtures at the origin, and the solver's first solution there."""
+        fixtures at the origin, and the solver's first solutions there, a second for its renderer.
+        """
         for fixture in self.env.fixtures_dict.values():
             body = self.model.body(fixture.root_body).id
             self.model.body_pos[body], self.model.body_quat[body] = 0, (1, 0, 0, 0)
         self.mujoco.mj_resetData(self.model, self.data)
-        self.mujoco.mj_forward(self.model, self.data)
+        for _ in range(2):
+            self.mujoco.mj_forward(self.model, self.data)
 
     def solved(self) -> bool:
         return bool(self.env._check_success())
