@@ -135,6 +135,10 @@ def results(out: Path, name: str, when: str, seeds: int) -> list[dict]:
     return found
 
 
+def counted(seeds: int) -> str:
+    return f"{seeds} seed" + "s" * (seeds > 1)
+
+
 def mean_and_half(values: list[float]) -> tuple[float, float]:
     """Mean over seeds, half of its 95% interval (Student's t)."""
     from scipy.stats import t as student
@@ -148,8 +152,8 @@ def mean_and_half(values: list[float]) -> tuple[float, float]:
 def table(out: Path, seeds: int) -> str:
     """A row per setting; `gain` is the final accuracy less the base's, ours and the paper's."""
     base, _ = mean_and_half([x["final_accuracy"] for x in results(out, "grpo", "before", seeds)])
-    lines = [f"held-out, greedy, mean of {seeds} seeds; +- is its 95% interval; gain: points over "
-             "the base; seconds: of the RL steps",
+    lines = [f"held-out, greedy, mean of {counted(seeds)}; +- is its 95% interval; gain: points "
+             "over the base; seconds: of the RL steps",
              f"{'':33}{'final':>15}{'first':>7}{'fixes':>7}{'breaks':>8}{'tokens':>8}{'seconds':>9}"
              f"{'gain':>7}{'paper':>8}{'gain':>6}"]
     for title, name, when, paper in TABLE:
@@ -161,8 +165,9 @@ def table(out: Path, seeds: int) -> str:
                          for key in ("fix_rate", "break_rate"))
         two = name not in ("grpo", "plain_sft_grpo")
         theirs = f"{paper:8.1f}{paper - TABLE[0][3]:+6.1f}" if paper else f"{'-':>8}"
+        spread = f" +-{half:5.1%}" if seeds > 1 else ""
         lines.append(
-            f"{title:33}{final:7.1%} +-{half:5.1%}{first:7.1%}{fixes if two else '-':>7}"
+            f"{title:33}{final:7.1%}{spread:8}{first:7.1%}{fixes if two else '-':>7}"
             f"{breaks if two else '-':>8}{tokens:8.1f}{seconds:9.0f}{100 * (final - base):+7.1f}"
             f"{theirs}")
     lines.append("a wrong first answer earns more than a right one once wrong ones end right in: "
@@ -197,7 +202,8 @@ def draw(out: Path, seeds: int) -> None:
         left.errorbar(mean, y, xerr=half, fmt="o", color=color, capsize=3)
         left.plot(values, [y] * len(values), "|", color=color, alpha=0.5)
     left.set_yticks(range(len(TABLE)), [row[0] for row in reversed(TABLE)], fontsize=9)
-    left.set_title(f"final answer right, held-out, {seeds} seeds", fontsize=10)
+    left.set_title(f"final answer right, held-out, {counted(seeds)}", fontsize=10)
+    left.set_xlim(0, 1)
     left.grid(axis="x", alpha=0.3)
     for name, color in (("srpo", "tab:blue"), ("openrlhf", "tab:red"), ("outcome", "tab:green")):
         for key, style in (("first", "--"), ("final", "-")):
