@@ -256,13 +256,13 @@ def suite(name: str, tasks: tuple[int, ...] = (), options: SuiteOptions | None =
     protocol = (f"horizon {steps}" + f" ({options.protocol})" * (not options.horizon)
                 + f", {SETTLE} settling steps" + ", fast pixels" * options.fast
                 + f", {files.mujoco_note() or 'MuJoCo ' + files.mujoco_version()}")
-    numbers = [i for i, task in enumerate(env.tasks) if not task.own_assets]
-    if (lacking := len(env.tasks) - len(numbers)) and not tasks:
-        told = f"{name}: {lacking} of {len(env.tasks)} tasks need LIBERO-Plus's own assets"
-        if not numbers:
-            raise ValueError(f"{told}; put them into its folder assets")
+    asked = [task_number(task, name, env.instructions) for task in tasks or range(len(env.tasks))]
+    chosen = tuple(number for number in asked if not env.tasks[number].own_assets)
+    if lacking := len(asked) - len(chosen):
+        told = f"{name}: {lacking} of {len(asked)} tasks need LIBERO-Plus's own assets"
+        if not chosen:
+            raise ValueError(f"{told}; put them into {files.find_package(env.plus)}/assets")
         print(f"note: {told}, and are left out", file=sys.stderr)
-    chosen = tuple(task_number(task, name, env.instructions) for task in tasks or numbers)
     kwargs = dict(horizon=options.horizon or None, by_task=True, protocol=protocol)
     if env.plus:
         return Suite(name, env.instructions, chosen, {"all": 1}, make,
