@@ -493,16 +493,20 @@ def test_all_names_of_libero_plus():
     assert count == 10_030 - 1537
 
 
-def test_every_task_of_the_package_is_there(monkeypatch):
-    """As its own classification has them: dimension, order, states, and for all but the changes
-    that are made from the name a file."""
+def test_every_task_of_the_package_is_there():
+    """As its own classification has them: dimension, order, instruction, states, and for all but
+    the changes that are made from the name a file."""
     if not libero_files.find_plus():
         pytest.skip("LIBERO-Plus is not installed (bash setup.sh --libero-plus)")
     found = {d: tasks(f"libero_plus:{d}") for d in libero_files.DIMENSIONS}
     assert {d: len(each) for d, each in found.items()} == dict(
         camera=1599, robot=1550, language=1537, light=1142, background=1076, noise=1601, layout=1525
     )
+    bases = {t.name: t.instruction for suite in libero_files.SUITES for t in tasks(suite)}
     for dimension, each in found.items():
+        for task in each if dimension != "language" else ():
+            base = max((b for b in bases if task.name.startswith(b + "_")), key=len)
+            assert task.instruction == bases[base], task.name
         assert all(task.instruction and Path(task.states).is_file() for task in each)
         whole = dimension in ("light", "background", "layout")
         assert all(Path(task.bddl).is_file() == whole for task in each)
