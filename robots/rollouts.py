@@ -45,7 +45,8 @@ class ActionChunk(gymnasium.Wrapper):
             ended = env.advance(action[executed])
             executed += 1
         return (env.observe(), float(env.success), env.success, ended and not env.success,
-                {"executed": executed, "between": between, "progress": env.progress})
+                {"executed": executed, "between": between,
+                 "progress": getattr(env, "progress", np.nan)})
 
 
 class TableBatch:

@@ -275,7 +275,7 @@ def test_both_stages_end_to_end(finished):
         )
     )
     assert (
-        "sample: 'from " in printed
+        "sample: 'to " in printed
         and "reflection ?', answer" in printed
         and "final answer right" in printed
         and "(format" in printed

@@ -14,10 +14,12 @@ from plumbing import adapters, ranks
 from robots import find_suite
 from robots import openvla as vla
 from robots import policy as policies
-from robots import tabletop as envs
+from robots import tabletop
 from robots.suite import Episode, Start
 from robots.tiny_vla import TinyVLA
 from tests.conftest import STATS, fake_episode
+
+TASKS = tabletop.TASKS["tabletop"]
 
 KEY = "tabletop"
 TINY = Path(__file__).parents[2] / "weights" / "tiny_vla"
@@ -70,11 +72,11 @@ def test_find_key():
 def test_greedy_takes_the_likeliest_bin():
     policy = TinyVLA(STATS, channels=(4, 4, 4), width=16, basis=6)
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
-    actions, records = policies.greedy(policy, KEY)(images, list(envs.TASKS[:3]))
+    actions, records = policies.greedy(policy, KEY)(images, list(TASKS[:3]))
     assert actions.shape == (3, 8, 7) and records == [None] * 3
     with torch.no_grad():
         logits = policy(
-            *policy.prompt_ids(list(envs.TASKS[:3])), policy.pixel_values(images[:, None])
+            *policy.prompt_ids(list(TASKS[:3])), policy.pixel_values(images[:, None])
         )
     bins = [
         [max(range(256), key=lambda b: logits[i, t, b].item()) for t in range(56)] for i in range(3)
@@ -160,7 +162,7 @@ def test_collate_takes_the_executed_tokens():
         )
     ]
     advantages = torch.tensor([0.5, -1.0, 2.0, 0.0, -0.25])  # the fourth says nothing
-    batch = policies.collate(episodes, advantages, envs.TASKS)
+    batch = policies.collate(episodes, advantages, TASKS)
     rows = [(i, j) for i, e in enumerate(episodes) if i != 3 for j in range(len(e.executed))]
     assert batch.rows == len(batch.mask) == len(rows) == 12
     for n, (i, j) in enumerate(rows):
@@ -170,7 +172,7 @@ def test_collate_takes_the_executed_tokens():
             batch.logp[n], e.calls[j].logp
         )
         np.testing.assert_array_equal(batch.frames[n, 0], e.clip[j])
-        assert batch.instructions[n] == envs.TASKS[e.start.task]
+        assert batch.instructions[n] == TASKS[e.start.task]
         assert batch.advantage[n] == advantages[i] and batch.trajectory[n] == i
     kinds = (batch.frames, batch.bins, batch.logp, batch.mask, batch.advantage, batch.trajectory)
     assert [x.dtype for x in kinds] == [
@@ -181,9 +183,9 @@ def test_collate_takes_the_executed_tokens():
 def test_a_batch_without_advantages_is_a_row_that_counts_for_nothing():
     """Another rank's update needs this one's pass: it must run, and its loss and gradients be 0."""
     episodes = [fake_episode(Start(2, i), [8, 3], i) for i in range(2)]
-    batch = policies.collate(episodes, torch.zeros(2), envs.TASKS)
+    batch = policies.collate(episodes, torch.zeros(2), TASKS)
     assert batch.rows == 0 and batch.mask.shape == (1, 56) and not batch.mask.any()
-    assert batch.instructions == [envs.TASKS[2]] and batch.advantage.tolist() == [0.0]
+    assert batch.instructions == [TASKS[2]] and batch.advantage.tolist() == [0.0]
     assert batch.frames.shape == (1, 1, 64, 64, 3) and batch.bins.shape == (1, 56)
     policy = TinyVLA(STATS, channels=(4, 4, 4), width=16, basis=6)
     logp = policies.logprobs(policy, batch, torch.arange(1), 1.6)
@@ -195,12 +197,12 @@ def test_a_batch_without_advantages_is_a_row_that_counts_for_nothing():
 def test_logprobs_are_those_of_the_sampling_policy():
     """Rows in any order give the numbers that sampling remembered: one policy, one temperature."""
     torch.manual_seed(0)
-    policy, texts = TinyVLA(STATS, channels=(4, 4, 4), width=16, basis=6), list(envs.TASKS)
+    policy, texts = TinyVLA(STATS, channels=(4, 4, 4), width=16, basis=6), list(TASKS)
     torch.nn.init.normal_(policy.head.weight)
     images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
     _, calls = policies.sampler(policy, 1.6, KEY)(images, texts)
     episodes = [Episode(Start(i, 0), [call], [8]) for i, call in enumerate(calls)]
-    batch = policies.collate(episodes, torch.ones(4), envs.TASKS)
+    batch = policies.collate(episodes, torch.ones(4), TASKS)
     part = torch.tensor([2, 0, 3])
     again = policies.logprobs(policy, batch, part, 1.6)
     torch.testing.assert_close(again.detach(), batch.logp[part], rtol=0, atol=1e-4)
@@ -300,7 +302,7 @@ def test_both_policies_have_what_a_policy_must_have():
 
 
 def test_suites_by_name():
-    assert find_suite("tabletop").instructions == envs.TASKS
+    assert find_suite("tabletop").instructions == TASKS
     assert find_suite("tabletop", (2, 0)).tasks == (2, 0)
     for name in ("moon", "", "tabletop_x", "Tabletop"):
         with pytest.raises(ValueError, match="suite") as caught:
