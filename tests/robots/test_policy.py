@@ -11,10 +11,9 @@ from scipy.stats import chi2
 
 import robots
 from plumbing import adapters, ranks
-from robots import find_suite
+from robots import find_suite, tabletop
 from robots import openvla as vla
 from robots import policy as policies
-from robots import tabletop
 from robots.suite import Episode, Start
 from robots.tiny_vla import TinyVLA
 from tests.conftest import STATS, fake_episode
