@@ -28,7 +28,6 @@ from plumbing.flags import Parser, add_flags, ending, flag, require
 from robots.flags import SuiteSettings, check_suite
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
-DIMENSIONS = ("camera", "robot", "language", "light", "background", "noise", "layout")
 # Success in percent on SUITES and their mean (arXiv 2511.15605; the last two: theirs)
 PAPER = {"OpenVLA-OFT, one demonstration a task": (63.6, 54.9, 59.6, 17.3, 48.9),
          "+ offline SRPO": (92.5, 96.8, 92.0, 88.7, 92.5),
@@ -155,11 +154,12 @@ def pairs_of(s: Played, command: str) -> dict[str, str]:
                 raise ValueError(f"--checkpoint {name}: write SUITE=CHECKPOINT, with "
                                  f"SUITE one of {', '.join(SUITES)}")
         return pairs
+    from robots.libero_files import dimensions
     names = []
     for name in s.suite:
         every = re.fullmatch("libero_plus(::(.+))?", name)
         rest = f":{every[2]}" if every and every[2] else ""
-        names += [f"libero_plus:{d}{rest}" for d in DIMENSIONS] if every else [name]
+        names += dimensions(rest, s.plus) if every else [name]
     if len({"plus" in name for name in names}) > 1:
         raise ValueError("--suite: LIBERO-Plus and LIBERO are two packages of one "
                          "name; measure them in two runs")

@@ -1,17 +1,17 @@
-"""The small world of reflection_srpo.py: pictures of arrows, questions on them, a teacher that
-errs, and a tiny Qwen2.5-VL. Nothing here comes from the paper (arXiv 2506.01713).
+"""The small world of reflection_srpo.py: pictures of arrows, questions on them, a teacher who knows
+the way and a base who guesses, and a tiny Qwen2.5-VL. Nothing here comes from the paper (arXiv
+2506.01713).
 
-A picture is a grid of 4 x 4 coloured cells with an arrow in each; asked is where the arrows lead:
-"from a2 go 6 ?". A response looks twice: at three glances of two arrows each, then, from the place
-that its reflection names, arrow by arrow:
+A picture is a grid of 4 x 4 coloured cells with an arrow in each; asked is from which cell five
+arrows lead to a given one. The way is sought back from there. Where several arrows point at a cell
+it forks, and a wrong turn ends, later, where no arrow points at:
 
-    <think> from a2 about b3 about c4 about d4 </think> <answer> d4 </answer>
-    <reflection> check from b3 </reflection>
-    <think> b3 down c3 right c4 down d4 left d3 </think> <answer> d3 </answer>
+    to c2 in 5 reflection ?
+    <think> c2 c1 b1 b2 a2 </think> <answer> a2 </answer>
+    <reflection> check from b2 </reflection>
+    <think> b2 b3 b4 </think> <answer> b4 </answer>
 
-The second pass has a forward pass for every arrow, which the first lacks. The teacher errs: most of
-its glances stop an arrow short, and it seldom sees where it went wrong. What reinforcement learning
-can find is how far to go back, and to glance better.
+One pass is enough for who sees ahead at every fork; a second one need not, as the dead end tells.
 
     python -m reasoning.arrows --out arrows --rows 200        # rows.jsonl and its pictures
 """

@@ -7,8 +7,8 @@ from robots.suite import SuiteOptions
 
 @dataclass
 class SuiteSettings:
-    suite: str = flag("tabletop", "tabletop, libero_spatial, libero_object, libero_goal, "
-                                  "libero_10 or libero_90")
+    suite: str = flag("tabletop", "tabletop, tabletop_long, libero_spatial, libero_object, "
+                                  "libero_goal, libero_10 or libero_90")
     tasks: list[int] = flag([], "task numbers (all if none is given)")
     protocol: str = flag("openvla-oft", "LIBERO: whose horizons",
                          choices=["openvla-oft", "simplevla"])

@@ -80,10 +80,6 @@ def find_package(plus: str = "") -> Path:
     raise RuntimeError(f"LIBERO is not installed; run: {INSTALL}")
 
 
-def is_plus(package: Path) -> bool:
-    return (package / PLUS_LIST).is_file() or package.match(PLUS_PACKAGE)
-
-
 def find_plus(plus: str = "") -> str:
     """Folder of LIBERO-Plus: `plus`, else LIBERO_PLUS_PATH, else the installed package. "" if there
     is none."""
@@ -97,7 +93,8 @@ def find_assets(package: Path, assets: str = "") -> Path:
     LIBERO-Plus, which has more, before LIBERO_ASSETS), else what setup.sh --libero installed, else
     where hf-libero keeps them, else a download of the hub's data set. RuntimeError if they are
     nowhere, or not whole."""
-    plus, inside = is_plus(package), package / "assets"
+    plus = (package / PLUS_LIST).is_file() or package.match(PLUS_PACKAGE)
+    inside = package / "assets"
     packaged = (Path(entry or ".") / ASSET_PACKAGE for entry in sys.path)
     given = (assets or not (plus and inside.is_dir()) and os.environ.get("LIBERO_ASSETS")
              or inside.is_dir() and inside or next(filter(Path.is_dir, packaged), None))
@@ -237,6 +234,17 @@ def dimension_of(name: str) -> str:
     marks = {"language": "_language_", "noise": "_noise_", "layout": r"_add_\d|_level\d",
              "light": "_light_", "background": r"_(table|tb)_\d", "camera": "_initstate_0$"}
     return next((dim for dim, mark in marks.items() if re.search(mark, name)), "robot")
+
+
+def dimensions(rest: str = "", plus: str = "") -> list[str]:
+    """LIBERO-Plus's seven suites, `rest` appended, less those whose tasks all lack its own assets,
+    which a line names."""
+    names = [f"libero_plus:{dimension}{rest}" for dimension in DIMENSIONS]
+    here = [name for name in names if not all(task.own_assets for task in tasks(name, plus))]
+    if lacking := sorted({*names} - {*here}):
+        print(f"note: {', '.join(lacking)} need LIBERO-Plus's own assets, and are left out",
+              file=sys.stderr)
+    return here
 
 
 def make_task(package: Path, suite: str, name: str, dimension: str = "") -> Task:

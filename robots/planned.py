@@ -96,13 +96,13 @@ def hub_shapes(name: str) -> dict[str, tuple[int, ...]]:
 
 def video_config(s) -> VJEPA2Config | None:
     """The world model's; None if there is none."""
-    if s.reward == "binary" or s.world_model == "pixels":
+    if s.reward == "binary" or s.world_model in ("pixels", "oracle"):
         return None
     where = local_folder(s.world_model, weights=False)
     config = read_json(where / "config.json")
     if config.get("model_type") != "vjepa2":
         raise ValueError(f"--world_model {where} is a {config.get('model_type')}; give a V-JEPA 2, "
-                         "or pixels")
+                         "pixels or oracle")
     return VJEPA2Config(**config)
 
 

@@ -139,12 +139,13 @@ def run(s: Settings) -> None:
     from robots.tiny_vla import TinyVLA
     torch.set_num_threads(s.threads or os.cpu_count())
     torch.set_flush_denormal(True)                      # numbers below 1e-38 are noise, and slow
-    suite, more = find_suite(s.suite, tuple(s.tasks), s.options()), ""
+    suite = find_suite(s.suite, tuple(s.tasks), s.options())
     TinyVLA({}, size=s.size, crop=s.crop or None)       # is refused now rather than after the work,
     Path(s.out).mkdir(parents=True, exist_ok=True)      # as is a folder
     noted = {"num_trajectories": s.demos * len(suite.tasks)}
     if s.suite.startswith("tabletop"):
         data, key = demonstrations(tabletop_episodes(s.demos, suite=s.suite)), s.suite
+        more = f" --suite {s.suite}"
     else:
         data = demonstrations(libero_episodes(s, suite.tasks, every=2), every=2)
         key, everything = f"{s.suite}_no_noops", s.split == "all"

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -87,11 +88,12 @@ def finished(folder: Path, argv: list[str]) -> bool:
 
 def study(flags: list[str], seeds: int, jobs: int, out: Path) -> None:
     """All runs, then OUT/table.txt and OUT/picture.png."""
-    stages = [[(name, seed) for seed in range(seeds) for name in names]
-              for names in (["base"], ["plain_sft", "reflection_sft"], RUNS)]
-    todo = [[(out / f"{name}-{seed}", argv) for name, seed in stage
-             if not finished(out / f"{name}-{seed}", argv := command(name, seed, flags, out))]
-            for stage in stages]
+    def left(names: Iterable[str], seeds: Iterable[int]) -> list[tuple[Path, list[str]]]:
+        return [(out / f"{name}-{seed}", argv) for seed in seeds for name in names
+                if not finished(out / f"{name}-{seed}", argv := command(name, seed, flags, out))]
+    needed = [seed for seed in range(seeds) if left(RUNS, [seed])]      # whose starts are, too
+    todo = [left(["base"], needed), left(["plain_sft", "reflection_sft"], needed),
+            left(RUNS, needed)]
     began, done, total = time.time(), 0, sum(map(len, todo))
     with ThreadPoolExecutor(jobs) as pool:
         for stage in todo:

@@ -4,6 +4,7 @@ tests/plumbing/test_plots.py."""
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 import eval as evaluation
 import robots
 from plumbing.plots import rate
+from robots import libero_files
 from robots.tabletop import TASKS
 from robots.tiny_vla import TinyVLA
 from tests.conftest import STATS
@@ -92,10 +94,19 @@ def test_all_of_it_is_checked_before_the_first_episode(checkpoint, tmp_path, mon
     measured.clear()
     monkeypatch.setattr(evaluation, "suite_and_key", lambda *_: None)
     monkeypatch.setattr(evaluation.plots, "success_table", lambda *_: "")
+    capsys.readouterr()
+    listed = {}
+    for dimension in libero_files.DIMENSIONS:
+        name, lacks = f"libero_plus:{dimension}:libero_goal", dimension in ("light", "background")
+        own = [lacks, lacks or dimension == "layout"]       # of layout some tasks run
+        listed[name] = [SimpleNamespace(own_assets=x) for x in own]
+    monkeypatch.setattr(libero_files, "tasks", lambda name, plus: listed[name])
     assert run("vla", "--checkpoint", checkpoint, "--suite", "libero_plus::libero_goal") == 0
-    assert [name for name, _ in measured] == [
-        f"libero_plus:{dimension}:libero_goal" for dimension in evaluation.DIMENSIONS
-    ]
+    runs = ("camera", "robot", "language", "noise", "layout")
+    assert [name for name, _ in measured] == [f"libero_plus:{x}:libero_goal" for x in runs]
+    assert capsys.readouterr().err == (
+        "note: libero_plus:background:libero_goal, libero_plus:light:libero_goal need "
+        "LIBERO-Plus's own assets, and are left out\n")
 
 
 def test_curves_command(tmp_path, monkeypatch):
