@@ -402,10 +402,11 @@ def server(script, port: int = 0):
                 state.active += 1
                 state.peak = max(state.peak, state.active)
             try:
-                self.reply(*script(n, body))
+                answer = script(n, body)
             finally:
-                with state.lock:
+                with state.lock:        # before the reply, after which the next request may come
                     state.active -= 1
+            self.reply(*answer)
 
         def reply(self, status, headers, content):
             text = (content if isinstance(content, str) else json.dumps(content)).encode()
