@@ -13,10 +13,12 @@ Before that the policy is fine-tuned on a few demonstrations (studies/demonstrat
 
 Ours, for 0.4 M parameters: evaluated is a running average of the weights, the
 temperature falls, two passes over a step's rollouts, fewer groups; `--paper` undoes it.
+`offline` instead learns from logged trajectories (robots/offline.py).
 Left out: a value network, an entropy bonus, refilling of dropped groups.
 
     python vla_srpo.py --steps 200                      # eleven minutes on two cores
     python vla_srpo.py --steps 200 --reward binary      # plain GRPO
+    python vla_srpo.py offline --data FOLDER --steps 20 # the paper's offline variant
     python vla_srpo.py --resume out/srpo                # go on after an interruption
     python vla_srpo.py --paper --suite libero_object \\
         --model Haozhan72/Openvla-oft-SFT-libero-object-traj1   # 7B, one H200
@@ -27,13 +29,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plumbing.flags import RunSettings, at_once, check_run, flag, require
-from robots.flags import SuiteSettings, check_suite
+from robots.flags import OfflineSettings, SuiteSettings, check_offline, check_suite
 
 WEIGHTS = Path(__file__).parent / "weights"
 
 
 @dataclass
-class Settings(SuiteSettings, RunSettings):
+class Settings(SuiteSettings, OfflineSettings, RunSettings):
     steps: int = flag(200, "RL steps")
     until: float = flag(0.0, "end when a held-out evaluation reaches this; 0: never")
     reward: str = flag("srpo", "srpo: failures earn progress; binary: 0/1, plain GRPO; "
@@ -93,6 +95,7 @@ def check(s: Settings) -> None:
     """ValueError, one line, for a setting out of range; derives the output folder."""
     check_run(s, "groups")
     check_suite(s)
+    check_offline(s)
     require(s, dict(steps=1, minibatch=1, micro_batch=1, clips=1, target_kl=0,
                     lr_end=0, references=0), ("temperature_end",))
     for name, value, low, high in (("average", s.average, 0, 0.9999),
@@ -106,11 +109,12 @@ def check(s: Settings) -> None:
         raise ValueError(f"--references is for --reward srpo, not {s.reward}")
     if s.world_model == "oracle" and not s.suite.startswith("tabletop"):
         raise ValueError(f"--world_model oracle: only the tabletop, not {s.suite}")
-    s.out = s.out or f"out/{s.reward}"
+    s.out = s.out or f"out/{s.stage or s.reward}"
 
 
+READING = dict(paper=PAPER, words=("offline",), about=__doc__.split("\n\n")[0])
 if __name__ == "__main__":      # before torch is imported: --help takes no seconds
-    at_once(Settings, check, paper=PAPER, about=__doc__.split("\n\n")[0])
+    at_once(Settings, check, **READING)
 
 import os
 from dataclasses import replace
@@ -125,7 +129,7 @@ from plumbing import adapters, plots, ranks
 from plumbing.optimizer import make_optimizer
 from plumbing.run import Run, launch
 from plumbing.update import Update
-from robots import evaluate, find_suite, published_reward
+from robots import evaluate, find_suite, offline, published_reward
 from robots import policy as policies
 from robots.references import Oracle, References
 from robots.rollouts import play
@@ -250,18 +254,11 @@ def train(run: Run, parts: Parts, before: dict) -> None:
             parts.average.update_parameters(policy)
         run.lap("update")
 
-        if run.due(s.eval_every):
-            result = run.write("after.json", evaluate.of_run(run, parts, "after"))
-            run.say(f"step {step:4d}  {suite.split_names[parts.split]}: success "
-                    f"{result['success']:.1%} (greedy, {result['episodes']} episodes)")
-            if 0 < s.until <= result["success"]:
-                run.end()
         row = evaluate.measured(run.gather, played, reward, advantages, record)
         row |= update.summary() | {
             "lr": optimizer.param_groups[0]["lr"], "temperature": temperature,
             "tokens": sum(run.gather([int(batch.mask.sum())])),
-            "workers_replaced": parts.workers.replaced}
-        row |= {"heldout": result["success"]} if run.due(s.eval_every) else {}
+            "workers_replaced": parts.workers.replaced} | evaluate.when_due(run, parts)
         run.log(row, f"success {row['success']:5.1%}  reward {row['reward']:.3f}  "
                      f"groups used {row['groups_used']:2d}/{s.groups}  "
                      f"kl {row.get('old_kl', 0):.4f}  entropy {row['entropy']:.2f}")
@@ -347,7 +344,7 @@ def work(run: Run) -> int:
               "(greedy)")
         if run.fresh:
             evaluate.film_run(run, parts, "before.gif")
-        train(run, parts, before)
+        (offline.train if s.stage == "offline" else train)(run, parts, before)
         if run.finished:
             evaluate.film_run(run, parts, "after.gif")
             adapters.save_policy(parts.evaluated, out / "policy",
@@ -371,8 +368,7 @@ def main(argv: list[str] | None = None) -> int:
     def planned(s: Settings):
         from robots.planned import job
         return job(s, ready)
-    return launch(Settings, work, argv, check=check, free=FREE, paper=PAPER,
-                  job=planned)
+    return launch(Settings, work, argv, check=check, free=FREE, job=planned, **READING)
 
 
 if __name__ == "__main__":

@@ -191,3 +191,18 @@ def _draw(panel, seeds: list[list[dict]], key: str, window: int, color, label: s
                label=f"{label} ({len(seeds)} seed{'s' * (len(seeds) > 1)})",
                marker="o" if window == 1 else None)
     panel.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
+
+
+def draw_progress(curves: dict[object, list[tuple]], out: str | Path) -> None:
+    """{task: [(success, frames seen, progress)]}: a panel per task; successes are green."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(3.6 * len(curves), 3.2), layout="tight")
+    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)
+    for (name, rows), panel in zip(curves.items(), panels[0], strict=True):
+        for won, frames, r in rows:
+            panel.plot(frames, r, color="tab:green" if won else "tab:red", alpha=0.4, linewidth=1)
+        wins = sum(won for won, _, _ in rows)
+        panel.set(xlabel="frames seen", ylim=(0, 1))
+        panel.set_title(f"{name:.40}: {wins} successes, {len(rows) - wins} failures", fontsize=7)
+    panels[0][0].set_ylabel("progress (green: success)")
+    figure.savefig(out, dpi=120)

@@ -145,6 +145,19 @@ def of_run(run, parts, name: str) -> dict:
                                             parts.split, parts.key, gifs=gifs))
 
 
+def when_due(run, parts) -> dict:
+    """Every --eval_every steps and at the last: after.json, a line, and what the log says of it; a
+    run that has reached --until ends."""
+    if not run.due(run.s.eval_every):
+        return {}
+    result = run.write("after.json", of_run(run, parts, "after"))
+    run.say(f"step {run.step:4d}  {parts.suite.split_names[parts.split]}: success "
+            f"{result['success']:.1%} (greedy, {result['episodes']} episodes)")
+    if 0 < run.s.until <= result["success"]:
+        run.end()
+    return {"heldout": result["success"]}
+
+
 def film_run(run, parts, name: str) -> None:
     """One held-out episode of each task, where that takes no minutes."""
     if not parts.suite.slow:

@@ -1,4 +1,5 @@
-"""Which tasks are played, and how: the flags that training, fine-tuning and evaluation share."""
+"""Which tasks are played, and how: the flags that training, fine-tuning and evaluation share; and
+those of learning offline."""
 from dataclasses import dataclass
 
 from plumbing.flags import flag, require
@@ -34,3 +35,34 @@ def check_suite(s: SuiteSettings) -> None:
     if 0 < s.tables < s.workers:
         raise ValueError(f"--tables {s.tables} is less than --workers {s.workers}: "
                          "each worker needs one")
+
+
+@dataclass
+class OfflineSettings:
+    """What `vla_srpo.py offline` can be told besides; robots/offline.py."""
+    stage: str = flag("", "what the command's first word says", choices=["", "offline"])
+    data: str = flag("", "logged trajectories: folder of .npz, or LeRobot's, folder or hub id")
+    camera: str = flag("", "LeRobot: feature of the images (its first)")
+    weights: str = flag("progress", "progress: exp(A / temperature), A from increments of "
+                        "progress; outcome: A from success alone; all: behaviour cloning; "
+                        "successes: of those alone; rabc: LeRobot's RA-BC weights",
+                        choices=["progress", "outcome", "all", "successes", "rabc"])
+    curves: str = flag("ours", "progress; ours: against the task's other successes; paper: as its "
+                       "Appendix B has it, a success against itself", choices=["ours", "paper"])
+    awr_temperature: float = flag(1.0, "of weights; the paper has none, nor a bound")
+    max_weight: float = flag(20.0, "no weight exceeds this")
+
+
+def check_offline(s) -> None:
+    """ValueError, one line; without progress there is no need of a world model."""
+    if not s.stage:
+        if s.data:
+            raise ValueError("--data is for: python vla_srpo.py offline --data ...")
+        return
+    require(s, {}, ("awr_temperature", "max_weight"))
+    if not s.data:
+        raise ValueError("offline needs --data: a folder of logged trajectories, or a hub id")
+    if s.world_model == "oracle" or s.references or s.beta or s.reward == "official":
+        raise ValueError("--world_model oracle, --references, --beta and --reward official are "
+                         "for rollouts, not for offline")
+    s.reward = "srpo" if s.weights in ("progress", "rabc") else "binary"

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from plumbing.flags import ending, flag, read_command
+from plumbing.plots import draw_progress
 from robots.suite import CHUNK
 
 MEASURES = ("spearman", "pearson", "monotonicity", "mmd", "js", "smd")
@@ -93,21 +94,15 @@ def simulator_rollouts(episodes: int = 120, seed: int = 0,
 
 def progress_curves(videos: list, success: np.ndarray, task: np.ndarray, model, kind: str) -> dict:
     """{task: [(success, frames seen, R)]} of the tasks with two successes and a failure."""
-    from rewards import cluster
+    from robots.offline import reference
     latents, curves = model.encode(videos).numpy(), {}
+    along = model.paper_progress if kind == "paper" else model.progress
     for name in np.unique(task).tolist():
         won = np.flatnonzero(success & (task == name))
         if len(won) < 2 or success[task == name].all():
             continue
-        labels = cluster(latents[won])
-        centres = [latents[won[labels == c]].mean(0) for c in range(labels.max() + 1)]
-        curves[name] = []
-        for i in np.flatnonzero(task == name):
-            if kind == "paper":
-                curve = model.paper_progress(videos[i], None if success[i] else centres)
-            else:
-                curve = model.progress(videos[i], latents[won[won != i]].mean(0))
-            curves[name].append((bool(success[i]), *curve))
+        curves[name] = [(bool(success[i]), *along(videos[i], reference(latents, won, i, kind)))
+                        for i in np.flatnonzero(task == name)]
     if not curves:
         raise ValueError("no task has two successes and a failure: nothing to compare")
     return curves
@@ -119,21 +114,6 @@ def benchmark(curves: dict) -> dict[str, float]:
     scores = [progress_metrics([r for _, _, r in rows], [won for won, _, _ in rows])
               for rows in curves.values()]
     return {name: float(np.mean([score[name] for score in scores])) for name in MEASURES}
-
-
-def draw(curves: dict, path: str) -> None:
-    """A panel per task; successes are green."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(3.6 * len(curves), 3.2), layout="tight")
-    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)
-    for (name, rows), panel in zip(curves.items(), panels[0], strict=True):
-        for won, frames, r in rows:
-            panel.plot(frames, r, color="tab:green" if won else "tab:red", alpha=0.4, linewidth=1)
-        wins = sum(won for won, _, _ in rows)
-        panel.set(xlabel="frames seen", ylim=(0, 1))
-        panel.set_title(f"task {name}: {wins} successes, {len(rows) - wins} failures", fontsize=9)
-    panels[0][0].set_ylabel("progress (green: success)")
-    figure.savefig(path, dpi=120)
 
 
 def study(s: Settings) -> None:
@@ -169,7 +149,7 @@ def study(s: Settings) -> None:
     print("nearer: share of pairs in which a success lies nearer to the other successes than a "
           "failure does; 0.5 is blind")
     if not compare:
-        draw(curves, s.out)
+        draw_progress({f"task {name}": rows for name, rows in curves.items()}, s.out)
         print(f"wrote {s.out}")
 
 

@@ -8,26 +8,19 @@ with what was interrupted. Further flags are reflection_srpo.py's, of every run.
 
     python -m studies.reflection_ablation --out results/reflection_ablation --seeds 5 --jobs 2
 """
-import argparse
-import math
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from plumbing.files import read_json
-from plumbing.flags import ending, read_command
+from plumbing.flags import read_command
 from plumbing.plots import read_metrics, values_of
 from reasoning.published_reward import openrlhf
 from rewards import reflection_reward
+from studies import runs
 
-ROOT = Path(__file__).parents[1]
 OURS = {"model", "data", "resume", "reward", "seed", "stage", "format", "target", "out"}
 # Folders NAME-SEED: where a run starts, and its own flags
 SHORT = ["--sft_rows", "1920", "--sft_epochs", "4", "--sft_lr", "2e-3"]
@@ -73,47 +66,20 @@ def command(name: str, seed: int, flags: list[str], out: Path) -> list[str]:
             "--threads", "1", "--out", str(out / f"{name}-{seed}")]
 
 
-def finished(folder: Path, argv: list[str]) -> bool:
-    """Whether this run has ended. ValueError if what stands there was made with other settings."""
-    from reflection_srpo import FREE, Settings
-    if not (folder / "settings.json").exists():
-        return False
-    saved = read_json(folder / "settings.json")
-    for name, value in asdict(read_command(Settings, argv, words=("sft", "rl")).settings).items():
-        if name not in FREE | {"model", "out"} and saved.get(name) != value:
-            raise ValueError(f"{folder} was made with --{name} {saved.get(name)}, not {value}; "
-                             "choose another --out")
-    return (folder / ("after.json" if argv[0] == "rl" else "policy")).exists()
-
-
-def study(flags: list[str], seeds: int, jobs: int, out: Path) -> None:
+def ablation(flags: list[str], seeds: int, jobs: int, out: Path) -> None:
     """All runs, then OUT/table.txt and OUT/picture.png."""
+    import reflection_srpo
+    reflection_srpo.check(read_command(reflection_srpo.Settings, flags).settings)
+
     def left(names: Iterable[str], seeds: Iterable[int]) -> list[tuple[Path, list[str]]]:
-        return [(out / f"{name}-{seed}", argv) for seed in seeds for name in names
-                if not finished(out / f"{name}-{seed}", argv := command(name, seed, flags, out))]
+        jobs = [(out / f"{name}-{seed}", command(name, seed, flags, out))
+                for seed in seeds for name in names]
+        return [job for job in jobs if not runs.finished(
+            reflection_srpo, *job, "after.json" if job[1][0] == "rl" else "policy")]
     needed = [seed for seed in range(seeds) if left(RUNS, [seed])]      # whose starts are, too
-    todo = [left(["base"], needed), left(["plain_sft", "reflection_sft"], needed),
-            left(RUNS, needed)]
-    began, done, total = time.time(), 0, sum(map(len, todo))
-    with ThreadPoolExecutor(jobs) as pool:
-        for stage in todo:
-            for folder in pool.map(run, stage):
-                done += 1
-                left = (time.time() - began) / done * (total - done) / 60
-                print(f"{folder.name}: {done} of {total} runs, {left:.0f} minutes left", flush=True)
+    runs.run_all(reflection_srpo, [left(["base"], needed), left(["plain_sft", "reflection_sft"],
+                                                                needed), left(RUNS, needed)], jobs)
     report(out, seeds)
-
-
-def run(job: tuple[Path, list[str]]) -> Path:
-    """One run in a process of its own. RuntimeError with its last words if it fails."""
-    folder, argv = job
-    begun = any((folder / f"checkpoint{old}").exists() for old in ("", ".old"))
-    argv = ["--resume", str(folder)] if begun else argv
-    done = subprocess.run([sys.executable, ROOT / "reflection_srpo.py", *argv],
-                          capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{folder}: {(done.stderr.splitlines() or ['it failed'])[-1]}")
-    return folder
 
 
 # What came out
@@ -137,30 +103,16 @@ def results(out: Path, name: str, when: str, seeds: int) -> list[dict]:
     return found
 
 
-def counted(seeds: int) -> str:
-    return f"{seeds} seed" + "s" * (seeds > 1)
-
-
-def mean_and_half(values: list[float]) -> tuple[float, float]:
-    """Mean over seeds, half of its 95% interval (Student's t)."""
-    from scipy.stats import t as student
-    n = len(values)
-    if n < 2:
-        return values[0], math.nan
-    return (float(np.mean(values)),
-            float(np.std(values, ddof=1) * student.ppf(0.975, n - 1) / math.sqrt(n)))
-
-
 def table(out: Path, seeds: int) -> str:
     """A row per setting; `gain` is the final accuracy less the base's, ours and the paper's."""
-    base, _ = mean_and_half([x["final_accuracy"] for x in results(out, "grpo", "before", seeds)])
-    lines = [f"held-out, greedy, mean of {counted(seeds)}; +- is its 95% interval; gain: points "
-             "over the base; seconds: of the RL steps",
+    base = np.mean([x["final_accuracy"] for x in results(out, "grpo", "before", seeds)])
+    lines = [f"held-out, greedy, mean of {runs.counted(seeds)}; +- is its 95% interval; gain: "
+             "points over the base; seconds: of the RL steps",
              f"{'':33}{'final':>15}{'first':>7}{'fixes':>7}{'breaks':>8}{'tokens':>8}{'seconds':>9}"
              f"{'gain':>7}{'paper':>8}{'gain':>6}"]
     for title, name, when, paper in TABLE:
         found = results(out, name, when, seeds)
-        final, half = mean_and_half([x["final_accuracy"] for x in found])
+        final, half = runs.mean_and_half([x["final_accuracy"] for x in found])
         first, tokens, seconds = (np.mean([x[key] for x in found])
                                   for key in ("first_accuracy", "tokens", "seconds"))
         fixes, breaks = (f"{np.mean(x):.0%}" if (x := values_of(found, key)) else "-"
@@ -199,12 +151,12 @@ def draw(out: Path, seeds: int) -> None:
                                          width_ratios=(1.3, 1))
     for y, (_, name, when, _) in enumerate(reversed(TABLE)):
         values = [x["final_accuracy"] for x in results(out, name, when, seeds)]
-        mean, half = mean_and_half(values)
+        mean, half = runs.mean_and_half(values)
         color = "tab:gray" if when == "before" else "tab:orange" if "grpo" in name else "tab:blue"
         left.errorbar(mean, y, xerr=half, fmt="o", color=color, capsize=3)
         left.plot(values, [y] * len(values), "|", color=color, alpha=0.5)
     left.set_yticks(range(len(TABLE)), [row[0] for row in reversed(TABLE)], fontsize=9)
-    left.set_title(f"final answer right, held-out, {counted(seeds)}", fontsize=10)
+    left.set_title(f"final answer right, held-out, {runs.counted(seeds)}", fontsize=10)
     left.set_xlim(0, 1)
     left.grid(axis="x", alpha=0.3)
     for name, color in (("srpo", "tab:blue"), ("openrlhf", "tab:red"), ("outcome", "tab:green")):
@@ -225,25 +177,11 @@ def draw(out: Path, seeds: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--out", default="out/reflection_ablation")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each")
-    more, rest = parser.parse_known_args(argv)
-
-    def work() -> None:
-        from reflection_srpo import Settings, check
-        asked = read_command(Settings, rest)
-        if wrong := asked.given & OURS:
-            raise ValueError(f"a study has no --{min(wrong)}: it sets that itself")
-        for name in ("seeds", "jobs"):
-            if getattr(more, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(more, name)}")
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError("a study starts its own processes; start it without torchrun")
-        check(asked.settings)
-        study(rest, more.seeds, more.jobs, Path(more.out))
-    return ending(work)
+    def script():
+        import reflection_srpo
+        return reflection_srpo
+    return runs.study(argv, __doc__.split("\n\n")[0], "out/reflection_ablation", OURS, script,
+                      ablation)
 
 
 if __name__ == "__main__":

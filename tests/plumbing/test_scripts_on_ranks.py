@@ -17,9 +17,10 @@ from plumbing.optimizer import make_optimizer
 from plumbing.run import Run
 from reasoning import arrows, qwen
 from reasoning import responses as r
-from robots import find_suite, openvla
+from robots import find_suite, openvla, trajectories
 from robots import policy as policies
 from robots.suite import Start
+from robots.tabletop import TASKS
 from robots.tiny_vla import TinyVLA
 from tests.conftest import fake_episode, lines
 from tests.plumbing.test_ranks import on_ranks, run_here, same_numbers, save, steady, torchrun
@@ -261,6 +262,21 @@ def vla_run(folder: Path) -> None:
     )
 
 
+def offline_run(folder: Path) -> None:
+    """Seven trajectories: one rank has four of them, the other three."""
+    data = folder.parent / "trajectories"
+    if ranks.rank() == 0:
+        for i in range(7):
+            levels = [10 * i, 60 + 20 * i, 100 + 15 * i]
+            images = np.stack([np.full((64, 64, 3), level, np.uint8) for level in levels])
+            actions = np.random.default_rng(i).uniform(-0.4, 0.4, (16 - i, 7))
+            trajectories.save(data / f"{i}.npz", trajectories.Trajectory(
+                TASKS["tabletop"][0], i < 5, images, actions))
+    ranks.barrier()
+    assert vla_script("offline", "--data", data, "--steps", 2, "--minibatch", 6, "--micro_batch", 2,
+                      "--workers", 1, "--threads", 1, "--out", folder / "run") == 0
+
+
 # The tests
 
 
@@ -353,6 +369,7 @@ def test_merged_weights_are_peft_s(folder):
 def robots(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("robots")
     on_ranks(__file__, folder, "vla_updates", "vla_run")
+    on_ranks(__file__, folder, "offline_run")           # a script ends the ranks' group
     return folder
 
 
@@ -374,6 +391,16 @@ def test_two_ranks_make_the_vla_update_of_one(robots, tmp_path):
             row,
             **(dict(rel=1e-3, abs=1e-5) if kind != "bf16" else dict(rel=0.05, abs=1e-2)),
         )
+
+
+def test_two_ranks_learn_offline_as_one(robots, tmp_path):
+    offline_run(tmp_path / "one")
+    two, one = (lines(folder / "run" / "metrics.jsonl")
+                for folder in (robots / "offline_run", tmp_path / "one"))
+    assert [row["updates"] for row in one[1:]] == [6, 6]        # 14 chunks in sixes, twice
+    for a, b in zip(two, one, strict=True):         # far from these data a step's rounding grows
+        same_numbers(a, b, rel=1e-2, abs=1e-5)
+    assert two[1]["loss"] == pytest.approx(one[1]["loss"], rel=1e-6)
 
 
 def test_gradient_checkpointing_does_not_change_the_vla_s_update(tmp_path):

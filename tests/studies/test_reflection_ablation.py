@@ -5,9 +5,11 @@ import time
 
 import pytest
 
+import reflection_srpo
 from reasoning import published_reward
 from rewards import reflection_reward
 from studies import reflection_ablation as ablation
+from studies import runs
 from tests.test_reflection_srpo import SMALL
 
 
@@ -45,13 +47,13 @@ def test_every_row_is_run_once_tabled_and_drawn(tmp_path, capsys, monkeypatch):
 
 def test_a_run_that_fails_is_named_with_its_last_words(tmp_path):
     with pytest.raises(RuntimeError, match=r"x-0: error: .*nowhere"):
-        ablation.run((tmp_path / "x-0", ["rl", "--model", str(tmp_path / "nowhere"),
-                                         "--out", str(tmp_path / "x-0")]))
+        runs.run(reflection_srpo, tmp_path / "x-0", [
+            "rl", "--model", str(tmp_path / "nowhere"), "--out", str(tmp_path / "x-0")])
 
 
 def test_gains_and_intervals_by_hand():
-    assert ablation.mean_and_half([0.5, 0.7]) == (0.6, pytest.approx(1.2706, abs=1e-3))
-    assert ablation.mean_and_half([0.25])[0] == 0.25
+    assert runs.mean_and_half([0.5, 0.7]) == (0.6, pytest.approx(1.2706, abs=1e-3))
+    assert runs.mean_and_half([0.25])[0] == 0.25
 
 
 def test_when_errors_pay_by_hand():

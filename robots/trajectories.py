@@ -1,0 +1,186 @@
+"""Logged trajectories, for learning offline: what was seen, what was done, whether it succeeded.
+
+1. A folder of .npz files, a trajectory each, as `save` makes them.
+2. LeRobot's datasets, versions 2 and 3, a folder or hub id: tables in parquet, cameras as videos or
+   as images in the tables. Success is a column or a field of the episode, `next.success` or
+   `success`.
+
+Actions are LIBERO's (gripper -1 open, +1 close), images as the simulator shows them to the policy.
+Everything is read when it is asked for: a data set may be larger than the memory.
+"""
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from plumbing.files import read_json, whole
+from robots.suite import CHUNK
+
+HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
+SUCCESS = ("next.success", "success")
+
+
+@dataclass
+class Trajectory:
+    """ValueError, one line, if its parts do not agree."""
+    instruction: str
+    success: bool
+    images: np.ndarray      # uint8 (T, H, W, 3): at the start, then after every `every` env steps
+    actions: np.ndarray     # float (N, 7), an env step each; the last image may be missing
+    every: int = CHUNK      # 1, 2, 4 or 8
+
+    def __post_init__(self):
+        def array(x) -> str:
+            return f"{getattr(x, 'dtype', type(x).__name__)} {np.shape(x)}"
+        images, actions, n = self.images, self.actions, len(self.actions)
+        if self.every not in (1, 2, 4, 8):
+            raise ValueError(f"every is {self.every!r}: an image after each 1, 2, 4 or 8 env steps")
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
+            raise ValueError(f"images must be uint8 (T, H, W, 3), got {array(images)}")
+        if actions.dtype.kind not in "fiu" or actions.ndim != 2 or actions.shape[1] != 7 or not n:
+            raise ValueError(f"actions must be numbers (N, 7), got {array(actions)}")
+        if not np.isfinite(actions).all():
+            raise ValueError("actions hold a number that is not finite")
+        if not 0 <= len(images) - -(-n // self.every) <= 1:
+            raise ValueError(f"{len(images)} images for {n} actions and an image after every "
+                             f"{self.every}")
+
+    @property
+    def at(self) -> np.ndarray:
+        """Where in `images` each call of a policy stands, a chunk of actions apart, and what came
+        of the last one: int (K + 1,)."""
+        calls = np.arange(0, len(self.actions), CHUNK) // self.every
+        return np.append(calls, len(self.images) - 1)
+
+    def chunks(self) -> tuple[np.ndarray, np.ndarray]:
+        """(actions (K, 8, 7), padded with zeros, executed (K,)) of each call."""
+        k = -(-len(self.actions) // CHUNK)
+        padded = np.zeros((k * CHUNK, 7))
+        padded[:len(self.actions)] = self.actions
+        executed = np.minimum(CHUNK, len(self.actions) - CHUNK * np.arange(k))
+        return padded.reshape(k, CHUNK, 7), executed
+
+
+Loaders = dict[str, Callable[[], Trajectory]]
+
+
+def find(source: str, camera: str = "") -> tuple[Path, Loaders]:
+    """A data set's folder, and by name what reads a trajectory: ValueError, one line, for one that
+    is damaged. camera: LeRobot's name of the images, its first if none is given.
+
+    ValueError or OSError for a source that is no data set."""
+    folder = Path(source)
+    if not folder.is_dir() and re.fullmatch(HUB_ID, source):
+        from huggingface_hub import snapshot_download
+        folder = Path(snapshot_download(source, repo_type="dataset"))
+    if (folder / "meta/info.json").exists():
+        return folder, dict(lerobot(folder, camera))
+    files = sorted(folder.rglob("*.npz"))
+    if not files:
+        raise ValueError(f"--data {source}: a folder of .npz files, or of LeRobot's with "
+                         "meta/info.json, or a hub id; there is none of them")
+    return folder, {str(file.relative_to(folder)): partial(read_npz, file) for file in files}
+
+
+# A file each
+
+def save(file: Path, trajectory: Trajectory) -> None:
+    """Whole or not at all."""
+    with whole(file) as draft, open(draft, "wb") as stream:
+        np.savez_compressed(stream, **vars(trajectory))
+
+
+def read_npz(file: Path) -> Trajectory:
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            parts = dict(arrays)
+    except Exception as error:      # of damaged files zipfile, zlib and numpy raise a dozen kinds
+        raise ValueError(f"cannot be read ({' '.join(str(error).split())[:100]})") from None
+    for name, kinds in (("instruction", "U"), ("success", "b"), ("every", "iu")):
+        value = parts.get(name, np.array(CHUNK) if name == "every" else None)
+        if value is None or value.shape or value.dtype.kind not in kinds:
+            raise ValueError(f"{name} is missing, or is no "
+                             + {"U": "text", "b": "true or false", "iu": "whole number"}[kinds])
+        parts[name] = value.item()
+    if missing := {"images", "actions"} - set(parts):
+        raise ValueError(f"{min(missing)} are missing")
+    return Trajectory(**{name: parts[name] for name in Trajectory.__dataclass_fields__})
+
+
+# LeRobot
+
+def lerobot(folder: Path, camera: str) -> Iterator[tuple[str, Callable[[], Trajectory]]]:
+    """(name, reader) of each episode of a folder."""
+    info = read_json(folder / "meta/info.json")
+    cameras = {name: feature["dtype"] for name, feature in info.get("features", {}).items()
+               if feature.get("dtype") in ("video", "image")}
+    if not cameras or camera and camera not in cameras:
+        raise ValueError(f"--camera {camera or '(the first)'}: {folder} has "
+                         f"{', '.join(cameras) or 'no images'}")
+    camera = camera or next(iter(cameras))
+    lines = folder / "meta/episodes.jsonl"              # version 2
+    if lines.exists():
+        episodes = [json.loads(line) for line in lines.read_text().splitlines()]
+    else:
+        from pyarrow.parquet import read_table
+        tables = sorted((folder / "meta/episodes").rglob("*.parquet"))
+        episodes = [row for table in tables for row in read_table(table).to_pylist()]
+    if not episodes:
+        raise ValueError(f"{folder}/meta lists no episodes; take the whole data set")
+    for episode in episodes:
+        yield f"episode {episode['episode_index']}", partial(
+            read_episode, folder, info, episode, camera, cameras[camera] == "video")
+
+
+def read_episode(folder: Path, info: dict, episode: dict, camera: str, is_video: bool
+                 ) -> Trajectory:
+    """One of LeRobot's, an image before every action."""
+    from pyarrow.parquet import read_table
+    index = episode["episode_index"]
+
+    def file_of(template: str, prefix: str) -> Path:
+        """Version 2: a file for each episode; 3: several share one."""
+        return folder / info[template].format(
+            episode_index=index, episode_chunk=index // info.get("chunks_size", 1000),
+            chunk_index=episode.get(f"{prefix}/chunk_index"),
+            file_index=episode.get(f"{prefix}/file_index"), video_key=camera)
+    try:
+        rows = read_table(file_of("data_path", "data"), filters=[("episode_index", "=", index)])
+        actions = np.array(rows["action"].to_pylist())
+        flags = [rows[name].to_pylist() for name in SUCCESS if name in rows.column_names]
+        flags += [[episode[name]] for name in SUCCESS if name in episode]
+        if is_video:
+            start = episode.get(f"videos/{camera}/from_timestamp") or 0.0
+            images = decode(file_of("video_path", f"videos/{camera}"), start, len(actions))
+        else:
+            from PIL import Image
+            images = np.stack([np.array(Image.open(io.BytesIO(image["bytes"])).convert("RGB"))
+                               for image in rows[camera].to_pylist()])
+    except Exception as error:      # pyarrow, PyAV and Pillow raise kinds of their own
+        raise ValueError(f"cannot be read ({' '.join(str(error).split())[:100]})") from None
+    if not flags:
+        raise ValueError(f"success is not known: there is no {' or '.join(SUCCESS)}")
+    if len(episode.get("tasks", ())) != 1:
+        raise ValueError(f"it has {len(episode.get('tasks', ()))} instructions, not one")
+    return Trajectory(episode["tasks"][0], bool(np.any(flags[0])), images, actions, 1)
+
+
+def decode(file: Path, start: float, count: int) -> np.ndarray:
+    """`count` frames of a video from `start`, in seconds: uint8 (count, H, W, 3)."""
+    import av
+    frames = []
+    with av.open(str(file)) as container:
+        stream = container.streams.video[0]
+        half = 0.5 / float(stream.average_rate)
+        container.seek(int(start / stream.time_base), stream=stream)    # a key frame before it
+        for frame in container.decode(stream):
+            if frame.time > start - half:
+                frames.append(frame.to_ndarray(format="rgb24"))
+            if len(frames) == count:
+                return np.stack(frames)
+    raise ValueError(f"{len(frames)} frames for {count} actions")

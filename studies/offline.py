@@ -1,0 +1,116 @@
+"""What learning offline makes of logged trajectories, by what they are weighted with (arXiv
+2511.15605, eq. 15; robots/offline.py).
+
+1. Three policies of the tabletop, weak, middling and good, play the training initial states, their
+   actions sampled; each trajectory becomes a file.
+2. From the middling policy: behaviour cloning of all, of successes alone, weights of progress, of
+   success alone, LeRobot's RA-BC; on the trajectories of each policy and of all three.
+3. Held-out success, mean over seeds.
+Further flags are vla_srpo.py's, of every run.
+
+    python -m studies.offline --out out/offline --seeds 5 --jobs 2
+"""
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from plumbing.files import read_json
+from plumbing.flags import read_command
+from robots.suite import CHUNK
+from studies import runs
+
+OURS = {"stage", "data", "weights", "curves", "model", "resume", "seed", "out"}
+WEIGHTS = {"all": ["--weights", "all"],
+           "successes": ["--weights", "successes"],
+           "outcome": ["--weights", "outcome"],
+           "progress": ["--weights", "progress"],
+           "progress_paper": ["--weights", "progress", "--curves", "paper"],
+           "rabc": ["--weights", "rabc"]}
+TITLES = {"all": "behaviour cloning, all", "successes": "behaviour cloning, successes",
+          "outcome": "AWR, success", "progress": "AWR, progress", "rabc": "RA-BC weights",
+          "progress_paper": "AWR, progress, paper's curves"}
+# Who plays, as flags of studies.demonstrate; the middling one is shipped
+POLICIES = {"weak": ["--demos", "1", "--steps", "220"], "middling": [],
+            "good": ["--demos", "25", "--steps", "2000"]}
+DATA = {**{name: name for name in POLICIES}, "mixed": ""}       # folders of OUT/data
+ROLLOUTS = 40           # of each policy and task
+
+
+def record(policy_folder: Path, folder: Path, seed: int, per_task: int = ROLLOUTS) -> None:
+    """A policy's trajectories as files, sampled at temperature 1."""
+    import torch
+
+    from robots import find_suite
+    from robots import policy as policies
+    from robots.openvla import to_env_actions
+    from robots.rollouts import play
+    from robots.trajectories import Trajectory, save
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    suite, policy = find_suite("tabletop"), policies.load_policy(policy_folder)
+    workers = suite.workers(1, policy.camera)
+    act = policies.sampler(policy, 1.0, suite.name)
+    starts = [start for start in suite.starts("train", per_task)]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for i, e in enumerate(play(act, workers, starts, suite, clip=lambda video: video)):
+            chunks = to_env_actions(policy.decode(np.stack([call.bins for call in e.calls]),
+                                                  suite.name))                  # (K, 8, 7)
+            ran = np.concatenate([chunk[:n] for chunk, n in zip(chunks, e.executed, strict=True)])
+            save(folder / f"{i:04d}.npz", Trajectory(
+                suite.instructions[e.start.task], e.success, e.clip, ran, CHUNK))
+    finally:
+        workers.close()
+
+
+def compare(flags: list[str], seeds: int, jobs: int, out: Path) -> None:
+    """Trajectories, all runs, then OUT/table.txt."""
+    import vla_srpo
+    read_command(vla_srpo.Settings, flags, **vla_srpo.READING)
+    for number, (name, how) in enumerate(POLICIES.items()):
+        folder, policy = out / "data" / name, vla_srpo.WEIGHTS / "tiny_vla"
+        if how and not (policy := out / name / "policy").exists():
+            subprocess.run([sys.executable, "-m", "studies.demonstrate", *how, "--threads", "1",
+                            "--out", str(policy)], check=True, cwd=Path(__file__).parents[1])
+        if len(list(folder.glob("*.npz"))) < 4 * ROLLOUTS:
+            record(policy, folder, number)
+    todo = []
+    for seed in range(seeds):
+        for data, folder in DATA.items():
+            for name, own in WEIGHTS.items():
+                argv = ["offline", "--steps", "20", "--eval_every", "0", *own, *flags, "--data",
+                        str(out / "data" / folder), "--seed", str(seed), "--threads", "1",
+                        "--workers", "1", "--out", str(out / f"{data}-{name}-{seed}")]
+                if not runs.finished(vla_srpo, Path(argv[-1]), argv, "policy"):
+                    todo.append((Path(argv[-1]), argv))
+    runs.run_all(vla_srpo, [todo], jobs)
+    text = table(out, seeds)
+    (out / "table.txt").write_text(text + "\n")
+    print(f"\n{text}\nwrote {out}/table.txt")
+
+
+def table(out: Path, seeds: int) -> str:
+    """A row per weight, a column per data set."""
+    before = read_json(out / "mixed-all-0" / "before.json")["success"]
+    lines = [f"held-out success of the middling policy, {before:.1%} before; mean of "
+             f"{runs.counted(seeds)} and its 95% interval", f"{'':30}" + "".join(
+                 f"{name:>17}" for name in DATA)]
+    for name in WEIGHTS:
+        cells = [runs.mean_and_half([read_json(out / f"{data}-{name}-{seed}" / "after.json")[
+            "success"] for seed in range(seeds)]) for data in DATA]
+        lines.append(f"{TITLES[name]:30}" + "".join(
+            f"{mean:9.1%}" + (f" +-{half:5.1%}" if seeds > 1 else " " * 8) for mean, half in cells))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    def script():
+        import vla_srpo
+        return vla_srpo
+    return runs.study(argv, __doc__.split("\n\n")[0], "out/offline", OURS, script, compare)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

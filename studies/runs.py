@@ -1,0 +1,88 @@
+"""Many runs of a training script for one study: each a process of its own, what is finished is not
+done again, and what was interrupted goes on."""
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from plumbing.files import read_json
+from plumbing.flags import Parser, ending, read_command
+
+
+def finished(script, folder: Path, argv: list[str], ended: str) -> bool:
+    """Whether a run of a script, a module, has ended: a file of this name is there. ValueError if
+    what stands in the folder was made with other settings."""
+    if not (folder / "settings.json").exists():
+        return False
+    saved, s = read_json(folder / "settings.json"), read_command(
+        script.Settings, argv, **script.READING).settings
+    script.check(s)
+    for name, value in asdict(s).items():
+        if name not in script.FREE | {"model", "out"} and saved.get(name) != value:
+            raise ValueError(f"{folder} was made with --{name} {saved.get(name)}, not {value}; "
+                             "choose another --out")
+    return (folder / ended).exists()
+
+
+def run_all(script, stages: list[list[tuple[Path, list[str]]]], jobs: int) -> None:
+    """The (folder, arguments) of each stage, `jobs` at a time; a line for each that ends."""
+    began, done, total = time.time(), 0, sum(map(len, stages))
+    with ThreadPoolExecutor(jobs) as pool:
+        for stage in stages:
+            for folder in pool.map(lambda job: run(script, *job), stage):
+                done += 1
+                left = (time.time() - began) / done * (total - done) / 60
+                print(f"{folder.name}: {done} of {total} runs, {left:.0f} minutes left", flush=True)
+
+
+def run(script, folder: Path, argv: list[str]) -> Path:
+    """RuntimeError with its last words if it fails."""
+    begun = any((folder / f"checkpoint{old}").exists() for old in ("", ".old"))
+    argv = ["--resume", str(folder)] if begun else argv
+    done = subprocess.run([sys.executable, script.__file__, *argv], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{folder}: {(done.stderr.splitlines() or ['it failed'])[-1]}")
+    return folder
+
+
+def mean_and_half(values: list[float]) -> tuple[float, float]:
+    """Mean over seeds, half of its 95% interval (Student's t); nan for one seed."""
+    from scipy.stats import t as student
+    n = len(values)
+    if n < 2:
+        return values[0], math.nan
+    return (float(np.mean(values)),
+            float(np.std(values, ddof=1) * student.ppf(0.975, n - 1) / math.sqrt(n)))
+
+
+def counted(seeds: int) -> str:
+    return f"{seeds} seed" + "s" * (seeds > 1)
+
+
+def study(argv: list[str] | None, about: str, default_out: str, ours: set[str], script: Callable,
+          work: Callable) -> int:
+    """Exit code of a study's command: --out, --seeds and --jobs are its own, other flags are each
+    run's, but for `ours`. script(): the training script's module; work(flags, seeds, jobs, out)."""
+    parser = Parser(description=about, allow_abbrev=False)
+    parser.add_argument("--out", default=default_out)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each")
+
+    def checked() -> None:
+        more, rest = parser.parse_known_args(argv)
+        for name in ("seeds", "jobs"):
+            if getattr(more, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(more, name)}")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("a study starts its own processes; start it without torchrun")
+        if wrong := read_command(script().Settings, rest).given & ours:
+            raise ValueError(f"a study has no --{min(wrong)}: it sets that itself")
+        work(rest, more.seeds, more.jobs, Path(more.out))
+    return ending(checked)
