@@ -47,8 +47,8 @@ class Played(SuiteSettings):
     states: int = flag(50, "initial states per task, 1..50")
     gifs: int = flag(1, "episodes per task to film; LIBERO: 0 none, else first success "
                         "and failure")
-    videos: bool = flag(False, "also videos.npz, the episodes played now, for "
-                               "studies.progress_curves; until then in memory")
+    record: str = flag("", "folder for the episodes played now, to learn from offline "
+                           "(docs/offline.md) or draw their progress")
     out: str = flag("", "folder for result.json and GIFs (beside the checkpoint)")
     plus: str = flag("", "folder of a LIBERO-Plus copy (LIBERO_PLUS_PATH)")
     key: str = flag("", "of the action statistics (the suite's)")
@@ -74,7 +74,7 @@ def measure(policy, name: str, checkpoint: str, out: Path, s: Played) -> dict:
     journals = {split: Journal(out / f"{split}.jsonl", settings, evaluate.is_row)
                 if suite.slow else None for split in splits}
     workers = suite.workers(s.workers, policy.camera, s.tables)
-    results, played = {}, [] if s.videos else None
+    results, record = {}, Path(s.record) if s.record else None
     try:
         for split, journal in journals.items():
             print(f"{name}: {suite.split_names[split]}; {suite.protocol}".rstrip("; "))
@@ -82,7 +82,7 @@ def measure(policy, name: str, checkpoint: str, out: Path, s: Played) -> dict:
                 gif.unlink()                        # of one whose journal is gone
             results[split] = settings | evaluate.evaluate(
                 policy, workers, suite, split, key, states=s.states, journal=journal,
-                gifs=out / split if suite.slow and s.gifs else None, videos=played)
+                gifs=out / split if suite.slow and s.gifs else None, record=record)
     finally:
         workers.close()
     print(plots.success_table(results))
@@ -95,13 +95,7 @@ def measure(policy, name: str, checkpoint: str, out: Path, s: Played) -> dict:
     for split in splits if s.gifs and not suite.slow else ():
         starts = suite.starts(split, s.gifs)
         evaluate.film(policy, suite, starts, key, out / f"{split}.gif")
-    if played:
-        evaluate.save_videos(played, out / "videos.npz")
-    elif s.videos:
-        print(f"no episode was played now, and no {out}/videos.npz written; delete the "
-              "journal beside it to play them again", file=sys.stderr)
-    print(f"wrote {out}/result.json" + f", {out}/videos.npz" * bool(played)
-          + f" and GIFs in {out}" * bool(s.gifs))
+    print(f"wrote {out}/result.json" + f" and GIFs in {out}" * bool(s.gifs))
     return results
 
 

@@ -203,6 +203,7 @@ def draw_progress(curves: dict[object, list[tuple]], out: str | Path) -> None:
             panel.plot(frames, r, color="tab:green" if won else "tab:red", alpha=0.4, linewidth=1)
         wins = sum(won for won, _, _ in rows)
         panel.set(xlabel="frames seen", ylim=(0, 1))
-        panel.set_title(f"{name:.40}: {wins} successes, {len(rows) - wins} failures", fontsize=7)
+        panel.set_title(f"{str(name):.40}: {wins} successes, {len(rows) - wins} failures",
+                        fontsize=7)
     panels[0][0].set_ylabel("progress (green: success)")
     figure.savefig(out, dpi=120)

@@ -22,6 +22,7 @@ from plumbing.plots import rate
 from robots import policy as policies
 from robots.rollouts import play
 from robots.suite import Episode, Start, Suite
+from robots.trajectories import save_episode
 
 ROW = {"task": int, "index": int, "success": bool, "steps": int}        # of a journal
 
@@ -33,12 +34,12 @@ def is_row(row: dict) -> bool:
 
 def evaluate(policy, workers, suite: Suite, split: str, key: str, *, states: int | None = None,
              gifs: Path | None = None, journal: Journal | None = None,
-             videos: list[Episode] | None = None) -> dict:
+             record: Path | None = None) -> dict:
     """The first `states` (default all) initial states of every task of a split, once each.
 
     key: of the policy's action statistics. gifs: folder for the first success and failure of each
     label, in the frames that the policy saw. journal: gets a row for each episode that ends; those
-    it has are not played again. videos: gets the episodes played now, with their clips.
+    it has are not played again. record: folder for the episodes as robots/trajectories.py's.
     -> {"split", "success", "interval", "successes", "episodes", "tasks": {instruction or label: the
     same, "steps": mean, "failed": indices}}"""
     starts = {(start.task, start.index): start for start in suite.starts(split, states)}
@@ -51,18 +52,17 @@ def evaluate(policy, workers, suite: Suite, split: str, key: str, *, states: int
     def finished(episode: Episode) -> None:
         if gifs:
             _save_outcome(episode, gifs, suite.labels)
-        rows.append({"task": episode.start.task, "index": episode.start.index,
+        task, index = episode.start.task, episode.start.index
+        if record:
+            save_episode(record / f"{split}-{task}-{index}.npz", episode, suite.instructions[task])
+        rows.append({"task": task, "index": index,
                      "success": episode.success, "steps": episode.steps})
         if journal:
             journal.add(rows[-1])
-        if videos is None:
-            episode.clip = None             # 500 videos of 256 px frames would fill the memory
-        else:
-            videos.append(episode)
+        episode.clip = None                 # 500 videos of 256 px frames would fill the memory
         bar.update()
-    watched = gifs is not None or videos is not None
     play(policies.greedy(policy, key), workers, todo, suite, finished=finished,
-         clip=(lambda video: video) if watched else None)
+         clip=(lambda video: video) if gifs or record else None)
     bar.close()
     tasks: dict[str, list] = {}
     for row in sorted(rows, key=lambda row: (row["task"], row["index"])):
@@ -121,18 +121,6 @@ def save_gif(path: str | Path, frames: list[np.ndarray], fps: int = 10) -> None:
     with whole(path) as draft:
         images[0].save(draft, "GIF", save_all=True, append_images=images[1:],
                        duration=1000 // fps, loop=0)
-
-
-def save_videos(episodes: list[Episode], out: Path) -> None:
-    """Episodes as `studies.progress_curves --videos` reads them, padded to the longest."""
-    lengths = np.array([len(e.clip) for e in episodes])
-    videos = np.zeros((len(episodes), lengths.max(), *episodes[0].clip.shape[1:]), np.uint8)
-    for video, episode in zip(videos, episodes):
-        video[:len(episode.clip)] = episode.clip
-    with whole(out) as draft, open(draft, "wb") as file:
-        np.savez_compressed(file, videos=videos, length=lengths,
-                            success=np.array([e.success for e in episodes]),
-                            task=np.array([e.start.task for e in episodes]))
 
 
 # Of a run: what all ranks call, and the first does

@@ -98,11 +98,13 @@ def _one_line(error: Exception) -> Exception:
 class Workers:
     """Tables spread over worker processes; table i lives in process i % processes.
 
-    A process that dies is replaced, and its live tables are brought back by repeating their
-    actions: the physics is deterministic, so the episodes end as if nothing had happened."""
+    A process that dies, or does not answer for `patience` seconds, is replaced, and its live tables
+    are brought back by repeating their actions: the physics is deterministic, so the episodes end
+    as if nothing had happened."""
 
     def __init__(self, processes: int, tables: int, make_batch: Callable[[range], TableBatch]):
         self.tables, self.make_batch, self.replaced = tables, make_batch, 0
+        self.patience = 600         # LIBERO builds a scene in under a minute; OpenGL may hang
         # Live tables: where they started, the chunks since
         self.history: dict[int, tuple[Start, list]] = {}
         self.processes, self.pipes = [None] * processes, [None] * processes
@@ -167,6 +169,8 @@ class Workers:
         return replies
 
     def _reply(self, k: int) -> dict:
+        if not self.pipes[k].poll(self.patience):
+            raise TimeoutError
         reply = self.pipes[k].recv()
         if isinstance(reply, Exception):
             raise reply
@@ -189,7 +193,7 @@ class Workers:
                     self.pipes[k].send(call)
                     reply = self._reply(k)
                 return reply
-        raise RuntimeError(f"worker process {k} died 4 times in a row: {BROKEN}")
+        raise RuntimeError(f"worker process {k} died or hung 4 times in a row: {BROKEN}")
 
     def _kill(self, k: int) -> None:
         self.pipes[k].close()
@@ -228,11 +232,12 @@ def play(act: Callable, workers: Workers, starts: list[Start], suite: Suite, *, 
         texts = [suite.instructions[running[t].start.task] for t in tables]
         actions, records = act(np.stack([film[t][-1] for t in tables]), texts)
         replies = workers.step(dict(zip(tables, actions)), every if clip else CHUNK)
-        for t, record in zip(tables, records):
+        for t, record, chunk in zip(tables, records, actions):
             episode, (image, executed, success, ended, between, progress) = running[t], replies[t]
             film[t] = [*(film[t] if clip else ()), *between, image]
             episode.calls.append(record)
             episode.executed.append(executed)
+            episode.actions.append(chunk[:executed])
             episode.success, episode.progress = success, progress
             if ended:
                 video = film.pop(t)

@@ -26,6 +26,7 @@ class Episode:
     success: bool = False
     clip: np.ndarray | None = None      # uint8 (T, H, W, 3), the frames that were asked for
     progress: float = np.nan            # true, 0 .. 1, where the simulator knows it
+    actions: list[np.ndarray] = field(default_factory=list)     # (executed, 7) of each call
 
     @property
     def steps(self) -> int:

@@ -1,6 +1,6 @@
 """Logged trajectories, for learning offline: what was seen, what was done, whether it succeeded.
 
-1. A folder of .npz files, a trajectory each, as `save` makes them.
+1. A folder of .npz files, a trajectory each: `eval.py vla --record` writes what it plays.
 2. LeRobot's datasets, versions 2 and 3, a folder or hub id: tables in parquet, cameras as videos or
    as images in the tables. Success is a column or a field of the episode, `next.success` or
    `success`.
@@ -11,6 +11,7 @@ Everything is read when it is asked for: a data set may be larger than the memor
 import io
 import json
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from plumbing.files import read_json, whole
-from robots.suite import CHUNK
+from robots.suite import CHUNK, Episode
 
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 SUCCESS = ("next.success", "success")
@@ -87,6 +88,19 @@ def find(source: str, camera: str = "") -> tuple[Path, Loaders]:
     return folder, {str(file.relative_to(folder)): partial(read_npz, file) for file in files}
 
 
+def videos(source: str, camera: str = "") -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """(images, success (N,) bool, instructions (N,)) of a whole data set. ValueError, one line, for
+    the first trajectory that is damaged."""
+    every = []
+    for name, load in find(source, camera)[1].items():
+        try:
+            every.append(load())
+        except ValueError as error:
+            raise ValueError(f"{source}, {name}: {error}") from None
+    return ([x.images for x in every], np.array([x.success for x in every]),
+            np.array([x.instruction for x in every]))
+
+
 # A file each
 
 def save(file: Path, trajectory: Trajectory) -> None:
@@ -95,8 +109,17 @@ def save(file: Path, trajectory: Trajectory) -> None:
         np.savez_compressed(stream, **vars(trajectory))
 
 
+def save_episode(file: Path, episode: Episode, instruction: str) -> None:
+    """One that was played with its whole video, a frame a chunk."""
+    save(file, Trajectory(instruction, episode.success, episode.clip,
+                          np.concatenate(episode.actions)))
+
+
 def read_npz(file: Path) -> Trajectory:
     try:
+        with zipfile.ZipFile(file) as archive:
+            if archive.testzip() is not None:       # numpy stops reading before the checksum
+                raise ValueError("damaged")
         with np.load(file, allow_pickle=False) as arrays:
             parts = dict(arrays)
     except Exception as error:      # of damaged files zipfile, zlib and numpy raise a dozen kinds

@@ -14,11 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from plumbing.files import read_json
 from plumbing.flags import read_command
-from robots.suite import CHUNK
 from studies import runs
 
 OURS = {"stage", "data", "weights", "curves", "model", "resume", "seed", "out"}
@@ -44,25 +41,19 @@ def record(policy_folder: Path, folder: Path, seed: int, per_task: int = ROLLOUT
 
     from robots import find_suite
     from robots import policy as policies
-    from robots.openvla import to_env_actions
     from robots.rollouts import play
-    from robots.trajectories import Trajectory, save
+    from robots.trajectories import save_episode
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     suite, policy = find_suite("tabletop"), policies.load_policy(policy_folder)
-    workers = suite.workers(1, policy.camera)
-    act = policies.sampler(policy, 1.0, suite.name)
-    starts = [start for start in suite.starts("train", per_task)]
-    folder.mkdir(parents=True, exist_ok=True)
+    workers, starts = suite.workers(1, policy.camera), suite.starts("train", per_task)
     try:
-        for i, e in enumerate(play(act, workers, starts, suite, clip=lambda video: video)):
-            chunks = to_env_actions(policy.decode(np.stack([call.bins for call in e.calls]),
-                                                  suite.name))                  # (K, 8, 7)
-            ran = np.concatenate([chunk[:n] for chunk, n in zip(chunks, e.executed, strict=True)])
-            save(folder / f"{i:04d}.npz", Trajectory(
-                suite.instructions[e.start.task], e.success, e.clip, ran, CHUNK))
+        played = play(policies.sampler(policy, 1.0, suite.name), workers, starts, suite,
+                      clip=lambda video: video)
     finally:
         workers.close()
+    for i, e in enumerate(played):
+        save_episode(folder / f"{i:04d}.npz", e, suite.instructions[e.start.task])
 
 
 def compare(flags: list[str], seeds: int, jobs: int, out: Path) -> None:

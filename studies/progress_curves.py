@@ -9,14 +9,12 @@ paper   over growing windows, a success against its own whole video, a failure a
 
     python -m studies.progress_curves                       # the simulator's expert -> progress.png
     python -m studies.progress_curves compare               # trained, random weights, mean pixels
-    python -m studies.progress_curves --curves paper --videos rollouts.npz \\
+    python -m studies.progress_curves --curves paper --data FOLDER_OR_ID \\
         --model facebook/vjepa2-vitg-fpc64-384 --out curves.png
 
-rollouts.npz, as `python eval.py vla --videos` writes it: `videos` uint8 (N, T, H, W, 3), `success`
-bool (N,); optional `task` int or str (N,), and `length` int (N,) of videos padded to T frames.
+The data are trajectories as in robots/trajectories.py.
 """
 import sys
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +22,7 @@ import numpy as np
 
 from plumbing.flags import ending, flag, read_command
 from plumbing.plots import draw_progress
+from robots import trajectories
 from robots.suite import CHUNK
 
 MEASURES = ("spearman", "pearson", "monotonicity", "mmd", "js", "smd")
@@ -34,40 +33,12 @@ COMMANDS = ("draw", "compare")
 class Settings:
     stage: str = flag("draw", "draw the curves, or compare with random weights and mean pixels",
                       choices=COMMANDS)
-    videos: str = flag("", "rollouts.npz; without it the simulator is played")
+    data: str = flag("", "logged trajectories; without them the simulator is played")
+    camera: str = flag("", "LeRobot: feature of the images (its first)")
     model: str = flag("", "V-JEPA 2, folder or hub id; without it the simulator's")
     curves: str = flag("ours", "which kind", choices=["ours", "paper"])
     out: str = flag("progress.png", "draw: the picture")
     seed: int = flag(0, "compare: of the random weights")
-
-
-def read_rollouts(path: str) -> tuple[list, np.ndarray | None, np.ndarray]:
-    """(videos, success or None, task) of an npz as described on top. ValueError, one line."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:       # numpy stops reading before the checksum
-                raise ValueError("damaged")
-        with np.load(path, allow_pickle=False) as data:
-            arrays = {name: data[name] for name in data}
-    except Exception as error:      # of damaged files zipfile, zlib and numpy raise a dozen kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot read rollouts from {path}: {reason}") from error
-    videos = arrays.get("videos", np.empty(0))
-    if videos.dtype != np.uint8 or videos.ndim != 5 or videos.shape[-1] != 3 or 0 in videos.shape:
-        raise ValueError(f"{path}: needs `videos`, uint8 (N, T, H, W, 3), got {videos.dtype} "
-                         f"{videos.shape}")
-    n, longest = videos.shape[:2]
-    rules = {"success": (None, lambda x: np.isin(x, (0, 1)).all(), "true or false"),
-             "task": (np.zeros(n, int), lambda x: x.dtype.kind in "iuU", "integers or text"),
-             "length": (np.full(n, longest), lambda x: np.isin(x, np.arange(longest) + 1).all()
-                        and x.dtype.kind in "iu", f"integers in 1..{longest}")}
-    for name, (default, holds, what) in rules.items():
-        array = arrays.setdefault(name, default)
-        if array is not None and not (array.shape == (n,) and holds(array)):
-            raise ValueError(f"{path}: `{name}` must be {n} numbers, {what}, one a video, got "
-                             f"{array.dtype} {array.shape}")
-    success = None if arrays["success"] is None else arrays["success"].astype(bool)
-    return [v[:t] for v, t in zip(videos, arrays["length"], strict=True)], success, arrays["task"]
 
 
 def simulator_rollouts(episodes: int = 120, seed: int = 0,
@@ -120,10 +91,8 @@ def study(s: Settings) -> None:
     compare = s.stage == "compare"
     if not compare and not Path(s.out).absolute().parent.is_dir():
         raise ValueError(f"--out {s.out}: there is no such folder; make it, or choose another")
-    if s.videos:
-        videos, success, task = read_rollouts(s.videos)
-        if success is None:
-            raise ValueError(f"{s.videos}: there is no `success` in it, to compare by; add it")
+    if s.data:
+        videos, success, task = trajectories.videos(s.data, s.camera)
     else:
         every = 1 if s.curves == "paper" else CHUNK
         videos, success, task = simulator_rollouts(seed=1, every=every)
@@ -149,7 +118,7 @@ def study(s: Settings) -> None:
     print("nearer: share of pairs in which a success lies nearer to the other successes than a "
           "failure does; 0.5 is blind")
     if not compare:
-        draw_progress({f"task {name}": rows for name, rows in curves.items()}, s.out)
+        draw_progress(curves, s.out)
         print(f"wrote {s.out}")
 
 

@@ -8,7 +8,7 @@
 Left out: its image and action-conditioned stages, and augmentations (a fixed camera needs none).
 
     python -m studies.train_world_model --out FOLDER            # on 800 episodes of the simulator
-    python -m studies.train_world_model --out FOLDER --videos rollouts.npz  # of progress_curves.py
+    python -m studies.train_world_model --out FOLDER --data FOLDER_OR_ID    # robots/trajectories.py
 """
 import copy
 import math
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plumbing.flags import ending, flag, read_command, require
-from studies.progress_curves import read_rollouts, simulator_rollouts
+from robots import trajectories
+from studies.progress_curves import simulator_rollouts
 
 if TYPE_CHECKING:       # imported by the functions: --help answers at once
     import torch
@@ -40,7 +41,8 @@ MOMENTUM = 0.999                # of the EMA
 
 @dataclass
 class Settings:
-    videos: str = flag("", "rollouts.npz; without it the simulator is played")
+    data: str = flag("", "logged trajectories; without them the simulator is played")
+    camera: str = flag("", "LeRobot: feature of the images (its first)")
     out: str = flag("", "a new folder; needed")
     steps: int = flag(600, "updates")
     batch_size: int = flag(32, "videos of an update")
@@ -158,16 +160,17 @@ def study(s: Settings) -> None:
         raise ValueError("--out is needed, a new folder" + (f"; {s.out} exists" if s.out else ""))
     if not Path(s.out).absolute().parent.is_dir():
         raise ValueError(f"--out {s.out}: there is no such folder; make it, or choose another")
-    videos, success, task = read_rollouts(s.videos) if s.videos else simulator_rollouts(800)
+    videos, success, task = (trajectories.videos(s.data, s.camera) if s.data
+                             else simulator_rollouts(800))
     from world_model import separation
     began = time.time()
 
     def report(step, numbers, model):
         line = f"step {step:5d}  " + "  ".join(f"{k} {x:.4f}" for k, x in numbers.items())
-        if success is not None:     # at step 0 this is what random weights already give
-            near = separation(model.encode(videos).numpy(), success, task)
-            line += f"  success nearer than failure {near:.3f}"
-        print(f"{line}  {time.time() - began:.0f} s", flush=True)
+        # At step 0 this is what random weights already give
+        near = separation(model.encode(videos).numpy(), success, task)
+        print(f"{line}  success nearer than failure {near:.3f}  {time.time() - began:.0f} s",
+              flush=True)
     train_world_model(videos, s, report=report).save_pretrained(s.out)
     print(f"wrote {s.out}")
 

@@ -15,7 +15,7 @@ from robots.openvla import from_env_actions, to_env_actions
 from robots.suite import Start
 from robots.tabletop import CHUNK, HORIZON, TASKS, Expert, Tabletop
 from robots.tiny_vla import TinyVLA
-from studies.progress_curves import read_rollouts
+from robots.trajectories import find
 from tests.conftest import STATS
 
 KEY = "tabletop"
@@ -183,18 +183,22 @@ def test_other_pixels_and_trained_states_are_noted(capsys):
     assert "trained on all 50 initial states; none of them is held out" in capsys.readouterr().err
 
 
-def test_videos_are_what_the_world_model_reads(known, suite, workers, tmp_path):
-    played: list = []
-    result = evaluate.evaluate(known, workers, suite, "train", KEY, states=2, videos=played)
-    evaluate.save_videos(played, tmp_path / "videos.npz")
-    videos, success, task = read_rollouts(str(tmp_path / "videos.npz"))
-    assert len(videos) == 8 and sorted(task) == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert success.sum() == sum(row["successes"] for row in result["tasks"].values())
-    env = Tabletop()
-    for video, episode, solved in zip(videos, played, success):
-        assert len(video) == -(-episode.steps // CHUNK) + 1 and solved == episode.success
-        first = env.reset(options=vars(episode.start))[0]["image"]
-        np.testing.assert_array_equal(video[0], first)
+def test_what_is_recorded_plays_again(known, suite, workers, tmp_path):
+    result = evaluate.evaluate(known, workers, suite, "train", KEY, states=2, record=tmp_path)
+    loaders = find(str(tmp_path))[1]
+    assert set(loaders) == {f"train-{task}-{index}.npz" for task in range(4) for index in range(2)}
+    env, solved = Tabletop(), 0
+    for task, instruction in enumerate(suite.instructions):
+        for index in range(2):
+            x = loaders[f"train-{task}-{index}.npz"]()
+            assert x.instruction == instruction and len(x.images) == -(-len(x.actions) // CHUNK) + 1
+            first = env.reset(options={"task": task, "index": index})[0]["image"]
+            np.testing.assert_array_equal(x.images[0], first)
+            ended = [env.advance(action) for action in x.actions]
+            assert ended[-1] and not any(ended[:-1]) and env.success == x.success
+            np.testing.assert_array_equal(x.images[-1], env.render())
+            solved += x.success
+    assert solved == sum(row["successes"] for row in result["tasks"].values()) > 0
 
 
 def test_film(known, suite, tmp_path):

@@ -216,6 +216,10 @@ def test_dead_workers_are_replaced(script):
         workers.processes[1].kill(), workers.processes[1].join()
         script.check(play(script, workers, STARTS[:4], SUITE, clip=whole), STARTS[:4])
         assert workers.replaced == 5
+        workers.patience = 1.0          # one that hangs is replaced as one that died
+        os.kill(workers.processes[0].pid, signal.SIGSTOP)
+        script.check(play(script, workers, STARTS[:4], SUITE, clip=whole), STARTS[:4])
+        assert workers.replaced == 6
     finally:
         workers.close()
 
@@ -229,7 +233,7 @@ def test_worker_that_always_dies():
     workers = Workers(1, 1, partial(Dying, size=64, horizon=HORIZON["tabletop"], make=Tabletop))
     try:
         workers.reset({0: Start(0, 0)})
-        with pytest.raises(RuntimeError, match="^worker process 0 died 4 times in a row"):
+        with pytest.raises(RuntimeError, match="^worker process 0 died or hung 4 times in a row"):
             workers.step({0: np.zeros((8, 7))})
     finally:
         workers.close()

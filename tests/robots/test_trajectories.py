@@ -2,6 +2,7 @@
 one line."""
 import io
 import json
+import random
 
 import av
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 from PIL import Image
 
 from robots import trajectories
-from robots.trajectories import Trajectory, decode, find, read_npz, save
+from robots.trajectories import Trajectory, decode, find, read_npz, save, videos
+from tests.test_world_model import damaged
 
 
 def trajectory(actions: int = 19, every: int = 8, last: bool = True, **changes) -> Trajectory:
@@ -72,20 +74,30 @@ def test_what_is_no_trajectory_is_one_line(tmp_path, changes, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_damaged_files_are_one_line(tmp_path):
+@pytest.mark.parametrize("seed", range(60))
+def test_damaged_files_are_refused_in_one_line_or_read_the_same(tmp_path, seed):
+    save(tmp_path / "a.npz", x := trajectory())
+    data = damaged((tmp_path / "a.npz").read_bytes(), random.Random(seed))
+    (tmp_path / "a.npz").write_bytes(data)
+    try:
+        read = read_npz(tmp_path / "a.npz")
+    except ValueError as error:
+        assert "\n" not in str(error)
+    else:
+        np.testing.assert_array_equal(read.images, x.images)
+        np.testing.assert_array_equal(read.actions, x.actions)
+        assert (read.instruction, read.success, read.every) == ("put it there", True, 8)
+
+
+def test_all_videos_or_the_first_fault(tmp_path):
     save(tmp_path / "a.npz", trajectory())
-    whole = (tmp_path / "a.npz").read_bytes()
-    rng = np.random.default_rng(0)
-    for _ in range(60):
-        data = bytearray(whole[:rng.integers(len(whole)) if rng.random() < 0.3 else None])
-        for _ in range(3):
-            if data:
-                data[rng.integers(len(data))] = rng.integers(256)
-        (tmp_path / "a.npz").write_bytes(data)
-        try:
-            read_npz(tmp_path / "a.npz")
-        except ValueError as error:
-            assert "\n" not in str(error)
+    save(tmp_path / "b.npz", trajectory(success=False, instruction="fly"))
+    images, success, instructions = videos(str(tmp_path))
+    assert len(images) == 2 and success.tolist() == [True, False]
+    assert instructions.tolist() == ["put it there", "fly"]
+    (tmp_path / "aa.npz").write_bytes(b"")
+    with pytest.raises(ValueError, match="aa.npz: cannot be read"):
+        videos(str(tmp_path))
 
 
 # LeRobot

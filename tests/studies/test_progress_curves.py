@@ -1,6 +1,5 @@
-"""studies/progress_curves.py: curves by hand, both commands, and rollouts.npz whatever is in it."""
+"""studies/progress_curves.py: curves by hand, and both commands."""
 
-import random
 import re
 import subprocess
 import sys
@@ -9,8 +8,9 @@ import numpy as np
 import pytest
 
 import world_model as wm
+from robots.trajectories import Trajectory, save
 from studies import progress_curves as pc
-from tests.test_world_model import damaged, squares
+from tests.test_world_model import squares
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +28,10 @@ def fails(capsys, *argv) -> str:
 
 @pytest.fixture
 def rollouts(tmp_path):
-    path = tmp_path / "v.npz"
-    np.savez(
-        path,
-        videos=squares(12, total=13, size=64),
-        success=np.arange(12) % 3 > 0,
-        length=np.full(12, 12),
-    )
-    return str(path)
+    for i, video in enumerate(squares(12, total=12, size=64)):
+        save(tmp_path / f"data/{i:02d}.npz", Trajectory(
+            "put it there", i % 3 > 0, video, np.zeros((11 * 8, 7))))
+    return str(tmp_path / "data")
 
 
 # Curves
@@ -88,14 +84,14 @@ def test_simulator_rollouts_have_a_frame_per_chunk_or_per_step():
 @pytest.mark.parametrize("kind", ["ours", "paper"])
 def test_draw(rollouts, tmp_path, capsys, kind):
     png = tmp_path / "curves.png"
-    assert pc.main(["--videos", rollouts, "--out", str(png), "--curves", kind]) == 0
+    assert pc.main(["--data", rollouts, "--out", str(png), "--curves", kind]) == 0
     out = capsys.readouterr().out
     assert png.read_bytes()[:4] == b"\x89PNG"
     assert "spearman" in out and f"{kind} curves" in out and "nan" not in out
 
 
 def test_compare(rollouts, capsys):
-    assert pc.main(["compare", "--videos", rollouts]) == 0
+    assert pc.main(["compare", "--data", rollouts]) == 0
     out = capsys.readouterr().out
     rows = [line for line in out.splitlines() if re.match("trained|random weights|pixels", line)]
     assert len(rows) == 3 and "nan" not in out
@@ -116,63 +112,13 @@ def test_help_needs_no_torch():
 # Bad input
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"videos": None, "frames": squares(2)}, "needs `videos`"),
-        ({"videos": squares(2).astype(float)}, "float64"),
-        ({"videos": squares(2)[..., :2]}, "needs `videos`"),
-        ({"videos": squares(2)[:0]}, "needs `videos`"),
-        ({"success": np.ones(3, bool)}, r"`success` must be 2 numbers.*got bool \(3,\)"),
-        ({"success": [[True], [False]]}, r"`success`.*\(2, 1\)"),
-        ({"success": [0.5, 1]}, "`success`.*true or false"),
-        ({"success": [np.nan, 1]}, "`success`.*true or false"),
-        ({"success": ["yes", "no"]}, "`success`.*true or false"),
-        ({"length": [2.5, 3]}, "`length`.*integers in 1..9, one a video, got float64"),
-        ({"length": [5, 50]}, "`length`.*integers in 1..9"),
-        ({"length": [0, 5]}, "`length`.*integers in 1..9"),
-        ({"task": [0.0, np.nan]}, "`task`.*integers or text"),
-        ({"task": np.array([{}, {}])}, "cannot read rollouts"),
-    ],
-)
-def test_bad_rollouts(tmp_path, change, message):
-    arrays = {"videos": squares(2), "success": [True, False]} | change
-    np.savez(tmp_path / "bad.npz", **{key: x for key, x in arrays.items() if x is not None})
-    with pytest.raises(ValueError, match=message) as error:
-        pc.read_rollouts(str(tmp_path / "bad.npz"))
-    assert "bad.npz" in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("seed", range(60))
-def test_damaged_rollouts_are_refused_in_one_line_or_read_the_same(seed, tmp_path):
-    rng, path = random.Random(seed), tmp_path / "damaged.npz"
-    save = np.savez_compressed if seed % 2 else np.savez
-    arrays = {
-        "videos": squares(3, total=4, size=16),
-        "success": [True, False, True],
-        "task": [0, 0, 1],
-        "length": [4, 3, 2],
-    }
-    save(path, **arrays)
-    path.write_bytes(damaged(path.read_bytes(), rng))
-    try:
-        videos, success, task = pc.read_rollouts(str(path))
-    except ValueError as error:
-        assert "damaged.npz" in str(error) and "\n" not in str(error)
-        return
-    assert success.tolist() == arrays["success"] and task.tolist() == arrays["task"]
-    for video, whole, t in zip(videos, arrays["videos"], arrays["length"], strict=True):
-        np.testing.assert_array_equal(video, whole[:t])
-
-
 def test_bad_command_lines(rollouts, tmp_path, capsys):
-    (tmp_path / "plain.npy").write_bytes(b"\x93NUMPY")
-    np.savez(tmp_path / "blind.npz", videos=squares(2, size=64))
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/a.npz").write_bytes(b"PK")
     for argv, message in [
-        (["--videos", f"{tmp_path}/none.npz"], "none.npz"),
-        (["--videos", f"{tmp_path}/plain.npy"], "plain.npy"),
-        (["--videos", f"{tmp_path}/blind.npz"], "no `success`"),
-        (["--videos", rollouts, "--out", f"{tmp_path}/no/x.png"], "no such folder"),
-        (["--videos", rollouts, "--model", f"{tmp_path}/none"], "neither a folder"),
+        (["--data", f"{tmp_path}/none"], "none: a folder of .npz files"),
+        (["--data", f"{tmp_path}/bad"], "a.npz: cannot be read"),
+        (["--data", rollouts, "--out", f"{tmp_path}/no/x.png"], "no such folder"),
+        (["--data", rollouts, "--model", f"{tmp_path}/none"], "neither a folder"),
     ]:
         assert message in fails(capsys, *argv)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import VJEPA2Config, VJEPA2Model
 
+from robots.trajectories import Trajectory, save
 from studies import train_world_model as wmt
 from tests.test_world_model import SMALL, squares
 
@@ -80,11 +81,10 @@ def test_training_is_reproducible():
 
 
 def test_command(tmp_path, capsys):
-    videos, model = tmp_path / "v.npz", tmp_path / "model"
-    np.savez(
-        videos, videos=squares(12, size=64), success=np.arange(12) % 3 > 0, length=np.full(12, 7)
-    )
-    assert wmt.main(["--videos", str(videos), "--out", str(model), "--steps", "2"]) == 0
+    data, model = tmp_path / "data", tmp_path / "model"
+    for i, video in enumerate(squares(12, size=64)):
+        save(data / f"{i}.npz", Trajectory("x", i % 3 > 0, video[:7], np.zeros((48, 7))))
+    assert wmt.main(["--data", str(data), "--out", str(model), "--steps", "2"]) == 0
     out = capsys.readouterr().out
     assert "latent_std" in out and "success nearer" in out
     assert (model / "model.safetensors").stat().st_size < 4e6
@@ -112,14 +112,15 @@ def test_a_loss_that_diverges_is_one_line():
         ([], "--out"),
         (["--out", "{}"], "exists"),
         (["--out", "{}/no/model"], "no such folder"),
-        (["--videos", "{}/none.npz", "--out", "{}/m"], "none.npz"),
-        (["--videos", "{}/good.npz", "--out", "{}/m", "--steps", "-1"], "steps"),
+        (["--data", "{}/none", "--out", "{}/m"], "/none: a folder of .npz files"),
+        (["--data", "{}", "--out", "{}/m"], "good.npz: images are missing"),
+        (["--out", "{}/m", "--steps", "-1"], "steps"),
         (["--out", "{}/m", "--batch-size", "0"], "--batch_size must be at least 1"),
         (["--out", "{}/m", "--lr", "nan"], "--lr must be positive"),
     ],
 )
 def test_bad_command_lines(tmp_path, capsys, argv, message):
-    np.savez(tmp_path / "good.npz", videos=squares(2, size=64))
+    np.savez(tmp_path / "good.npz", instruction="x", success=True, actions=np.zeros((8, 7)))
     assert wmt.main([word.format(tmp_path) for word in argv]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "m").exists()
