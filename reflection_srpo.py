@@ -23,13 +23,14 @@ import sys
 from dataclasses import dataclass
 
 from plumbing.flags import RunSettings, at_once, check_run, flag, require
+from reasoning.flags import EngineSettings, check_engine
 
 REWARDS = ("paper", "openrlhf", "verl", "outcome", "task", "no_effectiveness",
            "no_reflection", "no_length")
 
 
 @dataclass
-class Settings(RunSettings):
+class Settings(EngineSettings, RunSettings):
     stage: str = flag("all", "what the command's first word says; all: sft, then rl",
                       choices=["all", "sft", "rl"])
     model: str = flag("", "folder or hub id of a vision-language model; none: a tiny "
@@ -86,6 +87,8 @@ class Settings(RunSettings):
     device: str = flag("", "cuda or cpu (cuda if there is one)")
     micro_tokens: int = flag(16384, "tokens per forward pass, padding included")
     rollout_batch: int = flag(256, "responses generated at a time")
+    importance_cap: float = flag(2.0, "vllm: bound on pi / pi_vllm, by which a token's "
+                                      "advantage is weighted; 0: not weighted")
     out: str = flag("out/reflection", "output folder")
     eval_every: int = flag(10, "steps between evaluations; 0: before and after")
     save_every: int = flag(25, "steps between checkpoints")
@@ -107,8 +110,9 @@ FREE = {"resume", "threads", "eval_every", "save_every", "rollout_batch",
 def check(s: Settings) -> None:
     """ValueError, one line, for a setting out of range."""
     check_run(s, "prompts")
+    check_engine(s)
     require(s, dict(steps=0, minibatch=0, sft_rows=1, sft_batch=1, max_new_tokens=1,
-                    max_prompt=1, max_length=1, micro_tokens=1, rollout_batch=1,
+                    max_prompt=1, max_length=1, importance_cap=0, micro_tokens=1, rollout_batch=1,
                     max_pixels=4 * 28 * 28, alpha=0), ("sft_lr", "sft_epochs"))
     if s.format != "reflection" and s.stage != "sft" and s.reward not in (
             "task", "outcome"):
@@ -145,6 +149,7 @@ from plumbing.update import Update
 from reasoning import arrows, qwen
 from reasoning import responses as r
 from reasoning import rows as data
+from reasoning.engine import engine_of
 from reasoning.rows import Row
 
 ADAPTED = re.compile(r".*language_model.*\.(q|k|v|o|gate|up|down)_proj")
@@ -157,6 +162,7 @@ class Parts:
     processor: qwen.Processor
     optimizer: torch.optim.Optimizer
     reference: object | None = None     # the starting policy, for the KL
+    engine: object | None = None        # that samples, if it is not the model itself
 
 
 def cold_start(run: Run, parts: Parts, rows: list[Row]) -> None:
@@ -204,7 +210,8 @@ def train(run: Run, parts: Parts, rows: list[Row], heldout: list[Row],
         drawn = run.rng.choice(len(rows), min(s.prompts, len(rows)), replace=False)
         own = [rows[i] for i in run.mine(drawn)]
         prompts = [p for p in r.encode(own, s, processor) for _ in range(s.group_size)]
-        completions = r.generate(model, processor, prompts, s, s.temperature)
+        completions = r.generate(model, processor, prompts, s, s.temperature,
+                                 parts.engine)
         run.lap("rollout")
 
         # 2. What each earns                                    [MLLM 4] to [MLLM 8]
@@ -240,12 +247,14 @@ def train(run: Run, parts: Parts, rows: list[Row], heldout: list[Row],
             for part in update.micro_batches(chosen, r.split(batch, s)):
                 logp, entropy, mask = r.logprobs(
                     model, processor, batch, part, s.temperature)               # (B, n)
+                old_part = r.padded(old, part)
+                weighted, gap = r.weighted(batch, part, logp, old_part, mask, s)
                 loss, stats = grpo.policy_loss(
-                    logp, r.padded(old, part), batch.advantages[part].to(logp.device),
-                    mask, ref_logp=r.padded(ref, part), clip=(s.clip_low, s.clip_high),
-                    beta=s.beta, aggregate=s.aggregate, normalizer=normalizer)
+                    logp, old_part, weighted, mask, ref_logp=r.padded(ref, part),
+                    clip=(s.clip_low, s.clip_high), beta=s.beta, aggregate=s.aggregate,
+                    normalizer=normalizer)
                 mean_entropy = (entropy.detach() * mask).sum() / mask.sum()
-                update.backward(loss, stats | {"entropy": mean_entropy})
+                update.backward(loss, stats | gap | {"entropy": mean_entropy})
             update.step()
         run.lap("update")
 
@@ -255,7 +264,7 @@ def train(run: Run, parts: Parts, rows: list[Row], heldout: list[Row],
             "groups": len(used), "lr": parts.optimizer.param_groups[0]["lr"],
             "sampled_tokens": sum(run.gather([c.tokens for c in completions]))}
         if heldout and run.due(s.eval_every):
-            result = r.evaluate(model, processor, heldout, s)
+            result = r.evaluate(model, processor, heldout, s, parts.engine)
             row |= {f"heldout_{name}": x for name, x in result.items()}
             run.say(f"step {step:4d}  held-out, greedy: first answer "
                     f"{result['first_accuracy']:.1%}, "
@@ -279,7 +288,7 @@ def load(run: Run, path: str | Path) -> Parts:
     optimizer = make_optimizer(ranks.shard(model), s.lr, betas=(0.9, 0.99),
                                offload=s.offload_optimizer)
     run.keep(adapters.kept(model), optimizer)
-    return Parts(model, processor, optimizer)
+    return Parts(model, processor, optimizer, engine=engine_of(path, processor, s))
 
 
 def prepared(path: str | Path, s: Settings) -> tuple[torch.nn.Module, qwen.Processor]:
@@ -362,7 +371,7 @@ def reinforce(run: Run, parts: Parts, start: str | Path) -> int:
         rows, heldout = (read_rows(run, x, parts.processor) if x else []
                          for x in (s.data, s.eval_data))
     before = run.once("before.json", lambda: r.evaluate(
-        parts.model, parts.processor, heldout, s) if heldout else {})
+        parts.model, parts.processor, heldout, s, parts.engine) if heldout else {})
     if s.beta and not s.lora_rank:
         parts.reference = prepared(start, s)[0].to("cpu").requires_grad_(False).eval()
     train(run, parts, rows, heldout, before)

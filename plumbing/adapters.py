@@ -82,15 +82,20 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
         state = get_model_state_dict(model, options=everything)
     if not has_adapters(model):
         return state
-    scale, merged = model.peft_config["default"], {}
+    return {name: x.cpu() for name, x in merged(model, state)}
+
+
+def merged(model: nn.Module, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """A model's tensors by its class's own names, one after the other, adapters merged into them;
+    without adapters as they are."""
+    scale = model.peft_config["default"] if has_adapters(model) else None
     for name, x in state.items():
         if name.endswith("base_layer.weight"):
             a, b = (state[name.replace("base_layer", f"lora_{side}.default")].float()
                     for side in "AB")                                   # (r, in), (out, r)
             x = (x.float() + scale.lora_alpha / scale.r * b @ a).to(x.dtype)
         if ".lora_" not in name:
-            merged[name.replace(".base_layer", "")] = x.cpu()
-    return merged
+            yield name.replace(".base_layer", ""), x
 
 
 def save_adapters(model: nn.Module, folder: Path) -> None:

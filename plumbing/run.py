@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +133,7 @@ class Run:
         if self.resumed:
             checkpoint.load(self.out / "checkpoint", tensors, optimizer)
             self.resumed = False
-        versions = {name: metadata.version(name) for name in PACKAGES}
+        versions = {name: metadata.version(name) for name in PACKAGES if find_spec(name)}
         self.write("settings.json", asdict(replace(self.s, out="", resume=""))
                    | {"versions": versions})
 

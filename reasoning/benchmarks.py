@@ -34,9 +34,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from plumbing.files import Journal, read_json, write_json
+from plumbing.flags import add_flags
 from plumbing.plots import wilson
 from reasoning import rows
 from reasoning.answers import LETTERS, extract, option_letter, quantity, same, tidy
+from reasoning.flags import EngineSettings, check_engine
 
 # Those of training, "tagged" of its --prompt plain; "plain" is for models that know no tags
 FORMS = {"reflection": rows.reflection_prompt, "twice": rows.twice_prompt,
@@ -312,7 +314,8 @@ def settings(s) -> dict:
     # A model that was trained further under the same name is another model
     saved = [file.stat().st_mtime for file in Path(s.model).glob("*.safetensors")]
     return {"model": s.model, "weights_saved": max(saved, default=None), "dtype": s.dtype,
-            "max_new_tokens": s.max_new_tokens, "max_pixels": s.max_pixels, "prompt": s.prompt}
+            "max_new_tokens": s.max_new_tokens, "max_pixels": s.max_pixels, "prompt": s.prompt,
+            **({"engine": s.engine} if s.engine == "vllm" else {})}
 
 
 def evaluate(name: str, data: str, complete: Callable, s) -> list[Outcome]:
@@ -426,6 +429,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="larger images are scaled down to this area, as in training")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     add("--device", help="default: cuda where there is one")
+    add_flags(parser, EngineSettings, engine_memory=0.9)
 
 
 def run(s: argparse.Namespace) -> int:
@@ -436,15 +440,13 @@ def run(s: argparse.Namespace) -> int:
                          "give one for each, in the same order")
     if min(s.batch, s.max_new_tokens, s.max_pixels, 1 if s.limit is None else s.limit) < 1:
         raise ValueError("--batch, --max-new-tokens, --max-pixels and --limit must be at least 1")
+    check_engine(s)
     out, outcomes, results = Path(s.out), {}, {}
     path = out / "result.json"
     others = read_json(path) if path.exists() else {}
-    import torch
-
     from plumbing import ranks
-    from reasoning import qwen
-    model, processor = qwen.load_vlm(s.model, getattr(torch, s.dtype), s.device or ranks.device())
-    complete = partial(qwen.complete, model, processor, max_new_tokens=s.max_new_tokens)
+    from reasoning.engine import completer
+    complete = completer(s, s.device or ranks.device())
     try:
         for name, source in zip(s.benchmark, data):
             outcomes[name] = evaluate(name, source, complete, s)

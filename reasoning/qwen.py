@@ -8,7 +8,7 @@ vocabulary (152k words: for 2048 tokens of one response 0.6 GB in bf16).
 Left out: videos; continuous batching; transformers' processor classes, which need torchvision.
 """
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,15 +25,17 @@ class Prompt:
     ids: Tensor
     pixels: Tensor | None
     grid: Tensor | None
+    images: list[Image.Image] = field(default_factory=list)     # for an engine that shows them
 
 
 @dataclass
 class Completion:
     """ids (n,) int64, up to and including the end token; text without special tokens; truncated: no
-    end token came."""
+    end token came; logp (n,): of the engine that sampled, if it was reasoning/engine.py's."""
     ids: Tensor
     text: str
     truncated: bool
+    logp: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -81,7 +83,7 @@ class Processor:
         pictures = self.image_processor(images=images, return_tensors="pt")
         grid, repeats = pictures["image_grid_thw"], torch.ones_like(ids)
         repeats[holders] = grid.prod(1) // self.image_processor.merge_size**2
-        return Prompt(ids.repeat_interleave(repeats), pictures["pixel_values"], grid)
+        return Prompt(ids.repeat_interleave(repeats), pictures["pixel_values"], grid, images)
 
     def target(self, text: str) -> Tensor:
         """A response to imitate -> ids (n,), end token included."""

@@ -21,6 +21,7 @@ from plumbing.flags import printable
 from plumbing.plots import PARTS, wilson
 from reasoning import published_reward, qwen
 from reasoning.answers import default_verify
+from reasoning.engine import corrected
 from reasoning.rows import PROMPTS, Row, pictures
 
 
@@ -32,6 +33,7 @@ class Batch:
     completions: list[Tensor]       # (n_i,) int64
     advantages: Tensor              # (N,) float32
     rows: int
+    sampled: list[Tensor] | None = None     # (n_i,), log-probabilities by the engine that sampled
 
     @property
     def lengths(self) -> list[tuple[int, int]]:
@@ -56,8 +58,11 @@ def micro_batches(lengths: list[tuple[int, int]], s) -> Iterator[list[int]]:
 
 
 def generate(model, processor: qwen.Processor, prompts: list[qwen.Prompt], s,
-             temperature: float) -> list[qwen.Completion]:
-    """`qwen.generate` by --rollout_batch, with whole weights on every rank."""
+             temperature: float, engine=None) -> list[qwen.Completion]:
+    """By the engine all at once; else `qwen.generate` by --rollout_batch, with whole weights on
+    every rank."""
+    if engine is not None:
+        return engine.generate(prompts, s.max_new_tokens, temperature, model)
     with ranks.whole_weights(model):
         return [c for i in range(0, len(prompts), s.rollout_batch)
                 for c in qwen.generate(model, processor, prompts[i:i + s.rollout_batch],
@@ -89,8 +94,9 @@ def chosen_rows(prompts: list[qwen.Prompt], completions: list[qwen.Completion],
     """The responses to train on: advantages (n,), trained bool (n,)."""
     rows = trained.nonzero().flatten().tolist()
     some = rows or [0]
+    sampled = [completions[i].logp for i in some]
     return Batch([prompts[i] for i in some], [completions[i].ids for i in some],
-                 advantages[some], len(rows))
+                 advantages[some], len(rows), None if sampled[0] is None else sampled)
 
 
 def split(batch: Batch, s):
@@ -104,6 +110,14 @@ def split(batch: Batch, s):
 def padded(rows: list[Tensor] | None, part: list[int]) -> Tensor | None:
     """Some of rows (n_i,), as (B, n)."""
     return None if rows is None else pad_sequence([rows[i] for i in part], batch_first=True)
+
+
+def weighted(batch: Batch, part: list[int], logp: Tensor, old: Tensor | None, mask: Tensor, s
+             ) -> tuple[Tensor, dict]:
+    """Advantages of some rows, (B,), or (B, n) if another engine sampled them, and how far it is
+    from the trainer's (`engine.corrected`). old: as of `old_logprobs`."""
+    return corrected(batch.advantages[part].to(logp.device), logp if old is None else old,
+                     padded(batch.sampled, part), mask, s.importance_cap)
 
 
 def old_logprobs(model, processor: qwen.Processor, batch: Batch, s, updates: float):
@@ -195,12 +209,12 @@ def behaviour(records: list[rewards.ReflectionRecord], completions: list[qwen.Co
             **{f"part_{name}": mean(getattr(r, name) for r in records) for name in PARTS}}
 
 
-def evaluate(model, processor: qwen.Processor, rows: list[Row], s) -> dict:
+def evaluate(model, processor: qwen.Processor, rows: list[Row], s, engine=None) -> dict:
     """Greedy decoding of every row -> `behaviour`, with Wilson intervals of both accuracies."""
     rows, records, completions = ranks.share(rows), [], []
     for i in range(0, len(rows), s.rollout_batch):          # not all pictures in memory at once
         some = rows[i:i + s.rollout_batch]
-        answers = generate(model, processor, encode(some, s, processor), s, 0.0)
+        answers = generate(model, processor, encode(some, s, processor), s, 0.0, engine)
         records += [REWARDS[s.reward](c.text, row.answer, processor, s)
                     for c, row in zip(answers, some)]
         completions += answers

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from threading import Event, Lock, Thread
 from urllib.parse import unquote, urlsplit
@@ -37,6 +37,7 @@ from plumbing.files import Journal
 from plumbing.flags import ending, flag, read_command, require
 from reasoning import rows as data
 from reasoning.answers import default_verify
+from reasoning.flags import EngineSettings, check_engine
 from reasoning.rows import Row, one_line, pictures
 from rewards import TAG
 
@@ -46,7 +47,7 @@ Generate = Callable[[list[Row], list[str]], list[str]]          # rows, a prompt
 
 
 @dataclass
-class Settings:
+class Settings(EngineSettings):
     model: str = flag("", "folder or hub id: it gives the first answers")
     rows: str = flag("", "JSONL file, parquet file or folder of them, or dataset of the hub")
     images: str = flag("", "folder that the rows' image paths start from (the file's own)")
@@ -69,6 +70,7 @@ class Settings:
     timeout: float = flag(120.0, "seconds a request may take")
 
     def __post_init__(self):
+        check_engine(self)
         require(self, dict(batch=1, in_flight=1, teacher_tokens=1, max_new_tokens=1, retries=0,
                            max_pixels=data.MIN_PIXELS, temperature=0), ("timeout",))
         if not 0 <= (self.right_share or 0) < 1:
@@ -460,14 +462,11 @@ def load_model(s: Settings) -> Generate:
     def load() -> Callable:
         import torch
 
-        from reasoning import qwen
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        from reasoning.engine import completer
         try:
-            model, processor = qwen.load_vlm(s.model, getattr(torch, s.dtype), device)
+            return completer(s, "cuda" if torch.cuda.is_available() else "cpu", s.temperature)
         except ValueError as error:
             raise RuntimeError(error) from None         # no row is at fault
-        return partial(qwen.complete, model, processor, max_new_tokens=s.max_new_tokens,
-                       temperature=s.temperature)
 
     def generate(rows: list[Row], prompts: list[str]) -> list[str]:
         completions = load()([pictures(row, s.max_pixels) for row in rows], prompts)

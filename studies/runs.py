@@ -25,7 +25,7 @@ def finished(script, folder: Path, argv: list[str], ended: str) -> bool:
         script.Settings, argv, **script.READING).settings
     script.check(s)
     for name, value in asdict(s).items():
-        if name not in script.FREE | {"model", "out"} and saved.get(name) != value:
+        if name not in script.FREE | {"model", "out"} and saved.get(name, value) != value:
             raise ValueError(f"{folder} was made with --{name} {saved.get(name)}, not {value}; "
                              "choose another --out")
     return (folder / ended).exists()
