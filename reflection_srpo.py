@@ -112,8 +112,9 @@ def check(s: Settings) -> None:
     check_run(s, "prompts")
     check_engine(s)
     require(s, dict(steps=0, minibatch=0, sft_rows=1, sft_batch=1, max_new_tokens=1,
-                    max_prompt=1, max_length=1, importance_cap=0, micro_tokens=1, rollout_batch=1,
-                    max_pixels=4 * 28 * 28, alpha=0), ("sft_lr", "sft_epochs"))
+                    max_prompt=1, max_length=1, micro_tokens=1, rollout_batch=1,
+                    max_pixels=784 * 4, alpha=0, importance_cap=0),
+            ("sft_lr", "sft_epochs"))
     if s.format != "reflection" and s.stage != "sft" and s.reward not in (
             "task", "outcome"):
         raise ValueError(f"--reward {s.reward} reads reflections; with --format "
@@ -288,7 +289,7 @@ def load(run: Run, path: str | Path) -> Parts:
     optimizer = make_optimizer(ranks.shard(model), s.lr, betas=(0.9, 0.99),
                                offload=s.offload_optimizer)
     run.keep(adapters.kept(model), optimizer)
-    return Parts(model, processor, optimizer, engine=engine_of(path, processor, s))
+    return Parts(model, processor, optimizer, None, engine_of(path, processor, s))
 
 
 def prepared(path: str | Path, s: Settings) -> tuple[torch.nn.Module, qwen.Processor]:
