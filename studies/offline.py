@@ -24,10 +24,12 @@ WEIGHTS = {"all": ["--weights", "all"],
            "outcome": ["--weights", "outcome"],
            "progress": ["--weights", "progress"],
            "progress_paper": ["--weights", "progress", "--curves", "paper"],
+           "progress_pixels": ["--weights", "progress", "--world_model", "pixels"],
            "rabc": ["--weights", "rabc"]}
 TITLES = {"all": "behaviour cloning, all", "successes": "behaviour cloning, successes",
           "outcome": "AWR, success", "progress": "AWR, progress", "rabc": "RA-BC weights",
-          "progress_paper": "AWR, progress, paper's curves"}
+          "progress_paper": "AWR, progress, paper's curves",
+          "progress_pixels": "AWR, progress of mean pixels"}
 # Who plays, as flags of studies.demonstrate; the middling one is shipped
 POLICIES = {"weak": ["--demos", "1", "--steps", "220"], "middling": [],
             "good": ["--demos", "25", "--steps", "2000"]}
@@ -64,7 +66,7 @@ def compare(flags: list[str], seeds: int, jobs: int, out: Path) -> None:
         folder, policy = out / "data" / name, vla_srpo.WEIGHTS / "tiny_vla"
         if how and not (policy := out / name / "policy").exists():
             subprocess.run([sys.executable, "-m", "studies.demonstrate", *how, "--threads", "1",
-                            "--out", str(policy)], check=True, cwd=Path(__file__).parents[1])
+                            "--out", str(policy.resolve())], check=True, cwd=runs.ROOT)
         if len(list(folder.glob("*.npz"))) < 4 * ROLLOUTS:
             record(policy, folder, number)
     todo = []

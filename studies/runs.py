@@ -15,6 +15,8 @@ import numpy as np
 from plumbing.files import read_json
 from plumbing.flags import Parser, ending, read_command
 
+ROOT = Path(__file__).parents[1]
+
 
 def finished(script, folder: Path, argv: list[str], ended: str) -> bool:
     """Whether a run of a script, a module, has ended: a file of this name is there. ValueError if
