@@ -18,7 +18,7 @@ Left out: a value network, an entropy bonus, refilling of dropped groups.
 
     python vla_srpo.py --steps 200                      # eleven minutes on two cores
     python vla_srpo.py --steps 200 --reward binary      # plain GRPO
-    python vla_srpo.py offline --data FOLDER --steps 20 # the paper's offline variant
+    python vla_srpo.py offline --data FOLDER --steps 6  # the paper's offline variant
     python vla_srpo.py --resume out/srpo                # go on after an interruption
     python vla_srpo.py --paper --suite libero_object \\
         --model Haozhan72/Openvla-oft-SFT-libero-object-traj1   # 7B, one H200

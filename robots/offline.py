@@ -9,7 +9,7 @@ rollouts, advantage-weighted regression instead of the clipped step. No code of 
 Ours, where the paper says nothing: the temperature, the bound on weights, an increment for each
 chunk of 8 actions. Baselines are other weights (`--weights`), not other code.
 
-    python vla_srpo.py offline --data FOLDER_OR_ID --steps 20
+    python vla_srpo.py offline --data FOLDER_OR_ID --steps 6
     python -m studies.offline --out out/offline         # records trajectories, compares the weights
 """
 import hashlib

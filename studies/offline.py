@@ -4,7 +4,7 @@
 1. Three policies of the tabletop, weak, middling and good, play the training initial states, their
    actions sampled; each trajectory becomes a file.
 2. From the middling policy: behaviour cloning of all, of successes alone, weights of progress, of
-   success alone, LeRobot's RA-BC; on the trajectories of each policy and of all three.
+   success alone, LeRobot's RA-BC; on the trajectories of all three, and on its own alone.
 3. Held-out success, mean over seeds.
 Further flags are vla_srpo.py's, of every run.
 
@@ -33,7 +33,7 @@ TITLES = {"all": "behaviour cloning, all", "successes": "behaviour cloning, succ
 # Who plays, as flags of studies.demonstrate; the middling one is shipped
 POLICIES = {"weak": ["--demos", "1", "--steps", "220"], "middling": [],
             "good": ["--demos", "25", "--steps", "2000"]}
-DATA = {**{name: name for name in POLICIES}, "mixed": ""}       # folders of OUT/data
+DATA = {"all three": "", "middling": "middling"}       # whose trajectories: folders of OUT/data
 ROLLOUTS = 40           # of each policy and task
 
 
@@ -70,29 +70,35 @@ def compare(flags: list[str], seeds: int, jobs: int, out: Path) -> None:
         if len(list(folder.glob("*.npz"))) < 4 * ROLLOUTS:
             record(policy, folder, number)
     todo = []
-    for seed in range(seeds):
-        for data, folder in DATA.items():
+    for data, folder in DATA.items():
+        for seed in range(seeds):
             for name, own in WEIGHTS.items():
-                argv = ["offline", "--steps", "20", "--eval_every", "0", *own, *flags, "--data",
+                here = run_folder(out, data, name, seed)
+                argv = ["offline", "--steps", "6", "--eval_every", "0", *own, *flags, "--data",
                         str(out / "data" / folder), "--seed", str(seed), "--threads", "1",
-                        "--workers", "1", "--out", str(out / f"{data}-{name}-{seed}")]
-                if not runs.finished(vla_srpo, Path(argv[-1]), argv, "policy"):
-                    todo.append((Path(argv[-1]), argv))
+                        "--workers", "1", "--out", str(here)]
+                if not runs.finished(vla_srpo, here, argv, "policy"):
+                    todo.append((here, argv))
     runs.run_all(vla_srpo, [todo], jobs)
     text = table(out, seeds)
     (out / "table.txt").write_text(text + "\n")
     print(f"\n{text}\nwrote {out}/table.txt")
 
 
+def run_folder(out: Path, data: str, name: str, seed: int) -> Path:
+    return out / f"{data.replace(' ', '_')}-{name}-{seed}"
+
+
 def table(out: Path, seeds: int) -> str:
     """A row per weight, a column per data set."""
-    before = read_json(out / "mixed-all-0" / "before.json")["success"]
+    before = read_json(run_folder(out, "all three", "all", 0) / "before.json")["success"]
     lines = [f"held-out success of the middling policy, {before:.1%} before; mean of "
              f"{runs.counted(seeds)} and its 95% interval", f"{'':30}" + "".join(
                  f"{name:>17}" for name in DATA)]
     for name in WEIGHTS:
-        cells = [runs.mean_and_half([read_json(out / f"{data}-{name}-{seed}" / "after.json")[
-            "success"] for seed in range(seeds)]) for data in DATA]
+        cells = [runs.mean_and_half([
+            read_json(run_folder(out, data, name, seed) / "after.json")["success"]
+            for seed in range(seeds)]) for data in DATA]
         lines.append(f"{TITLES[name]:30}" + "".join(
             f"{mean:9.1%}" + (f" +-{half:5.1%}" if seeds > 1 else " " * 8) for mean, half in cells))
     return "\n".join(lines)

@@ -15,7 +15,7 @@ def test_trajectories_play_again_and_runs_are_made_once(tmp_path, capsys, monkey
     monkeypatch.setattr(offline, "ROLLOUTS", 1)
     monkeypatch.setattr(offline, "POLICIES", {"middling": [], "good": [
         "--demos", "1", "--steps", "5"]})
-    monkeypatch.setattr(offline, "DATA", {"good": "good", "mixed": ""})
+    monkeypatch.setattr(offline, "DATA", {"all three": "", "good": "good"})
     monkeypatch.setattr(offline, "WEIGHTS", {name: offline.WEIGHTS[name] for name in (
         "all", "outcome")})
     record = offline.record
@@ -23,10 +23,10 @@ def test_trajectories_play_again_and_runs_are_made_once(tmp_path, capsys, monkey
     arguments = ["--out", str(tmp_path), "--seeds", "1", "--steps", "1"]
     assert offline.main(arguments) == 0
     out = capsys.readouterr().out
-    assert "mixed-outcome-0: 4 of 4 runs" in out
+    assert "good-outcome-0: 4 of 4 runs" in out
     rows = (tmp_path / "table.txt").read_text().splitlines()
     assert [row[:21].strip() for row in rows[2:]] == ["behaviour cloning, al", "AWR, success"]
-    heldout = lines(tmp_path / "mixed-outcome-0" / "metrics.jsonl")[-1]["heldout"]
+    heldout = lines(tmp_path / "good-outcome-0" / "metrics.jsonl")[-1]["heldout"]
     assert f"{heldout:.1%}" in rows[3] and wilson(round(200 * heldout), 200)
     recorded = [read_npz(file) for file in sorted((tmp_path / "data/middling").glob("*.npz"))]
     assert [x.instruction for x in recorded] == list(TASKS["tabletop"])
