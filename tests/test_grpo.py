@@ -359,6 +359,7 @@ def test_loss_rejects_in_one_line(change, match):
 # the demonstration
 
 
+@pytest.mark.slow
 def test_demo_learns(capsys):
     rows, exact = grpo.train(steps=50, samples=8)
     reward = [r["reward"] for r in rows]

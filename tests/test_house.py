@@ -109,6 +109,7 @@ def loaded(code: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code, absent", [
     ("import reflection_srpo", {"robots", "gymnasium", "mujoco", "reasoning.benchmarks"}),
     ("import vla_srpo", {"reasoning", "reasoning.benchmarks"}),
@@ -128,6 +129,7 @@ SCRIPTS += [module(file) for file in CODE if len(file.parts) > 1
             and "__main__" in (ROOT / file).read_text()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_is_light(name):
     """--help answers in under two seconds: it imports neither torch nor transformers, but in the

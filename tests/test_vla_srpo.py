@@ -518,6 +518,7 @@ def go(tmp_path, out: str, *more: str) -> int:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "reward, keep", [("binary", "signal"), ("srpo", "signal"), ("srpo", "mixed")]
 )
@@ -628,6 +629,7 @@ def test_no_signal_at_all(monkeypatch, tmp_path):
     assert all(torch.equal(start[k], end[k]) for k in start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [0.25, 0.97, 0.0])
 def test_the_saved_policy_is_the_running_average(monkeypatch, tmp_path, decay):
     """Against the definition, from the weights after every step: a_1 = w_1,
@@ -667,6 +669,7 @@ def test_until_ends_a_run_at_the_evaluation_that_reaches_it(monkeypatch, tmp_pat
     )
 
 
+@pytest.mark.slow
 def test_starts_are_groups_of_training_states(monkeypatch, tmp_path):
     pretend = Pretend(monkeypatch, tmp_path)
     assert go(tmp_path, "a", "--reward", "binary") == go(tmp_path, "b", "--reward", "binary") == 0
@@ -689,6 +692,7 @@ class PowerCut(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "at, fault, flags",
     [

@@ -229,6 +229,7 @@ def test_a_policy_s_fault_is_named(openvla, tmp_path, capsys, change, words):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_does_not_belong_together_is_named(openvla, qwen, monkeypatch):
     assert vla_problems(model=str(openvla)) == []
     with pytest.raises(ValueError, match="tiny_vla cannot be loaded as a vision-language model"):

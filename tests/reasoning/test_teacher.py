@@ -715,6 +715,7 @@ def test_redirects_are_not_followed(tmp_path, code):
         assert other.requests == []
 
 
+@pytest.mark.slow
 @needs("openai")
 @pytest.mark.parametrize("headers", [True, False])
 def test_a_dripping_server_does_not_hold_the_run(tmp_path, headers):

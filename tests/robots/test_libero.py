@@ -320,6 +320,7 @@ def test_libero_plus_plays(dimension):
     plus.close()
 
 
+@pytest.mark.slow
 @needs_assets
 def test_noise_of_libero_plus_repeats(env, monkeypatch):
     """Its wrapper's step spoils the image by numpy's global generator; the same moment is spoilt
@@ -395,6 +396,7 @@ def test_states_of_another_task(env, monkeypatch):
         env.reset(options={"task": 0, "index": 2})
 
 
+@pytest.mark.slow
 @needs_assets
 def test_the_stored_physics_and_colours():
     """The bowl stays on the ramekin and the floor is light, as where the initial states were made;

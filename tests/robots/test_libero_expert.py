@@ -228,6 +228,7 @@ def test_demonstrations_can_be_interrupted(tmp_path, capsys, monkeypatch):
     assert off[:20].mean(0)[:3].min() > 0.05 and (off.max(1) == 0).sum() > 40
 
 
+@pytest.mark.slow
 @needs_assets
 def test_expert_command_goes_on(tmp_path, capsys):
     out = tmp_path / "e.jsonl"

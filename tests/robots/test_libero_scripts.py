@@ -178,6 +178,7 @@ def test_openvla(small, monkeypatch):
     assert len(seen) == 1 and settings["key"] == "libero_spatial_no_noops"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -266,6 +266,7 @@ def go(monkeypatch, data, out, *more) -> int:
                           "1", "--out", str(out), *map(str, more)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--curves", "paper"), ("--world_model", "pixels"),
                                   ("--weights", "rabc"), ("--weights", "successes")])
 def test_from_files_to_a_policy(monkeypatch, tmp_path, data, capsys, more):
@@ -282,6 +283,7 @@ def test_from_files_to_a_policy(monkeypatch, tmp_path, data, capsys, more):
     assert json.loads((tmp_path / "run/settings.json").read_text())["stage"] == "offline"
 
 
+@pytest.mark.slow
 def test_resume_is_bitwise(monkeypatch, tmp_path, data, capsys):
     assert go(monkeypatch, data, tmp_path / "whole") == 0
 

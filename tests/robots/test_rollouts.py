@@ -167,6 +167,7 @@ def test_more_episodes_than_tables(script, workers):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 2, 4])
 def test_frames_between_those_that_the_policy_sees(script, workers, every):
     episodes = play(script, workers, STARTS[:8], SUITE, every=every, clip=whole)
@@ -194,6 +195,7 @@ def test_of_a_video_only_what_was_asked_for_is_kept(script, workers):
     assert play(script, workers, [], SUITE) == []
 
 
+@pytest.mark.slow
 def test_dead_workers_are_replaced(script):
     """Killed before a call, in the middle of one, both at once, and between two batches of
     episodes."""
@@ -269,6 +271,7 @@ class Garbled(TableBatch):
                MemoryError())[min(chunks)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slot, error, start", [
     (0, ValueError, r"no such \\x1b\[31mmesh Traceback \(most recent call last\) table$"),
     (1, RuntimeError, "KeyError: "), (2, RuntimeError, "UnicodeDecodeError: "),

@@ -347,6 +347,7 @@ def test_gif(tmp_path):
     np.testing.assert_allclose(seen, (0, 90, 200), atol=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system, name", [("linux", "egl"), ("darwin", "cgl"), ("win32", "wgl")])
 def test_opengl_is_the_system_s_own(monkeypatch, system, name):
     """apt-get is no help on a Mac."""

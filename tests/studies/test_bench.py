@@ -48,6 +48,7 @@ def test_flops_are_two_per_weight_and_token():
     assert bench.flops(forward) == pytest.approx(expected + wide + patches + head, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank, backward", [(0, 2), (4, 1)])
 def test_the_update_of_a_frozen_tower_is_counted_once(rank, backward):
     """Against the FLOPs of the update itself: its forward passes and what autograd does."""
@@ -62,6 +63,7 @@ def test_the_update_of_a_frozen_tower_is_counted_once(rank, backward):
         counter.get_total_flops(), rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["openvla-small", "qwen2.5-vl-small"])
 @pytest.mark.parametrize("rank", [0, 4])
 def test_an_update_moves_what_trains_and_counts_once(name, rank):

@@ -45,6 +45,7 @@ def test_every_row_is_run_once_tabled_and_drawn(tmp_path, capsys, monkeypatch):
     assert "was made with --lr 0.0003, not 1.0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_with_its_last_words(tmp_path):
     with pytest.raises(RuntimeError, match=r"x-0: error: .*nowhere"):
         runs.run(reflection_srpo, tmp_path / "x-0", [
