@@ -59,8 +59,7 @@ class Engine:
 
     def take(self, model) -> None:
         """The weights of the model that trains, unless they are those it has."""
-        # In-place changes are counted by torch
-        now = sum(p._version for p in model.parameters())
+        now = sum(p._version for p in model.parameters())   # torch counts changes in place
         if self.sleeps:
             self.llm.wake_up(tags=["weights"])
         if self.sleeps or now != self.seen:

@@ -223,8 +223,13 @@ def fingerprint(policy) -> str:
     """Of config, statistics, tokenizer, and a thousand numbers from all over each tensor: seconds
     suffice at 7B."""
     described = json.dumps([policy.config, policy.norm_stats], sort_keys=True).encode()
-    digest = hashlib.sha256(described + policy.files.get("tokenizer.json", b""))
-    for tensor in policy.state_dict().values():
+    return fingerprint_of(policy, described + policy.files.get("tokenizer.json", b""))
+
+
+def fingerprint_of(model: torch.nn.Module, described: bytes) -> str:
+    """Of a model's weights, and of what else makes it what it is."""
+    digest = hashlib.sha256(described)
+    for tensor in model.state_dict().values():
         some = tensor.flatten()[::max(1, tensor.numel() // 1000)]
         digest.update(some.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]

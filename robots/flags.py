@@ -1,5 +1,4 @@
-"""Which tasks are played, and how: the flags that training, fine-tuning and evaluation share; and
-those of learning offline."""
+"""Which tasks are played, and how: flags of training, fine-tuning, evaluation; learning offline."""
 from dataclasses import dataclass
 
 from plumbing.flags import flag, require

@@ -12,7 +12,6 @@ chunk of 8 actions. Baselines are other weights (`--weights`), not other code.
     python vla_srpo.py offline --data FOLDER_OR_ID --steps 6
     python -m studies.offline --out out/offline         # records trajectories, compares the weights
 """
-import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -98,20 +97,23 @@ def progress(encoder, loaders: Loaders, logged: list[Logged], curves: str, folde
 
     Each is written into `folder` as it is known, and read there the next time; the file's name
     says of which encoder, curves and trajectories it is."""
-    latents = np.concatenate([encoder.encode([loaders[x.name]().images]).numpy() for x in tqdm(
-        logged, "latents", disable=None)])                                      # (N, D)
-    made_of = [curves, [(x.name, x.task, x.success) for x in logged],
-               hashlib.sha256(latents.round(3).tobytes()).hexdigest()]
-    digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
-    journal = Journal(folder / f"progress-{digest}.jsonl", {"curves": curves})
-    known = {row["name"]: np.array(row["R"]) for row in journal.rows}
+    made_of = [curves, type(encoder).__name__, str(encoder.config),
+               [(x.name, x.task, x.success) for x in logged]]
+    name = evaluate.fingerprint_of(encoder.model, json.dumps(made_of).encode())
+    journal = Journal(folder / f"progress-{name}.jsonl", {"curves": curves})
+    done = {row["name"]: row["R"] for row in journal.rows}
+    todo = [(i, x) for i, x in enumerate(logged) if x.name not in done]
+    latents = np.concatenate([
+        encoder.encode([loaders[x.name]().images for x in logged[i:i + encoder.batch_size]]).numpy()
+        for i in tqdm(range(0, len(logged), encoder.batch_size), "latents", disable=None)
+    ]) if todo else None                                                        # (N, D)
     success, task = (np.array([getattr(x, name) for x in logged]) for name in ("success", "task"))
-    for i, x in enumerate(tqdm(logged, "progress", disable=None)):
-        if x.name in known:
-            continue
+    for i, x in tqdm(todo, "progress", disable=None):
         try:
             towards = reference(latents, np.flatnonzero(success & (task == x.task)), i, curves)
         except ValueError:
+            done[x.name] = None
+            journal.add({"name": x.name, "R": None})
             continue
         images = loaders[x.name]().images
         if curves == "paper":
@@ -120,10 +122,10 @@ def progress(encoder, loaders: Loaders, logged: list[Logged], curves: str, folde
             seen, r = encoder.progress(images, towards, max(1, int(x.at[1] - x.at[0])))
             ends = seen - 1
         # Before the first window nothing is known: no gain
-        known[x.name] = np.interp(x.at, ends, r)
-        journal.add({"name": x.name, "R": known[x.name]})
+        done[x.name] = np.interp(x.at, ends, r)
+        journal.add({"name": x.name, "R": done[x.name]})
     journal.close()
-    return known
+    return {name: np.array(r) for name, r in done.items() if r is not None}
 
 
 # 3. From progress to weights
@@ -154,8 +156,7 @@ def weights(logged: list[Logged], curves: dict[str, np.ndarray], s) -> list[np.n
         return [np.full(len(x.bins), float(s.weights == "all" or x.success)) for x in logged]
     if s.weights == "outcome":          # of a trajectory, as its return
         each = advantages([np.array([float(x.success)]) for x in logged])
-        given = [np.repeat(a, len(x.bins)) for a, x in zip(each, logged, strict=True)]
-        return [_exp(a, s) for a in given]
+        return [_exp(np.repeat(a, len(x.bins)), s) for a, x in zip(each, logged, strict=True)]
     known = [x.name for x in logged if x.name in curves]
     if not known:
         raise ValueError("no task has two successes: there is no progress to learn from; give "
@@ -167,6 +168,7 @@ def weights(logged: list[Logged], curves: dict[str, np.ndarray], s) -> list[np.n
 
 
 def _exp(a: np.ndarray, s) -> np.ndarray:
+    # paper: temperature, form and bound of the weights are not given; these are AWR's
     return np.exp((a / s.awr_temperature).clip(max=np.log(s.max_weight)))
 
 
@@ -201,10 +203,8 @@ def prepare(run, parts) -> policies.Batch:
             f"as {everything.sum()**2 / (everything**2).sum() / len(everything):.0%} of the chunks")
     if curves and run.first_rank:
         drawn: dict[str, list] = {}
-        for x in logged:
-            if x.name in curves:
-                drawn.setdefault(instructions[x.task], []).append(
-                    (x.success, x.at, curves[x.name]))
+        for x in (x for x in logged if x.name in curves):
+            drawn.setdefault(instructions[x.task], []).append((x.success, x.at, curves[x.name]))
         plots.draw_progress(drawn, run.out / "progress.png")
     rows = [(x, k, w) for x, some in run.mine(list(zip(logged, given, strict=True)))
             for k, w in enumerate(some) if w > 0] or [(logged[0], 0, 0.0)]

@@ -36,20 +36,19 @@ class Trajectory:
     every: int = CHUNK      # 1, 2, 4 or 8
 
     def __post_init__(self):
-        def array(x) -> str:
-            return f"{getattr(x, 'dtype', type(x).__name__)} {np.shape(x)}"
-        images, actions, n = self.images, self.actions, len(self.actions)
-        if self.every not in (1, 2, 4, 8):
-            raise ValueError(f"every is {self.every!r}: an image after each 1, 2, 4 or 8 env steps")
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
-            raise ValueError(f"images must be uint8 (T, H, W, 3), got {array(images)}")
-        if actions.dtype.kind not in "fiu" or actions.ndim != 2 or actions.shape[1] != 7 or not n:
-            raise ValueError(f"actions must be numbers (N, 7), got {array(actions)}")
+        images, actions, every = self.images, self.actions, self.every
+        if every not in (1, 2, 4, 8):
+            raise ValueError(f"every is {every!r}: an image after each 1, 2, 4 or 8 env steps")
+        for name, x, known, wanted in (
+                ("images", images, images.dtype == np.uint8, ("uint8 (T, H, W, 3)", 4, 3)),
+                ("actions", actions, actions.dtype.kind in "fiu", ("numbers (N, 7)", 2, 7))):
+            if not known or (x.ndim, *x.shape[-1:]) != wanted[1:] or not x.size:
+                raise ValueError(f"{name} must be {wanted[0]}, got {x.dtype} {x.shape}")
         if not np.isfinite(actions).all():
             raise ValueError("actions hold a number that is not finite")
-        if not 0 <= len(images) - -(-n // self.every) <= 1:
-            raise ValueError(f"{len(images)} images for {n} actions and an image after every "
-                             f"{self.every}")
+        if not 0 <= len(images) - -(-len(actions) // every) <= 1:
+            raise ValueError(f"{len(images)} images for {len(actions)} actions and an image after "
+                             f"every {every}")
 
     @property
     def at(self) -> np.ndarray:
@@ -78,9 +77,17 @@ def find(source: str, camera: str = "") -> tuple[Path, Loaders]:
     folder = Path(source)
     if not folder.is_dir() and re.fullmatch(HUB_ID, source):
         from huggingface_hub import snapshot_download
-        folder = Path(snapshot_download(source, repo_type="dataset"))
+        try:
+            folder = Path(snapshot_download(source, repo_type="dataset"))
+        except Exception as error:      # no network, no such data set: they have no common class
+            raise ValueError(f"--data {source}: the hub did not give it "
+                             f"({' '.join(str(error).split())[:100]})") from None
     if (folder / "meta/info.json").exists():
-        return folder, dict(lerobot(folder, camera))
+        try:
+            return folder, dict(lerobot(folder, camera))
+        except (KeyError, TypeError, AttributeError, OSError, ArithmeticError) as error:
+            raise ValueError(f"{folder}/meta is not LeRobot's, or damaged ({error!r:.100}); take "
+                             "the whole data set") from None
     files = sorted(folder.rglob("*.npz"))
     if not files:
         raise ValueError(f"--data {source}: a folder of .npz files, or of LeRobot's with "
@@ -124,11 +131,11 @@ def read_npz(file: Path) -> Trajectory:
             parts = dict(arrays)
     except Exception as error:      # of damaged files zipfile, zlib and numpy raise a dozen kinds
         raise ValueError(f"cannot be read ({' '.join(str(error).split())[:100]})") from None
-    for name, kinds in (("instruction", "U"), ("success", "b"), ("every", "iu")):
+    for name, kinds, what in (("instruction", "U", "text"), ("success", "b", "true or false"),
+                              ("every", "iu", "whole number")):
         value = parts.get(name, np.array(CHUNK) if name == "every" else None)
         if value is None or value.shape or value.dtype.kind not in kinds:
-            raise ValueError(f"{name} is missing, or is no "
-                             + {"U": "text", "b": "true or false", "iu": "whole number"}[kinds])
+            raise ValueError(f"{name} is missing, or is no {what}")
         parts[name] = value.item()
     if missing := {"images", "actions"} - set(parts):
         raise ValueError(f"{min(missing)} are missing")
@@ -147,12 +154,16 @@ def lerobot(folder: Path, camera: str) -> Iterator[tuple[str, Callable[[], Traje
                          f"{', '.join(cameras) or 'no images'}")
     camera = camera or next(iter(cameras))
     lines = folder / "meta/episodes.jsonl"              # version 2
-    if lines.exists():
-        episodes = [json.loads(line) for line in lines.read_text().splitlines()]
-    else:
-        from pyarrow.parquet import read_table
-        tables = sorted((folder / "meta/episodes").rglob("*.parquet"))
-        episodes = [row for table in tables for row in read_table(table).to_pylist()]
+    try:
+        if lines.exists():
+            episodes = [json.loads(line) for line in lines.read_text().splitlines()]
+        else:
+            from pyarrow.parquet import read_table
+            tables = sorted((folder / "meta/episodes").rglob("*.parquet"))
+            episodes = [row for table in tables for row in read_table(table).to_pylist()]
+    except Exception as error:              # of damaged files pyarrow raises kinds of its own
+        raise ValueError(f"{folder}/meta: the episodes cannot be read "
+                         f"({' '.join(str(error).split())[:100]}); take another copy") from None
     if not episodes:
         raise ValueError(f"{folder}/meta lists no episodes; take the whole data set")
     for episode in episodes:

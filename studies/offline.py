@@ -5,8 +5,7 @@
    actions sampled; each trajectory becomes a file.
 2. From the middling policy: behaviour cloning of all, of successes alone, weights of progress, of
    success alone, LeRobot's RA-BC; on the trajectories of all three, and on its own alone.
-3. Held-out success, mean over seeds.
-Further flags are vla_srpo.py's, of every run.
+3. Held-out success, mean over seeds. Further flags are vla_srpo.py's, of every run.
 
     python -m studies.offline --out out/offline --seeds 5 --jobs 2
 """
@@ -15,21 +14,17 @@ import sys
 from pathlib import Path
 
 from plumbing.files import read_json
-from plumbing.flags import read_command
 from studies import runs
 
-OURS = {"stage", "data", "weights", "curves", "model", "resume", "seed", "out"}
-WEIGHTS = {"all": ["--weights", "all"],
-           "successes": ["--weights", "successes"],
-           "outcome": ["--weights", "outcome"],
-           "progress": ["--weights", "progress"],
-           "progress_paper": ["--weights", "progress", "--curves", "paper"],
-           "progress_pixels": ["--weights", "progress", "--world_model", "pixels"],
-           "rabc": ["--weights", "rabc"]}
-TITLES = {"all": "behaviour cloning, all", "successes": "behaviour cloning, successes",
-          "outcome": "AWR, success", "progress": "AWR, progress", "rabc": "RA-BC weights",
-          "progress_paper": "AWR, progress, paper's curves",
-          "progress_pixels": "AWR, progress of mean pixels"}
+OURS = {"stage", "data", "weights", "curves", "model", "resume", "seed", "out", "eval_every"}
+WEIGHTS = {         # a row of the table: its title, flags
+    "all": ("behaviour cloning, all", ["--weights", "all"]),
+    "successes": ("behaviour cloning, successes", ["--weights", "successes"]),
+    "outcome": ("AWR, success", ["--weights", "outcome"]),
+    "progress": ("AWR, progress", ["--weights", "progress"]),
+    "progress_paper": ("AWR, progress, paper's curves", ["--curves", "paper"]),
+    "progress_pixels": ("AWR, progress of mean pixels", ["--world_model", "pixels"]),
+    "rabc": ("RA-BC weights", ["--weights", "rabc"])}
 # Who plays, as flags of studies.demonstrate; the middling one is shipped
 POLICIES = {"weak": ["--demos", "1", "--steps", "220"], "middling": [],
             "good": ["--demos", "25", "--steps", "2000"]}
@@ -61,24 +56,23 @@ def record(policy_folder: Path, folder: Path, seed: int, per_task: int = ROLLOUT
 def compare(flags: list[str], seeds: int, jobs: int, out: Path) -> None:
     """Trajectories, all runs, then OUT/table.txt."""
     import vla_srpo
-    read_command(vla_srpo.Settings, flags, **vla_srpo.READING)
-    for number, (name, how) in enumerate(POLICIES.items()):
+    todo = []
+    for data, folder in DATA.items():
+        for seed in range(seeds):
+            for name, (_, own) in WEIGHTS.items():
+                here = run_folder(out, data, name, seed)
+                argv = ["offline", "--steps", "6", "--eval_every", "0", *own, *flags, "--data",
+                        str(out / "data" / folder), "--seed", str(seed), "--threads", "1",
+                        "--workers", "1", "--out", str(here)]
+                if not runs.finished(vla_srpo, here, argv, "after.json"):
+                    todo.append((here, argv))
+    for number, (name, how) in enumerate(POLICIES.items() if todo else ()):
         folder, policy = out / "data" / name, vla_srpo.WEIGHTS / "tiny_vla"
         if how and not (policy := out / name / "policy").exists():
             subprocess.run([sys.executable, "-m", "studies.demonstrate", *how, "--threads", "1",
                             "--out", str(policy.resolve())], check=True, cwd=runs.ROOT)
         if len(list(folder.glob("*.npz"))) < 4 * ROLLOUTS:
             record(policy, folder, number)
-    todo = []
-    for data, folder in DATA.items():
-        for seed in range(seeds):
-            for name, own in WEIGHTS.items():
-                here = run_folder(out, data, name, seed)
-                argv = ["offline", "--steps", "6", "--eval_every", "0", *own, *flags, "--data",
-                        str(out / "data" / folder), "--seed", str(seed), "--threads", "1",
-                        "--workers", "1", "--out", str(here)]
-                if not runs.finished(vla_srpo, here, argv, "policy"):
-                    todo.append((here, argv))
     runs.run_all(vla_srpo, [todo], jobs)
     text = table(out, seeds)
     (out / "table.txt").write_text(text + "\n")
@@ -95,12 +89,15 @@ def table(out: Path, seeds: int) -> str:
     lines = [f"held-out success of the middling policy, {before:.1%} before; mean of "
              f"{runs.counted(seeds)} and its 95% interval", f"{'':30}" + "".join(
                  f"{name:>17}" for name in DATA)]
-    for name in WEIGHTS:
-        cells = [runs.mean_and_half([
-            read_json(run_folder(out, data, name, seed) / "after.json")["success"]
-            for seed in range(seeds)]) for data in DATA]
-        lines.append(f"{TITLES[name]:30}" + "".join(
+    found = {(data, name): [read_json(run_folder(out, data, name, seed) / "after.json")["success"]
+                            for seed in range(seeds)] for data in DATA for name in WEIGHTS}
+    for name, (title, _) in WEIGHTS.items():
+        cells = [runs.mean_and_half(found[data, name]) for data in DATA]
+        lines.append(f"{title:30}" + "".join(
             f"{mean:9.1%}" + (f" +-{half:5.1%}" if seeds > 1 else " " * 8) for mean, half in cells))
+    lines += [runs.paired(f"{data}, {name} - {other}", found[data, name], found[data, other])
+              for data in DATA for name in ("progress", "rabc")
+              for other in ("successes", "all") if {name, other} <= WEIGHTS.keys()]
     return "\n".join(lines)
 
 

@@ -56,6 +56,8 @@ TABLE = (("base, asked for one attempt", "grpo", "before", 44.4),
          ("SRPO, alpha 0.1", "srpo", "after", 53.5),
          ("reflection SFT + 0/1 reward", "outcome", "after", None),
          ("reflection SFT + openrlhf code's", "openrlhf", "after", None))
+PAIRS = (("srpo", "grpo"), ("srpo", "srpo_no_sft"), ("srpo", "no_I_eff"), ("srpo", "no_f_len"),
+         ("srpo", "plain_sft_grpo"), ("outcome", "srpo"), ("outcome", "plain_sft_grpo"))
 
 
 def command(name: str, seed: int, flags: list[str], out: Path) -> list[str]:
@@ -124,6 +126,10 @@ def table(out: Path, seeds: int) -> str:
             f"{title:33}{final:7.1%}{spread:8}{first:7.1%}{fixes if two else '-':>7}"
             f"{breaks if two else '-':>8}{tokens:8.1f}{seconds:9.0f}{100 * (final - base):+7.1f}"
             f"{theirs}")
+    final = {name: [x["final_accuracy"] for x in results(out, name, "after", seeds)]
+             for _, name, _, _ in TABLE}
+    lines += [runs.paired(f"final answers, {a} - {b}", final[a], final[b])
+              for a, b in PAIRS if {a, b} <= final.keys()]
     lines.append("a wrong first answer earns more than a right one once wrong ones end right in: "
                  + ", ".join(f"{name} {share:.0%}" if (share := break_even(earn)) <= 1 else
                              f"{name} never" for name, earn in (

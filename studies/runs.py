@@ -27,6 +27,8 @@ def finished(script, folder: Path, argv: list[str], ended: str) -> bool:
         script.Settings, argv, **script.READING).settings
     script.check(s)
     for name, value in asdict(s).items():
+        if name == "world_model" and Path(value).name == Path(saved.get(name, value)).name:
+            continue                                    # the shipped one, of another checkout
         if name not in script.FREE | {"model", "out"} and saved.get(name, value) != value:
             raise ValueError(f"{folder} was made with --{name} {saved.get(name)}, not {value}; "
                              "choose another --out")
@@ -62,6 +64,12 @@ def mean_and_half(values: list[float]) -> tuple[float, float]:
         return values[0], math.nan
     return (float(np.mean(values)),
             float(np.std(values, ddof=1) * student.ppf(0.975, n - 1) / math.sqrt(n)))
+
+
+def paired(title: str, a: list[float], b: list[float]) -> str:
+    """a - b, seed by seed, as a line in points."""
+    mean, half = mean_and_half([x - y for x, y in zip(a, b, strict=True)])
+    return f"{title}: {100 * mean:+.1f}" + ("" if math.isnan(half) else f" +- {100 * half:.1f}")
 
 
 def counted(seeds: int) -> str:

@@ -24,6 +24,7 @@ from tests.test_vla_srpo import metrics, settings, tiny_policy
 
 class Grey:
     """A world model whose latent is the mean grey level of the last frame."""
+    model, config, batch_size = torch.nn.Linear(1, 1), "grey", 2
     progress = vla_srpo.world_model.WorldModel.progress
     paper_progress = vla_srpo.world_model.WorldModel.paper_progress
     distances = vla_srpo.world_model.WorldModel.distances
@@ -97,6 +98,9 @@ def test_progress_is_computed_once(tmp_path, monkeypatch):
     [file] = tmp_path.glob("progress-*.jsonl")
     file.write_text(file.read_text()[:-9])                      # killed while the last was written
     again = offline.progress(encoder, loaders(*some), logged, "ours", tmp_path)
+    monkeypatch.setattr(Grey, "encode", pytest.fail)            # all is known: nothing is encoded
+    assert again.keys() == offline.progress(encoder, {}, logged, "ours", tmp_path).keys()
+    monkeypatch.undo()
     assert len(asked) == 4 and all((first[name] == again[name]).all() for name in first)
     offline.progress(encoder, loaders(*some), logged, "paper", tmp_path)
     assert len(list(tmp_path.glob("progress-*.jsonl"))) == 2    # another question, another file

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from robots import trajectories
 from robots.trajectories import Trajectory, decode, find, read_npz, save, videos
 from tests.test_world_model import damaged
 
@@ -60,6 +59,7 @@ GOOD = {"instruction": np.array("x"), "success": np.array(True), "every": np.arr
     ({"instruction": np.array(3)}, "instruction is missing, or is no text"),
     ({"every": np.array(3)}, "every is 3"), ({"every": np.array("8")}, "no whole number"),
     ({"actions": np.zeros((8, 14))}, r"actions must be numbers (N, 7), got float64 (8, 14)"),
+    ({"actions": np.array(3.0)}, "actions must be numbers (N, 7), got float64 ()"),
     ({"actions": np.full((8, 7), np.nan)}, "not finite"), ({"actions": np.zeros((0, 7))}, "(0, 7)"),
     ({"images": np.zeros((2, 4, 4, 3))}, "images must be uint8 (T, H, W, 3), got float64"),
     ({"images": np.zeros((2, 4, 4), np.uint8)}, "images must be"),
@@ -199,6 +199,30 @@ def test_lerobot_s_faults_are_one_line(tmp_path, how, camera, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("version, file, content, words", [
+    (2, "meta/episodes.jsonl", "{broken\n", "meta: the episodes cannot be read"),
+    (2, "meta/episodes.jsonl", "{}\n", "meta is not LeRobot's, or damaged (KeyError"),
+    (2, "meta/episodes.jsonl", "", "meta lists no episodes"),
+    (3, "meta/episodes/chunk-000/file-000.parquet", "PAR1", "meta: the episodes cannot be read"),
+    (3, "meta/info.json", '{"features": [1]}', "meta is not LeRobot's, or damaged"),
+    (3, "meta/info.json", "{}", "has no images"), (3, "meta/info.json", "[", "is truncated or")])
+def test_lerobot_s_damaged_meta_is_one_line(tmp_path, version, file, content, words):
+    (dataset(tmp_path / "d", version) / file).write_text(content)
+    with pytest.raises(ValueError) as error:
+        find(str(tmp_path / "d"))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
+    import huggingface_hub
+
+    def gone(*_, **__):
+        raise OSError("no network\nat all")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", gone)
+    with pytest.raises(ValueError, match="--data who/what: the hub did not give it .no network at"):
+        find("who/what")
+
+
 def test_a_hub_id_is_downloaded_and_nothing_else_is(tmp_path, monkeypatch):
     import huggingface_hub
     asked = []
@@ -209,4 +233,4 @@ def test_a_hub_id_is_downloaded_and_nothing_else_is(tmp_path, monkeypatch):
     for source in (str(tmp_path / "empty"), str(tmp_path / "nowhere"), "a/b/c"):
         with pytest.raises(ValueError, match="there is none of them"):
             find(source)
-    assert len(asked) == 1 and trajectories.HUB_ID
+    assert len(asked) == 1
