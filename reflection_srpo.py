@@ -242,7 +242,8 @@ def train(run: Run, parts: Parts, rows: list[Row], heldout: list[Row],
         updates = s.epochs * math.ceil(count / (s.minibatch or count or 1))
         old = r.old_logprobs(model, processor, batch, s, updates)
         ref = r.reference_logprobs(model, parts.reference, processor, batch, s)
-        for chosen in update.minibatches(batch.rows, s.epochs, s.minibatch):
+        for chosen in update.minibatches(
+                batch.rows, s.epochs, s.minibatch, batch.owner):
             valid = torch.arange(int(lengths[chosen].max())) < lengths[chosen, None]
             normalizer = grpo.loss_normalizer(valid, s.aggregate, s.max_new_tokens)
             for part in update.micro_batches(chosen, r.split(batch, s)):

@@ -35,16 +35,22 @@ class Update:
         self.norms: list[float] = []
         self.skipped, self.rows = 0, 0
 
-    def minibatches(self, rows: int, epochs: int, size: int) -> Iterator[Tensor]:
+    def minibatches(self, rows: int, epochs: int, size: int,
+                    owner: Sequence[int] | None = None) -> Iterator[Tensor]:
         """Numbers of all ranks' rows, int64 (n,), an update each. rows: of this rank, may be 0;
-        size: of all ranks' rows, 0: all in one, in order."""
-        counts = ranks.gather([rows])
-        self.mine = range(start := sum(counts[:ranks.rank()]), start + rows)
-        self.rows, self.far = sum(counts), False
+        size: of all ranks' rows, 0: all in one, in order. owner: of each row; an owner's stay
+        together, as far as size allows."""
+        owners = ranks.gather([(ranks.rank(), i) for i in (owner or range(rows))[:rows]])
+        start = sum(rank < ranks.rank() for rank, _ in owners)
+        self.mine, self.rows, self.far = range(start, start + rows), len(owners), False
         for _ in range(epochs if self.rows else 0):
             # The first rank's draw: the ranks' own numbers have gone apart in the rollouts
             order = ranks.first(lambda: torch.randperm(self.rows) if size
                                 else torch.arange(self.rows))
+            place: dict = {}        # of an owner: where its first row comes
+            for i in order.tolist():
+                place.setdefault(owners[i], len(place))
+            order = order[torch.tensor([place[owners[i]] for i in order]).argsort(stable=True)]
             for chosen in order.split(size or self.rows):
                 self.seen: list[dict] = []
                 yield chosen

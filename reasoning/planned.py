@@ -40,13 +40,15 @@ def job(s, path: str, ready: Callable) -> Job:
         if s.stage == "sft":
             return
         prompts = [longest_prompt(s.max_prompt)] * min(s.rollout_batch, s.prompts * s.group_size)
-        inputs, _, _ = processor.batch(prompts, device=model.device)
-        cache = model(**inputs, logits_to_keep=1, use_cache=True).past_key_values
+        inputs = qwen.to(model.device, processor.batch(prompts))
+        out = model(**inputs, logits_to_keep=1, use_cache=True)
+        name = "cache" if "cache" in out else "past_key_values"
+        cache = out[name]
         for layer in cache.layers:
             rows, heads, _, width = layer.keys.shape
             whole = (rows, heads, s.max_prompt + s.max_new_tokens - 1, width)
             layer.keys, layer.values = layer.keys.new_empty(whole), layer.keys.new_empty(whole)
-        model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache, use_cache=True)
+        model(input_ids=inputs["input_ids"][:, -1:], use_cache=True, **{name: cache})
 
     def loss(model, s):
         length, response = s.max_prompt + s.max_new_tokens, s.max_new_tokens
@@ -55,7 +57,7 @@ def job(s, path: str, ready: Callable) -> Job:
         rows = max(1, s.micro_tokens // length)
         if s.stage == "sft" and rows == 1:              # a row that is nearly all response
             response = length - 1
-        batch = r.Batch([longest_prompt(length - response)] * rows,
+        batch = r.Batch([longest_prompt(length - response) for _ in range(rows)],   # none shared
                         [torch.full((response,), word)] * rows, None, rows)
         logp, _, mask = r.logprobs(model, processor, batch, list(range(rows)))
         if s.stage == "sft":

@@ -1,9 +1,11 @@
-"""Qwen2.5-VL and its relatives, for training: prompts with pictures, padded batches, sampling,
-logits of completions.
+"""Qwen2.5-VL and its relatives, for training: prompts with pictures, sampling, logits of
+completions.
 
-Prompts are padded on the left and completions on the right, so that every completion starts in one
-column: generation goes on from there, and the logits of completion positions alone reach the
-vocabulary (152k words: for 2048 tokens of one response 0.6 GB in bf16).
+The G completions of a group share a prompt, which is most of the tokens where it holds a picture.
+So it is read once: `generate` copies its keys and values, `packed` puts its completions behind it
+in one row, where each sees the prompt and itself. Prompts are padded on the left, what follows on
+the right: the logits of completions alone reach the vocabulary (152k words: for 2048 tokens of one
+response 0.6 GB in bf16).
 
 Left out: videos; continuous batching; transformers' processor classes, which need torchvision.
 """
@@ -15,6 +17,7 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass
@@ -95,27 +98,17 @@ class Processor:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def batch(self, prompts: list[Prompt], completions: list[Tensor] | None = None,
-              device=None) -> tuple[dict, Tensor, Tensor]:
-        """-> (the model's inputs; completions (B, n) int64; bool (B, n), true on their tokens). n
-        is 0 without completions."""
-        completions = completions or [torch.empty(0, dtype=torch.long)] * len(prompts)
-        left, right = max(len(p.ids) for p in prompts), max(map(len, completions))
-        ids = torch.full((len(prompts), left + right), self.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)            # by position: the pad token may be the end token
-        for i, (prompt, completion) in enumerate(zip(prompts, completions)):
-            row = slice(left - len(prompt.ids), left + len(completion))
-            ids[i, row], mask[i, row] = torch.cat([prompt.ids, completion]), 1
-        # A sampled place holder is only a word: shown as such, the model would look for its picture
-        shown = ids.clone()
-        shown[:, left:].masked_fill_(ids[:, left:] == self.image_token, self.tokenizer.pad_token_id)
-        inputs = {"input_ids": shown, "attention_mask": mask}
+    def batch(self, prompts: list[Prompt]) -> dict[str, Tensor]:
+        """The model's inputs, on the CPU: ids and mask (B, L) int64, all pictures."""
+        ids = pad_sequence([p.ids for p in prompts], True, self.tokenizer.pad_token_id, "left")
+        # By position: the pad token may be the end token
+        mask = pad_sequence([torch.ones_like(p.ids) for p in prompts], True, 0, "left")
+        inputs = {"input_ids": ids, "attention_mask": mask}
         if pictured := [p for p in prompts if p.pixels is not None]:
             inputs |= {"pixel_values": torch.cat([p.pixels for p in pictured]),
                        "image_grid_thw": torch.cat([p.grid for p in pictured]),
-                       "mm_token_type_ids": (shown == self.image_token).int()}
-        inputs = {name: x.to(device) for name, x in inputs.items()}
-        return inputs, ids[:, left:].to(device), mask[:, left:].bool().to(device)
+                       "mm_token_type_ids": (ids == self.image_token).int()}
+        return inputs
 
 
 def load_vlm(path: str | Path, dtype: torch.dtype = torch.float32, device=None):
@@ -153,20 +146,39 @@ def generate(model, processor: Processor, prompts: list[Prompt], max_new_tokens:
         raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the "
                          f"model's context of {processor.context}; ask for fewer, or show smaller "
                          "pictures")
-    inputs, _, _ = processor.batch(prompts, device=model.device)
     training = model.training
     model.eval()                            # in training mode checkpointing turns the cache off
-    how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else \
-        dict(do_sample=False)
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, use_cache=True, **how)
-    ids = ids[:, inputs["input_ids"].shape[1]:].cpu()
+    owners, row = once(prompts)
+    inputs, row = to(model.device, processor.batch(owners)), row.to(model.device)
+    position = positions(model, inputs)                                             # (3, R, L)
+    out = model(**inputs, position_ids=position, logits_to_keep=1, use_cache=True)
+    name = "cache" if "cache" in out else "past_key_values"     # transformers below 5.24
+    cache, mask, position = out[name], inputs["attention_mask"][row], position[:, row, -1:]
+    cache.batch_select_indices(row)
+    logits, ends = out.logits[row, -1], model.generation_config.eos_token_id        # (B, V)
+    ends = {ends} if isinstance(ends, int) else {*ends}
+    ids: list[list[int]] = [[] for _ in prompts]
+    left = list(range(len(prompts)))        # in the batch; the ended ones go by the dozen
+    while True:
+        word = ((logits.float() / temperature).softmax(-1).multinomial(1) if temperature
+                else logits.argmax(-1, keepdim=True))                               # (b, 1)
+        for i, drawn in zip(left, word[:, 0].tolist()):
+            if not ids[i] or ids[i][-1] not in ends:
+                ids[i].append(drawn)
+        going = [k for k, i in enumerate(left) if ids[i][-1] not in ends]
+        if not going or len(ids[left[going[0]]]) == max_new_tokens:
+            break
+        if len(going) < 0.9 * len(left):
+            left, going = [left[k] for k in going], torch.tensor(going, device=model.device)
+            word, mask, position = word[going], mask[going], position[:, going]
+            cache.batch_select_indices(going)
+        mask, position = torch.cat([mask, torch.ones_like(word)], 1), position + 1
+        logits = model(input_ids=word, attention_mask=mask, position_ids=position,
+                       use_cache=True, **{name: cache}).logits[:, -1]
     model.train(training)
-    ended = torch.isin(ids, torch.tensor(model.generation_config.eos_token_id))     # (B, n)
-    length = torch.where(ended.any(1), ended.int().argmax(1) + 1, ids.shape[1])     # (B,)
-    texts = processor.tokenizer.batch_decode([row[:n] for row, n in zip(ids, length)],
-                                             skip_special_tokens=True)
-    return [Completion(row[:n].clone(), text, not bool(end.any()))
-            for row, n, text, end in zip(ids, length, texts, ended)]
+    texts = processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return [Completion(torch.tensor(row), text, row[-1] not in ends)
+            for row, text in zip(ids, texts)]
 
 
 def complete(model, processor: Processor, images: list[list[Image.Image]], texts: list[str],
@@ -176,29 +188,96 @@ def complete(model, processor: Processor, images: list[list[Image.Image]], texts
     return generate(model, processor, prompts, max_new_tokens, temperature)
 
 
-def completion_logits(model, inputs: dict, n: int) -> Tensor:
-    """Logits (B, n, V) of the last n positions' tokens, in the model's dtype; other positions never
-    reach the vocabulary."""
-    return model(**inputs, logits_to_keep=n + 1, use_cache=False).logits[:, :-1]
+def once(prompts: list[Prompt]) -> tuple[list[Prompt], Tensor]:
+    """Every prompt once, however many completions share the object; (B,) which of them is whose."""
+    number: dict[int, int] = {}
+    row = [number.setdefault(id(p), len(number)) for p in prompts]
+    return list({id(p): p for p in prompts}.values()), torch.tensor(row)
 
 
-def micro_batches(lengths: list[tuple[int, int]], budget: int,
-                  completions: int | None = None) -> Iterator[list[int]]:
-    """Row numbers in batches of at most `budget` tokens, of which at most `completions` (default:
-    all) in completions, padding included; one row always goes. lengths: each row's prompt and
-    completion, which `Processor.batch` pads apart. Rows of like length stand together.
+def positions(model, inputs: dict) -> Tensor:
+    """Of a batch's tokens, int64 (3, B, L): in time, height and width, which differ in pictures."""
+    if "image_grid_thw" in inputs:
+        return model.model.get_rope_index(**{name: x for name, x in inputs.items()
+                                             if name != "pixel_values"})[0]
+    return (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
 
-    >>> list(micro_batches([(4, 1), (1, 1), (2, 2), (1, 2)], 12))
-    [[1, 3, 2], [0]]
+
+def packed(model, processor: Processor, prompts: list[Prompt], completions: list[Tensor]
+           ) -> tuple[dict, Tensor, Tensor, Tensor]:
+    """-> (the model's inputs, a row for each of R prompts; ids (R, W), which their last W columns
+    predict; place (B, n), where among R * W each completion's tokens stand; bool (B, n), where it
+    has any).
+
+    A row is a prompt but for its last token and, one after another, its completions, of which each
+    begins with that token and ends before its own last: [p q] with [a b c], [d e] is p|q a b|q d.
     """
-    batch, prompt, completion = [], 0, 0
-    for i in sorted(range(len(lengths)), key=lambda i: (sum(lengths[i]), lengths[i])):
-        prompt, completion = max(prompt, lengths[i][0]), max(completion, lengths[i][1])
-        rows = len(batch) + 1
-        if batch and (rows * (prompt + completion) > budget
-                      or rows * completion > (completions or budget)):
-            yield batch
-            batch, (prompt, completion) = [], lengths[i]
-        batch.append(i)
+    owners, row = once(prompts)
+    inputs = processor.batch(owners)
+    position = positions(model, inputs)
+    length, start, width = [len(c) for c in completions], [], [0] * len(owners)
+    for r, n in zip(row.tolist(), length):
+        start.append(width[r])
+        width[r] += n
+    ids = torch.full((len(owners), max(width)), processor.tokenizer.pad_token_id)       # (R, W)
+    shown, after, part = ids.clone(), torch.zeros_like(ids), torch.full_like(ids, -1)
+    for i, (r, first, n, completion) in enumerate(zip(row, start, length, completions), 1):
+        own = r, slice(first, first + n)
+        ids[own], after[own], part[own] = completion, torch.arange(n), i
+        shown[own] = torch.cat([prompts[i - 1].ids[-1:], completion[:-1]])
+    # A sampled place holder is only a word: shown as such, the model would look for its picture
+    shown[shown == processor.image_token] = processor.tokenizer.pad_token_id
+    mask = inputs["attention_mask"][:, :-1]
+    part = torch.cat([mask - 1, part], 1)       # (R, T): 0 prompt, 1 .. completion, -1 padding
+    inputs["input_ids"] = torch.cat([inputs["input_ids"][:, :-1], shown], 1)
+    inputs["position_ids"] = torch.cat([position[..., :-1], position[..., -1:] + after], -1)
+    inputs["attention_mask"] = (part >= 0).long()
+    if len(owners) < len(prompts):
+        part = part.to(model.device)
+        seen = ((part[:, None] == part[..., None]) | (part[:, None] == 0)).tril()   # (R, T, T)
+        inputs["attention_mask"] = torch.zeros_like(seen, dtype=model.dtype).masked_fill_(
+            ~seen, torch.finfo(model.dtype).min)[:, None]
+    if "mm_token_type_ids" in inputs:
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == processor.image_token).int()
+    steps = torch.arange(max(length))                                                   # (n,)
+    place = (row * ids.shape[1] + torch.tensor(start))[:, None] + steps
+    valid = steps < torch.tensor(length)[:, None]
+    return to(model.device, inputs), *(x.to(model.device) for x in (ids, place * valid, valid))
+
+
+def to(device, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.to(device) for name, x in inputs.items()}
+
+
+def completion_logits(model, inputs: dict, width: int) -> Tensor:
+    """Logits (R, W, V) at the last `width` columns, in the model's dtype; others never reach the
+    vocabulary."""
+    return model(**inputs, logits_to_keep=width, use_cache=False).logits
+
+
+def micro_batches(row: list[int], lengths: list[tuple[int, int]], budget: int,
+                  completions: int | None = None) -> Iterator[list[int]]:
+    """Numbers of completions in batches that `packed` makes at most `budget` tokens of, and at most
+    `completions` (default: all) of completions, padding included; one always goes. row: of whose
+    prompt each is (`once`); lengths: of the prompt and the completion. Like lengths go together.
+
+    >>> list(micro_batches([0, 0, 1, 2], [(4, 1), (4, 2), (1, 1), (1, 2)], 7))
+    [[2, 3], [0, 1]]
+    """
+    most, last, bins = completions or budget, {}, []
+    for i, (owner, (prompt, n)) in enumerate(zip(row, lengths)):
+        one = last.get(owner)               # [prompt, completions' tokens, their numbers]
+        if not one or prompt + one[1] + n > budget or one[1] + n > most:
+            bins.append(one := [prompt, 0, []])
+            last[owner] = one
+        one[1] += n
+        one[2].append(i)
+    batch, prompt, width = [], 0, 0
+    for length, n, numbers in sorted(bins, key=lambda one: (one[0] + one[1], one)):
+        prompt, width, rows = max(prompt, length), max(width, n), len(batch) + 1
+        if batch and (rows * (prompt + width) > budget or rows * width > most):
+            yield sum(batch, [])
+            batch, prompt, width = [], length, n
+        batch.append(numbers)
     if batch:
-        yield batch
+        yield sum(batch, [])

@@ -40,6 +40,11 @@ class Batch:
         """Tokens of each prompt and completion."""
         return [(len(p.ids), len(c)) for p, c in zip(self.prompts, self.completions)]
 
+    @property
+    def owner(self) -> list[int]:
+        """Whose prompt each has: a prompt is read once for its responses."""
+        return qwen.once(self.prompts)[1].tolist()
+
 
 def encode(rows: list[Row], s, processor: qwen.Processor) -> list[qwen.Prompt]:
     """Prompts of rows that were found usable when they were read."""
@@ -47,14 +52,17 @@ def encode(rows: list[Row], s, processor: qwen.Processor) -> list[qwen.Prompt]:
             for row in rows]
 
 
-def micro_batches(lengths: list[tuple[int, int]], s) -> Iterator[list[int]]:
-    """Row numbers within --micro_tokens, padding included. Of these so many are in completions,
-    whose logits are what costs, as where every row is as long as a row can be."""
+def micro_batches(batch: Batch, rows: list[int], s) -> Iterator[list[int]]:
+    """Some rows' numbers within --micro_tokens, padding included. Of these so many are in
+    completions, whose logits are what costs, as where every row is as long as a row can be."""
     longest, response, least = s.max_prompt + s.max_new_tokens, s.max_new_tokens, 0
     if s.stage == "sft":                    # where a row may be nearly all response
         longest, response, least = s.max_length, max(1, s.max_length - s.max_prompt), s.max_length
     budget = int(max(1.0, s.micro_tokens / longest) * response)
-    return qwen.micro_batches(lengths, s.micro_tokens, max(budget, least))
+    owner, lengths = batch.owner, batch.lengths
+    for part in qwen.micro_batches([owner[i] for i in rows], [lengths[i] for i in rows],
+                                   s.micro_tokens, max(budget, least)):
+        yield [rows[i] for i in part]
 
 
 def generate(model, processor: qwen.Processor, prompts: list[qwen.Prompt], s,
@@ -72,17 +80,18 @@ def generate(model, processor: qwen.Processor, prompts: list[qwen.Prompt], s,
 def logprobs(model, processor: qwen.Processor, batch: Batch, part: list[int],
              temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probabilities, entropy, mask) of some rows' completion tokens, each (B, n)."""
-    inputs, ids, mask = processor.batch([batch.prompts[i] for i in part],
-                                        [batch.completions[i] for i in part], model.device)
-    logits = qwen.completion_logits(model, inputs, ids.shape[1])                # (B, n, V)
-    return (*grpo.token_logprobs(logits, ids, temperature), mask)
+    inputs, ids, place, mask = qwen.packed(
+        model, processor, [batch.prompts[i] for i in part], [batch.completions[i] for i in part])
+    logits = qwen.completion_logits(model, inputs, ids.shape[1])                # (R, W, V)
+    logp, entropy = (x.flatten()[place] for x in grpo.token_logprobs(logits, ids, temperature))
+    return logp, entropy, mask
 
 
 @torch.no_grad()
 def frozen_logprobs(model, processor: qwen.Processor, batch: Batch, s) -> list[Tensor]:
     """Log-probabilities of each response (n_i,), by a model whose weights are whole."""
     rows: list = [None] * len(batch.completions)
-    for part in micro_batches(batch.lengths, s):
+    for part in micro_batches(batch, list(range(len(rows))), s):
         logp, _, _ = logprobs(model, processor, batch, part, s.temperature)
         for i, row in zip(part, logp):
             rows[i] = row[:len(batch.completions[i])]
@@ -101,10 +110,7 @@ def chosen_rows(prompts: list[qwen.Prompt], completions: list[qwen.Completion],
 
 def split(batch: Batch, s):
     """Rows -> micro-batches of like lengths, within --micro_tokens."""
-    def parts(rows: Tensor) -> list[list[int]]:
-        lengths = [batch.lengths[i] for i in rows]
-        return [rows[part].tolist() for part in micro_batches(lengths, s)]
-    return parts
+    return lambda rows: micro_batches(batch, rows.tolist(), s)
 
 
 def padded(rows: list[Tensor] | None, part: list[int]) -> Tensor | None:

@@ -57,6 +57,18 @@ def fake_episode(start, executed: list[int], seed: int):
     return Episode(start, calls, list(executed), executed[-1] < 8, images)
 
 
+def whole_row(processor, prompt, completion):
+    """A prompt and its completion as transformers' own forward pass takes them, (1, L)."""
+    ids = torch.cat([prompt.ids, completion])[None]
+    shown = ids.clone()
+    shown[:, len(prompt.ids):][shown[:, len(prompt.ids):] == processor.image_token] = (
+        processor.tokenizer.pad_token_id)
+    if prompt.pixels is None:
+        return {"input_ids": shown}
+    return {"input_ids": shown, "pixel_values": prompt.pixels, "image_grid_thw": prompt.grid,
+            "mm_token_type_ids": (shown == processor.image_token).int()}
+
+
 def needs(*packages: str):
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")

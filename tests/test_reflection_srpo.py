@@ -22,6 +22,7 @@ from plumbing.flags import read_command
 from plumbing.optimizer import make_optimizer
 from plumbing.run import Run
 from reasoning import arrows, qwen
+from tests.conftest import whole_row
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -97,8 +98,15 @@ def stepped(case: Case, monkeypatch, tmp_path, **changes) -> list[dict]:
         return encode(rows, *more)
 
     monkeypatch.setattr(rs.r, "encode", encoded)
-    monkeypatch.setattr(rs.r, "generate", lambda *_: [case.completions[i] for i in order])
-    monkeypatch.setattr(grpo, "group_advantages", lambda *_, **__: case.advantages[order][:, None])
+    def own(of) -> list:  # the completions of row i are those from i * G on
+        return [of[i * s.group_size + j] for i in order for j in range(s.group_size)]
+
+    monkeypatch.setattr(rs.r, "generate", lambda *_: own(case.completions))
+    monkeypatch.setattr(
+        grpo,
+        "group_advantages",
+        lambda *_, **__: torch.stack(own(case.advantages)).view(-1, s.group_size),
+    )
     run = Run(s, Path(tempfile.mkdtemp(dir=tmp_path)), None, "reflection_srpo.py")
     run.keep(adapters.kept(case.parts.model), case.parts.optimizer)
     rs.train(run, case.parts, case.rows, [], {})
@@ -120,15 +128,17 @@ def updated(case: Case, monkeypatch, tmp_path, **changes) -> torch.Tensor:
     return torch.stack(seen).mean(0)
 
 
-def test_the_gradient_is_reinforce_s(case, monkeypatch, tmp_path):
+@pytest.mark.parametrize("group, tokens", [(1, 16384), (3, 16384), (3, 45), (2, 1)])
+def test_the_gradient_is_reinforce_s(case, monkeypatch, tmp_path, group, tokens):
     """One update, ratio 1: the gradient of -sum_i A_i mean_t log p_it / N, a row at a time through
-    the whole forward pass. Prompt tokens have no part."""
+    the whole forward pass. Prompt tokens have no part, and `group` rows share theirs."""
+    case.rows = case.rows[: 6 // group]
+    case.s = replace(case.s, prompts=6 // group, group_size=group, micro_tokens=tokens)
     ours = updated(case, monkeypatch, tmp_path)
     model, processor = case.parts.model, case.parts.processor
-    prompts = rs.r.encode(case.rows, case.s, processor)
+    prompts = [p for p in rs.r.encode(case.rows, case.s, processor) for _ in range(group)]
     for prompt, completion, advantage in zip(prompts, case.completions, case.advantages):
-        inputs, _, _ = processor.batch([prompt], [completion.ids])
-        logp = model(**inputs).logits[0].log_softmax(-1)
+        logp = model(**whole_row(processor, prompt, completion.ids)).logits[0].log_softmax(-1)
         loss = -advantage * sum(
             logp[len(prompt.ids) - 1 + t, token] for t, token in enumerate(completion.ids)
         )
@@ -193,7 +203,7 @@ def test_lora_trains_adapters_of_the_language_model_alone(base, tmp_path):
         for p in ranks.trainable(model).values():
             p.add_(torch.randn_like(p) * 0.05)
     prompt = processor.prompt([], "to a2 in 5 plain ?")
-    inputs, _, _ = processor.batch([prompt])
+    inputs = processor.batch([prompt])
     with torch.no_grad():
         expected = model(**inputs).logits
     rs.save_policy(parts, tmp_path / "policy")
@@ -533,8 +543,7 @@ def test_paper_settings_yield_to_flags():
 
 
 def test_the_cold_start_s_gradient_is_cross_entropy_on_the_response(base, tmp_path, monkeypatch):
-    """Against torch's cross-entropy with the prompt's labels at -100, one padded batch through the
-    model's own loss."""
+    """Against torch's cross-entropy, a row at a time through the whole forward pass."""
     rows, seen = arrows.dataset(4, 3, target="teacher"), []
     s = rs.Settings(sft_epochs=1, sft_batch=4, micro_tokens=1, save_every=100)
     parts, run = loaded(s, base), Run(s, tmp_path, None, "reflection_srpo.py")
@@ -550,15 +559,11 @@ def test_the_cold_start_s_gradient_is_cross_entropy_on_the_response(base, tmp_pa
     )
     rs.cold_start(run, parts, rows)
     processor = parts.processor
-    inputs, ids, mask = processor.batch(
-        rs.r.encode(rows, s, processor), [processor.target(row.target) for row in rows]
-    )
-    labels = inputs["input_ids"].clone()
-    labels[:, : -ids.shape[1]] = -100
-    labels[:, -ids.shape[1] :][~mask] = -100
-    logits = parts.model(**inputs).logits
-    torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    ).backward()
+    losses = []
+    for prompt, row in zip(rs.r.encode(rows, s, processor), rows):
+        ids = processor.target(row.target)
+        logits = parts.model(**whole_row(processor, prompt, ids)).logits[0, len(prompt.ids) - 1:-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, ids, reduction="none"))
+    torch.cat(losses).mean().backward()
     assert len(seen) == 1
     torch.testing.assert_close(seen[0], gradient(parts.model), atol=1e-6, rtol=1e-4)

@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -131,7 +132,8 @@ def test_qwen_s_peaks(changes, tmp_path):
         more = torch.full((s.max_prompt - len(prompt.ids),), prompt.ids[-1].item())
         prompt.ids = torch.cat([prompt.ids, more])
         model.generation_config.eos_token_id = 10**6            # nothing ends early
-        measured = live.of(lambda: qwen.generate(model, processor, [prompt] * 8, 40, 1.0))
+        prompts = [replace(prompt) for _ in range(8)]           # none is shared
+        measured = live.of(lambda: qwen.generate(model, processor, prompts, 40, 1.0))
         assert needs.rollout == pytest.approx(measured, rel=0.02)
 
 

@@ -48,6 +48,20 @@ def work(p, minibatch=3, epochs=2, max_norm=100.0, target_kl=0.0) -> dict:
     return update.summary()
 
 
+def test_the_rows_of_an_owner_stay_together(problem):
+    """In minibatches of three: owners are shuffled, not their rows, and every row comes once."""
+    update = Update(problem.model, problem.optimizer, grpo.merge_stats, 1.0)
+    owner, seen = ["a", "a", "a", "b", "b", "b", "c"], set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        order = torch.cat(list(update.minibatches(ROWS, 1, 3, owner))).tolist()
+        assert sorted(order) == list(range(ROWS))
+        names = [owner[i] for i in order]
+        assert sum(a != b for a, b in zip(names, names[1:])) == 2
+        seen.add(tuple(dict.fromkeys(names)))
+    assert len(seen) == 6
+
+
 @pytest.mark.parametrize("minibatch, max_norm", [(3, 100.0), (3, 0.05), (0, 100.0), (1, 100.0)])
 def test_a_naive_loop_takes_the_same_steps(problem, minibatch, max_norm):
     weight, bias = (p.detach().clone().double() for p in problem.model.parameters())
@@ -123,7 +137,7 @@ def test_a_rank_without_rows_makes_passes_that_count_nothing(problem, monkeypatc
     from plumbing import ranks
 
     update = Update(problem.model, problem.optimizer, grpo.merge_stats, 1.0)
-    others = {int: [ROWS], torch.Tensor: []}
+    others = {int: [(0, i) for i in range(ROWS)]}
     monkeypatch.setattr(ranks, "rank", lambda: 1)
     monkeypatch.setattr(ranks, "world_size", lambda: 2)
     monkeypatch.setattr(ranks, "gather", lambda mine: others[int] + mine)

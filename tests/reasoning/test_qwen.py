@@ -11,7 +11,7 @@ from PIL import Image
 import grpo
 from reasoning import arrows
 from reasoning import qwen as vlm
-from tests.conftest import tiny_qwen3
+from tests.conftest import tiny_qwen3, whole_row
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
@@ -55,34 +55,50 @@ def test_place_holders_in_the_text_are_refused(loaded):
         loaded[1].prompt([picture(64, 64)], "how <|image_pad|> many")
 
 
-def test_padded_batch_gives_the_log_probabilities_of_single_rows(loaded, prompts):
+def test_packed_completions_have_the_log_probabilities_they_have_alone(loaded, prompts):
+    """Three behind one prompt, two behind another, two alone, of unequal lengths, against the whole
+    sequence of each through transformers' own forward pass; and their gradients."""
     model, processor = loaded
     # 5: an image place holder as a word
-    completions = [torch.tensor(ids) for ids in ([9, 20, 21, 2], [30], [5, 11, 12], [2])]
-    inputs, ids, mask = processor.batch(prompts, completions)
-    with torch.no_grad():
-        together, _ = grpo.token_logprobs(vlm.completion_logits(model, inputs, ids.shape[1]), ids)
-        for i, (prompt, completion) in enumerate(zip(prompts, completions)):
-            inputs, ids, _ = processor.batch([prompt], [completion])
-            logits = model(**inputs).logits[0, len(prompt.ids) - 1:-1]      # of every position
-            alone = logits.log_softmax(-1).gather(-1, completion[:, None])[:, 0]
-            assert mask[i].sum() == len(completion)
-            torch.testing.assert_close(together[i][mask[i]], alone, atol=1e-4, rtol=1e-4)
+    completions = [torch.tensor(ids) for ids in (
+        [9, 20, 21, 2], [30], [5, 11, 12], [2], [40, 2], [33, 34, 35, 36, 2], [9, 2])]
+    owners = [prompts[k] for k in (0, 2, 0, 3, 2, 1, 0)]
+    inputs, ids, place, mask = vlm.packed(model, processor, owners, completions)
+    assert len(ids) == 4 and mask.sum(1).tolist() == [len(c) for c in completions]
+    logits = vlm.completion_logits(model, inputs, ids.shape[1])
+    together = grpo.token_logprobs(logits, ids)[0].flatten()[place]
+    weight = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0)) * mask
+    gradients = []
+    alone = torch.zeros_like(together)
+    for i, (prompt, completion) in enumerate(zip(owners, completions)):
+        logits = model(**whole_row(processor, prompt, completion)).logits[0, len(prompt.ids) - 1:-1]
+        alone[i, :len(completion)] = logits.log_softmax(-1).gather(-1, completion[:, None])[:, 0]
+    torch.testing.assert_close(together * mask, alone, atol=1e-5, rtol=1e-5)
+    for logp in (together, alone):
+        model.zero_grad()
+        (logp * weight).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()
+                                    if p.grad is not None]))
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
 
 
-def test_generation_with_a_cache_equals_one_without(loaded, prompts):
-    """Greedy decoding, and a naive loop that runs the whole sequence anew for each token."""
+@pytest.mark.parametrize("limit", [3, 12])
+def test_generation_is_transformers_own(loaded, prompts, limit):
+    """Greedy, against its `generate` of each prompt alone, several of them twice: read once, the
+    batch shrinks as they end, and nobody minds."""
     model, processor = loaded
-    completions = vlm.generate(model, processor, prompts, 12)
-    for prompt, completion in zip(prompts, completions):
-        ids = torch.empty(0, dtype=torch.long)
-        for _ in range(12):
-            inputs, _, _ = processor.batch([prompt], [ids])
-            with torch.no_grad():
-                ids = torch.cat([ids, model(**inputs).logits[0, -1:].argmax(-1)])
-            if ids[-1] == processor.tokenizer.eos_token_id:
-                break
-        assert completion.ids.tolist() == ids.tolist()
+    asked = [prompts[k] for k in (0, 1, 0, 2, 3, 3, 1, 0, 2, 3)]
+    # What some would say third ends, so that the batch shrinks
+    third = int(vlm.generate(model, processor, prompts[:1], 3)[0].ids[-1])
+    model.generation_config.eos_token_id = [third, processor.tokenizer.eos_token_id]
+    completions = vlm.generate(model, processor, asked, limit)
+    for prompt, completion in zip(asked, completions, strict=True):
+        row = whole_row(processor, prompt, torch.empty(0, dtype=torch.long))
+        theirs = model.generate(**row, max_new_tokens=limit, do_sample=False)[0, len(prompt.ids):]
+        assert completion.ids.tolist() == theirs.tolist()
+        assert completion.truncated == (int(theirs[-1]) not in model.generation_config.eos_token_id)
+    assert len({c.tokens for c in completions}) > 1 or limit == 3
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
 
 
 def test_sampling_follows_the_distribution_that_log_probabilities_are_of(loaded, prompts):
@@ -92,27 +108,10 @@ def test_sampling_follows_the_distribution_that_log_probabilities_are_of(loaded,
     n = 4000
     torch.manual_seed(1)
     drawn = vlm.generate(model, processor, [prompts[3]] * n, 1, temperature=1.5)
-    inputs, _, _ = processor.batch([prompts[3]], [torch.tensor([0])])
     with torch.no_grad():
-        p = (vlm.completion_logits(model, inputs, 1)[0, 0] / 1.5).softmax(-1)
+        p = (model(input_ids=prompts[3].ids[None]).logits[0, -1] / 1.5).softmax(-1)
     frequency = torch.cat([c.ids for c in drawn]).bincount(minlength=len(p)) / n
     assert (frequency - p).abs().max() < 5 * (p.max() * (1 - p.max()) / n) ** 0.5
-
-
-def test_the_end_token_is_found_by_position(loaded, prompts, monkeypatch):
-    """Sequences are cut after the first end token, also where padding looks like it; those without
-    one are truncated."""
-    model, processor = loaded
-    end = processor.tokenizer.eos_token_id
-    sampled = torch.tensor([[11, 12, end, end, end], [11, end, 12, end, 13], [11, 12, 13, 14, 15],
-                            [end, end, end, end, end]])
-    monkeypatch.setattr(model, "generate",
-                        lambda input_ids, **_: torch.cat([input_ids, sampled], 1))
-    completions = vlm.generate(model, processor, [prompts[3]] * 4, 5)
-    assert [(c.tokens, c.truncated) for c in completions] == [
-        (3, False), (2, False), (5, True), (1, False)]
-    words = [word for c in completions for word in c.text.split()]
-    assert end not in processor.tokenizer.convert_tokens_to_ids(words)
 
 
 def test_too_long_a_prompt_is_named(loaded, prompts):
@@ -166,16 +165,21 @@ def test_out_of_memory_is_not_the_checkpoint_s_fault(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("budget", [1, 10, 100])
-def test_micro_batches_hold_every_row_once_within_the_budget(budget):
-    """Counted as `Processor.batch` pads: prompts on the left, completions on the right."""
-    lengths = np.random.default_rng(0).integers(1, 30, (50, 2)).tolist()
+def test_micro_batches_hold_every_completion_once_within_the_budget(budget):
+    """Counted as `packed` lays them out: a row for each prompt, padded on both sides."""
+    rng = np.random.default_rng(0)
+    row = rng.integers(0, 12, 50).tolist()
+    prompt, lengths = rng.integers(1, 30, 12), rng.integers(1, 30, 50).tolist()
     for completions in (None, 30):
-        batches = list(vlm.micro_batches(lengths, budget, completions))
+        batches = list(vlm.micro_batches(
+            row, [(int(prompt[r]), n) for r, n in zip(row, lengths)], budget, completions))
         assert sorted(i for b in batches for i in b) == list(range(50))
         for b in batches:
-            prompt, completion = (max(lengths[i][k] for i in b) for k in (0, 1))
-            assert len(b) == 1 or (len(b) * (prompt + completion) <= budget
-                                   and len(b) * completion <= (completions or budget))
+            width = max(sum(lengths[i] for i in b if row[i] == r) for r in {row[i] for i in b})
+            rows, before = len({row[i] for i in b}), max(prompt[row[i]] for i in b)
+            assert len(b) == 1 or (rows * (before + width) <= budget
+                                   and rows * width <= (completions or budget))
+        assert budget < 100 or completions or max(map(len, batches)) > 3
 
 
 @pytest.mark.parametrize("damage", ["missing", "shape"])
