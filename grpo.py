@@ -136,6 +136,16 @@ def token_logprobs(logits: Tensor, tokens: Tensor,
     return logp.view(tokens.shape), entropy.view(tokens.shape)
 
 
+def sample_tokens(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Ids (...) int64, drawn from softmax(logits / temperature) of logits (..., V).
+
+    By inverting the distribution function: on a CPU several times faster than
+    torch.multinomial, which draws V numbers for each token."""
+    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)      # (..., V)
+    u = torch.rand(*logits.shape[:-1], 1, device=logits.device) * cumulative[..., -1:]
+    return torch.searchsorted(cumulative, u).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
 def trajectory_weights(mask: Tensor, trajectory: Tensor) -> Tensor:
     """row_weight (B,) of `policy_loss` where a sequence is several rows, as in SRPO-VLA
     a rollout is several action chunks: 1 / valid tokens of the row's trajectory.

@@ -19,6 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+import grpo
+
 
 @dataclass
 class Prompt:
@@ -160,9 +162,8 @@ def generate(model, processor: Processor, prompts: list[Prompt], max_new_tokens:
     ids: list[list[int]] = [[] for _ in prompts]
     left = list(range(len(prompts)))        # in the batch; the ended ones go by the dozen
     while True:
-        word = ((logits.float() / temperature).softmax(-1).multinomial(1) if temperature
-                else logits.argmax(-1, keepdim=True))                               # (b, 1)
-        for i, drawn in zip(left, word[:, 0].tolist()):
+        word = grpo.sample_tokens(logits, temperature) if temperature else logits.argmax(-1)
+        for i, drawn in zip(left, word.tolist()):                                   # (b,)
             if not ids[i] or ids[i][-1] not in ends:
                 ids[i].append(drawn)
         going = [k for k, i in enumerate(left) if ids[i][-1] not in ends]
@@ -172,8 +173,8 @@ def generate(model, processor: Processor, prompts: list[Prompt], max_new_tokens:
             left, going = [left[k] for k in going], torch.tensor(going, device=model.device)
             word, mask, position = word[going], mask[going], position[:, going]
             cache.batch_select_indices(going)
-        mask, position = torch.cat([mask, torch.ones_like(word)], 1), position + 1
-        logits = model(input_ids=word, attention_mask=mask, position_ids=position,
+        mask, position = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), position + 1
+        logits = model(input_ids=word[:, None], attention_mask=mask, position_ids=position,
                        use_cache=True, **{name: cache}).logits[:, -1]
     model.train(training)
     texts = processor.tokenizer.batch_decode(ids, skip_special_tokens=True)

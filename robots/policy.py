@@ -24,7 +24,7 @@ from torch import Tensor
 
 import grpo
 from robots import policy_class
-from robots.openvla import ACTION_DIM, ACTION_TOKENS, BINS, local_folder, read_json, to_env_actions
+from robots.openvla import ACTION_DIM, ACTION_TOKENS, local_folder, read_json, to_env_actions
 from robots.suite import Episode
 
 
@@ -79,10 +79,7 @@ def sampler(policy, temperature: float, key: str):
         frames = policy.frames(images)
         with torch.no_grad():
             logits = policy(*policy.prompt_ids(instructions), policy.pixel_values(frames))
-            cumulative = (logits / temperature).softmax(-1).cumsum(-1)          # (B, 56, 256)
-            # On a CPU several times faster than torch.multinomial
-            u = torch.rand(*logits.shape[:2], 1, device=logits.device) * cumulative[..., -1:]
-            bins = torch.searchsorted(cumulative, u).squeeze(-1).clamp(max=BINS - 1)    # (B, 56)
+            bins = grpo.sample_tokens(logits, temperature)                          # (B, 56)
             logp, entropy = grpo.token_logprobs(logits, bins, temperature)
         calls = map(Call, frames, bins.cpu(), logp.cpu(), entropy.mean(1).tolist())
         return to_env_actions(policy.decode(bins, key)), list(calls)

@@ -46,6 +46,7 @@ if __name__ == "__main__":      # before torch is imported: --help takes no seco
         sys.exit(code)
 
 import json
+import math
 import os
 import platform
 import resource
@@ -75,7 +76,7 @@ from robots import policy as policies
 from studies.train_world_model import TINY
 from world_model import WorldModel
 
-GiB = 2**30
+GiB, GROUP = 2**30, 4           # responses to a prompt
 # FLOP/s, dense bf16
 DATA_SHEET = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 TEXT = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4)
@@ -210,22 +211,21 @@ def qwen_work(case: Case, s, model) -> Work:
     ids = torch.cat([torch.full((30,), 9), torch.full((side * side // 4,), processor.image_token),
                      torch.full((34,), 9)])
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    prompts = [qwen.Prompt(ids, torch.randn(side * side, patch), torch.tensor([[1, side, side]]))
-               for _ in range(case.rows)]
+    grid = torch.tensor([[1, side, side]])
+    asked = [qwen.Prompt(ids, torch.randn(side * side, patch), grid)
+             for _ in range(math.ceil(case.rows / GROUP))]
+    prompts = [asked[i // GROUP] for i in range(case.rows)]
     vocabulary = model.config.text_config.vocab_size
     completions = [torch.randint(50, vocabulary, (case.length,)) for _ in prompts]
     batch = responses.Batch(prompts, completions, torch.randn(case.rows), case.rows)
     optimizer = make_optimizer(model, 1e-6)
 
-    def inputs() -> dict:
-        return processor.batch(prompts, completions, model.device)[0]
-
     def tower():
-        x = inputs()
+        x = qwen.to(model.device, processor.batch(asked))
         model.model.get_image_features(x["pixel_values"], x["image_grid_thw"])
     return Work(lambda: responses.generate(model, processor, prompts, s, 1.0),
                 lambda: update_model(model, processor, optimizer, batch, s),
-                lambda: qwen.completion_logits(model, inputs(), case.length), tower,
+                lambda: responses.logprobs(model, processor, batch, range(case.rows)), tower,
                 "response tokens", case.rows * case.length)
 
 

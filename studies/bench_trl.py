@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from plumbing.flags import ending, flag, read_command, require
 
-GROUP, LR = 4, 1e-4             # responses to a prompt, learning rate
+GROUP, LR = 4, 1e-4             # responses to a prompt, as in studies/bench.py; learning rate
 FIGURES = "seconds", "seconds_rollout", "peak_gib", "steps_gib"     # of a step; of its generation
 
 
@@ -70,6 +70,13 @@ def sampling(case: Case) -> dict:
             "suppress_tokens": [arrows.WORDS.index("<|image_pad|>")]}
 
 
+def unsaid(head, given, logits: torch.Tensor) -> torch.Tensor | None:
+    """Of ours, while it samples: the words that `sampling` keeps from being drawn."""
+    words = [arrows.WORDS.index(word) for word in ("<|image_pad|>", "<|im_end|>")]
+    return None if torch.is_grad_enabled() else logits.index_fill(
+        -1, torch.tensor(words, device=logits.device), -torch.inf)
+
+
 def questions(case: Case) -> list[str]:
     """Of unequal lengths, so that both pad. Without pictures: for TRL these take torchvision."""
     names = arrows.NAMES
@@ -89,10 +96,11 @@ class Ours:
         self.case, self.s = case, reflection_srpo.Settings(
             max_new_tokens=case.length, rollout_batch=case.rows, micro_tokens=10**9)
         self.model, self.processor = reflection_srpo.prepared(folder, self.s)
-        self.model.generation_config.update(**sampling(case))
+        self.model.generation_config.eos_token_id = 10**9          # is never drawn
+        self.model.lm_head.register_forward_hook(unsaid)
         self.optimizer = make_optimizer(self.model, LR, betas=(0.9, 0.99))
-        self.prompts = [self.processor.prompt([], text) for text in questions(case)
-                        for _ in range(GROUP)]
+        self.prompts = [prompt for text in questions(case)
+                        for prompt in [self.processor.prompt([], text)] * GROUP]
 
     def train(self, completions: list[torch.Tensor]) -> dict:
         reward = torch.tensor(pay(completions)).view(-1, GROUP)
@@ -122,9 +130,8 @@ class Ours:
             assert torch.equal(theirs["ids"][i, :cut][mask[i, :cut]], prompt.ids)
         completions = list(theirs["ids"][order, cut:])
         batch = responses.Batch(self.prompts, completions, torch.zeros(len(order)), len(order))
-        with torch.no_grad():
-            logp, _, _ = responses.logprobs(self.model, self.processor, batch, range(len(order)))
-        return {"logp_difference": float((logp.cpu() - theirs["logp"][order]).abs().max()),
+        logp, _, _ = responses.logprobs(self.model, self.processor, batch, range(len(order)))
+        return {"logp_difference": float((logp.detach().cpu() - theirs["logp"][order]).abs().max()),
                 "gradient_norms": [self.train(completions)["grad_norm"], float(theirs["norm"])]}
 
 
