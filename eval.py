@@ -19,7 +19,7 @@ import math
 import os
 import re
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,9 +73,8 @@ def measure(policy, name: str, checkpoint: str, out: Path, s: Played) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     journals = {split: Journal(out / f"{split}.jsonl", settings, evaluate.is_row)
                 if suite.slow else None for split in splits}
-    workers = suite.workers(s.workers, policy.camera, s.tables)
     results, record = {}, Path(s.record) if s.record else None
-    try:
+    with closing(suite.workers(s.workers, policy.camera, s.tables)) as workers:
         for split, journal in journals.items():
             print(f"{name}: {suite.split_names[split]}; {suite.protocol}".rstrip("; "))
             for gif in (out / split).glob("*.gif") if journal and journal.new else ():
@@ -83,8 +82,6 @@ def measure(policy, name: str, checkpoint: str, out: Path, s: Played) -> dict:
             results[split] = settings | evaluate.evaluate(
                 policy, workers, suite, split, key, states=s.states, journal=journal,
                 gifs=out / split if suite.slow and s.gifs else None, record=record)
-    finally:
-        workers.close()
     print(plots.success_table(results))
     others = {}
     with suppress(ValueError, AttributeError):
@@ -151,18 +148,18 @@ def pairs_of(s: Played, command: str) -> dict[str, str]:
     from robots.libero_files import dimensions
     names = []
     for name in s.suite:
-        every = re.fullmatch("libero_plus(::(.+))?", name)
-        rest = f":{every[2]}" if every and every[2] else ""
-        names += dimensions(rest, s.plus) if every else [name]
+        every = re.fullmatch("libero_plus(:(:.+))?", name)
+        names += dimensions(every[2] or "", s.plus) if every else [name]
     if len({"plus" in name for name in names}) > 1:
         raise ValueError("--suite: LIBERO-Plus and LIBERO are two packages of one "
                          "name; measure them in two runs")
     return dict.fromkeys(names, s.checkpoint[0])
 
 
-def vla(s: Played, command: str) -> int:
+def vla(args) -> int:
     """`vla` and `paper`: each suite by its policy, then a table over all of them."""
-    check_suite(s)
+    command = vars(args).pop("command")
+    check_suite(s := Played(**vars(args)))
     require(s, dict(states=1, gifs=0, threads=0))
     pairs = pairs_of(s, command)
     import torch
@@ -224,12 +221,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> int:
         args = parser.parse_args(argv)
-        if args.command == "curves":
-            return curves(args)
-        if args.command == "reasoning":
-            return benchmarks.run(args)
-        command = vars(args).pop("command")
-        return vla(Played(**vars(args)), command)
+        other = {"curves": curves, "reasoning": benchmarks.run}
+        return other.get(args.command, vla)(args)
     return ending(work)
 
 

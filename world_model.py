@@ -148,7 +148,6 @@ class WorldModel:
     def distances(self, videos: list, centres: np.ndarray) -> np.ndarray:
         """L2 distance (N,) of videos to the nearest centre (C, D); squared, [VLA 4]."""
         from scipy.spatial.distance import cdist
-
         return cdist(self.encode(videos), np.atleast_2d(centres)).min(1)
 
     def progress(self, video: np.ndarray, centres: np.ndarray,
@@ -224,7 +223,6 @@ def progress_metrics(curves: list, success: list) -> dict[str, float]:
     """
     from scipy.spatial.distance import jensenshannon
     from scipy.stats import pearsonr, spearmanr
-
     success = np.asarray(success, dtype=bool)
     if len(curves) != len(success) or success.all() or not success.any():
         raise ValueError("need a success flag per curve, of both outcomes, got "

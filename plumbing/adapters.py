@@ -1,10 +1,5 @@
 """What a policy is besides its weights: LoRA adapters, the policy it started as, a running average,
 and a folder in which all of that has become plain weights again.
-
-1. `add_adapters`: LoRA on the named linear layers, everything else frozen.
-2. `starting_policy`: the reference of the KL term, the adapters switched off or a parked copy.
-3. `running_average`: of the weights, for evaluation.
-4. `save_policy`: gathered from all ranks, adapters merged; the adapters alone beside it.
 """
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,8 +33,9 @@ def has_adapters(model: nn.Module) -> bool:
 
 @contextmanager
 def starting_policy(model: nn.Module, copy: nn.Module | None) -> Iterator[nn.Module]:
-    """The policy as it was when training began, without gradients and with whole weights: `copy`,
-    which waits on the CPU, on the model's device meanwhile; or the model, its adapters off."""
+    """The KL term's reference, without gradients and with whole weights, is the policy as it was
+    when training began: `copy`, which waits on the CPU, on the model's device meanwhile; or the
+    model, its adapters off."""
     device = next(model.parameters()).device
     layers = [m for m in model.modules() if hasattr(m, "lora_A")] if copy is None else []
     for layer in layers:
@@ -55,7 +51,8 @@ def starting_policy(model: nn.Module, copy: nn.Module | None) -> Iterator[nn.Mod
 
 
 def running_average(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential average of the weights, over fewer steps at first, while they change fast."""
+    """An exponential average of the weights, for evaluation; over fewer steps at first, while they
+    change fast."""
     def average(averages, weights, n):
         now = min(decay, (1 + int(n)) / (10 + int(n)))
         get_ema_multi_avg_fn(now)(averages, weights, n)
@@ -98,24 +95,18 @@ def merged(model: nn.Module, state: dict[str, Tensor]) -> Iterator[tuple[str, Te
             yield name.replace(".base_layer", ""), x
 
 
-def save_adapters(model: nn.Module, folder: Path) -> None:
-    """The adapters alone, as peft reads them; every rank must call it, the first one writes."""
-    if not has_adapters(model):
-        return
-    state = ranks.whole(ranks.trainable(model))
-    if ranks.rank() == 0:
-        with whole(folder) as draft:
+def save_policy(model: nn.Module, folder: Path, write: Callable[[Path, dict], None]) -> None:
+    """A checkpoint folder that --model and eval.py load, adapters merged into its weights; these
+    alone, as peft reads them, in FOLDER_adapter. write(draft, state): the model's own way of
+    saving. Every rank must call it, the first one writes."""
+    state = whole_state(model)
+    alone = ranks.whole(ranks.trainable(model)) if has_adapters(model) else {}
+    if ranks.rank() == 0 and alone:
+        with whole(folder.with_name(folder.name + "_adapter")) as draft:
             draft.mkdir()
             model.peft_config["default"].save_pretrained(draft)
             save_file({f"base_model.model.{name.replace('.default.', '.')}": x
-                       for name, x in state.items()}, draft / "adapter_model.safetensors")
-
-
-def save_policy(model: nn.Module, folder: Path, write: Callable[[Path, dict], None]) -> None:
-    """A checkpoint folder that --model and eval.py load, adapters merged into its weights; these
-    alone in FOLDER_adapter. write(draft, state): the model's own way of saving."""
-    state = whole_state(model)
-    save_adapters(model, folder.with_name(folder.name + "_adapter"))
+                       for name, x in alone.items()}, draft / "adapter_model.safetensors")
     if ranks.rank() == 0:
         with whole(folder) as draft:
             write(draft, state)

@@ -6,8 +6,7 @@ or the new one, in FOLDER or FOLDER.old.
 """
 import json
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -21,13 +20,11 @@ from plumbing import optimizer as optimizers
 from plumbing import ranks
 from plumbing.files import read_json, whole
 
-# Checkpoints: the tensors that are trained, the optimiser's, and state.json
 
 def find(path: str | Path) -> Path:
     """The newest complete checkpoint folder at `path`; FileNotFoundError if there is none."""
     path = Path(path).absolute()
-    old = path.with_name(path.name + ".old")            # killed between two renames of `whole`
-    for folder in (path, old):
+    for folder in (path, path.with_name(path.name + ".old")):   # of a kill between two renames
         if folder.is_dir():
             return folder
     raise FileNotFoundError(f"no checkpoint folder at {path}")
@@ -47,7 +44,8 @@ def save(path: str | Path, tensors: dict[str, Tensor], optimizer: torch.optim.Op
     path, trainer = Path(path), optimizers.optimizer_tensors(optimizer)
     if path.exists() and not (path / "state.json").is_file():
         raise ValueError(f"{path} exists and is not a checkpoint folder; choose another --out")
-    with whole(path) if ranks.rank() == 0 else _helping(path) as draft:
+    drafted = nullcontext(path.absolute().with_name(path.name + ".tmp"))    # by the first rank
+    with whole(path) if ranks.rank() == 0 else drafted as draft:
         if ranks.rank() == 0:
             draft.mkdir()
             (draft / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False))
@@ -61,12 +59,6 @@ def save(path: str | Path, tensors: dict[str, Tensor], optimizer: torch.optim.Op
             except CheckpointException as error:
                 raise OSError(_cause(error)) from None
     ranks.barrier()
-
-
-@contextmanager
-def _helping(path: Path) -> Iterator[Path]:
-    """The first rank's draft, for the others: the first alone makes and renames it."""
-    yield path.absolute().with_name(path.name + ".tmp")
 
 
 def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,9 +1,7 @@
 """Files that appear whole or not at all, and logs that are only appended to; without torch.
 
-1. `whole`: a file or folder is written under another name, flushed to disk, and renamed.
-2. `read_json`, `write_json`: a small file, or one line that names it.
-3. `Journal`: JSON lines. The one form of everything that is written line by line and gone on with:
-   metrics, evaluations, a teacher's replies.
+A `Journal` is the one form of everything that is written line by line and gone on with: metrics,
+evaluations, a teacher's replies.
 """
 import json
 import os
@@ -39,12 +37,10 @@ def whole(path: str | Path) -> Iterator[Path]:
         _flush(path.parent)
         _remove(old)
     except (OSError, SafetensorError) as error:
-        _remove(draft)
         raise OSError(f"{path} cannot be written ({error}); is the disk full? "
                       "What was there before is whole") from None
-    except BaseException:
+    finally:
         _remove(draft)
-        raise
 
 
 def _remove(path: Path) -> None:

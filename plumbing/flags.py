@@ -1,11 +1,6 @@
 """Settings as flags of a command line, with nothing but the standard library: `--help` answers
-before torch is imported.
-
-1. A script's settings are one dataclass, a field made by `flag` for each: default, help, choices.
-2. `read_command` reads them: `--paper` puts the paper's values under the flags given, `--plan` asks
-   what a run needs.
-3. `ending` turns what goes wrong into one line on stderr and an exit code: 2 for an error, 130 for
-   Ctrl-C.
+before torch is imported. A script's settings are one dataclass, a field made by `flag` for each;
+`read_command` fills it, and `ending` makes of what goes wrong one line and an exit code.
 """
 import argparse
 import math
@@ -109,13 +104,13 @@ def read_command(settings: type, argv: list[str] | None = None, *, paper: dict |
     """The command line as a `Command`. ValueError, one line, for a flag that is wrong or unknown.
 
     paper: values that --paper puts in place of the defaults. words: what the first word may be,
-    which is the setting `stage`."""
+    which is the setting `stage`. about: a docstring, whose first paragraph --help shows."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     if words and argv and not argv[0].startswith("-"):
         if argv[0] not in words:
             raise ValueError(f"no command {argv[0]!r}; there are {' and '.join(words)}, or none")
         argv += ["--stage", argv.pop(0)]
-    parser = Parser(description=about, allow_abbrev=False)
+    parser = Parser(description=about.split("\n\n")[0], allow_abbrev=False)
     if words:
         parser.prog += f" [{' | '.join(words)}]"
     add_flags(parser, settings)
@@ -173,6 +168,13 @@ def at_once(settings: type, check: Callable, **reading) -> None:
         return 0
     if code := ending(answer):
         sys.exit(code)
+
+
+def script(settings: type, work: Callable, about: str, **reading) -> Callable[..., int]:
+    """A script's `main`: work(settings of its command line), with an exit code as of `ending`."""
+    def main(argv: list[str] | None = None) -> int:
+        return ending(lambda: work(read_command(settings, argv, about=about, **reading).settings))
+    return main
 
 
 def ending(work: Callable[[], int]) -> int:

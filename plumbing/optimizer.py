@@ -21,10 +21,9 @@ class MasterAdamW(torch.optim.Optimizer):
     must load the optimiser's state with them. offload: the state lives, and the step is computed,
     on the CPU; of those 112 GiB 28 stay on the GPU."""
 
-    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float = 0.0,
-                 betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-                 offload: bool = False):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
+    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float,
+                 betas: tuple[float, float], offload: bool):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=1e-8))
         self.offload = offload
 
     def home(self, p: Tensor) -> torch.device:
@@ -71,7 +70,7 @@ def make_optimizer(params_or_model: nn.Module | Iterable[Tensor], lr: float,
         raise ValueError("nothing to optimise: no parameter has requires_grad=True")
     if not 0 <= lr < math.inf:
         raise ValueError(f"lr must be a finite number >= 0, got {lr}")
-    return MasterAdamW(params, lr, weight_decay, betas, offload=offload)
+    return MasterAdamW(params, lr, weight_decay, betas, offload)
 
 
 @torch.no_grad()
@@ -97,17 +96,13 @@ def clip_and_step(optimizer: torch.optim.Optimizer, model: nn.Module,
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """An optimiser's state as {"optimizer.<parameter index>.<name>": tensor}; lr and such are the
     run's settings."""
-    return {f"optimizer.{i}.{k}": v for i, p in enumerate(_params(optimizer))
+    return {f"optimizer.{i}.{k}": v for i, p in enumerate(optimizer.param_groups[0]["params"])
             for k, v in optimizer.state.get(p, {}).items()}
-
-
-def _params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def parameter_of(optimizer: torch.optim.Optimizer, key: str) -> Tensor:
     """The parameter that a key of `optimizer_tensors` is of; ValueError if there is none."""
-    index, params = key.split(".")[1], _params(optimizer)
+    index, params = key.split(".")[1], optimizer.param_groups[0]["params"]
     if not index.isdecimal() or int(index) >= len(params):
         raise ValueError(f"{key}, but {len(params)} parameters: it is another model's")
     return params[int(index)]

@@ -68,7 +68,7 @@ class Meter(TorchDispatchMode):
         if any(empty):                                  # what comes of nothing stays nothing
             kwargs |= {"device": META} if kwargs.get("device") else {}
             if not all(empty):
-                args, kwargs = tree_map_only(Tensor, _without_numbers, (args, kwargs))
+                args, kwargs = tree_map_only(Tensor, lambda x: x.to(META), (args, kwargs))
         elif kwargs.get("device") == META:
             whole = (not tensors[0].is_floating_point() if tensors
                      else not op(*args, **kwargs).is_floating_point())
@@ -102,11 +102,6 @@ def _tensors(values: Iterable) -> list[Tensor]:
     """Also those in lists, which is as deep as operators' arguments go."""
     each = (x if isinstance(x, (list, tuple)) else (x,) for x in values)
     return [x for some in each for x in some if isinstance(x, Tensor)]
-
-
-def _without_numbers(x: Tensor) -> Tensor:
-    return x if x.device == META else torch.empty_strided(
-        x.shape, x.stride(), dtype=x.dtype, device=META)
 
 
 def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None,
@@ -147,22 +142,20 @@ def measure(s, job: Job, n: int = 1) -> Needs:
         weights, gradients = _size(model.parameters()), _size(trained)
         optimizer, before = make_optimizer(model, 1e-6), meter.now
 
-        def step() -> None:
+        def update(first: bool = False) -> None:
+            for p in trained:               # the gradients of an earlier micro-batch are there
+                p.grad = torch.empty_like(p)
+            if not first:
+                job.loss(model, s).backward()
             if not s.offload_optimizer:
                 clip_and_step(optimizer, model, 1.0)
-
-        def update() -> None:               # the gradients of an earlier micro-batch are there
-            job.loss(model, s).backward()
-            step()
-        _fill_gradients(trained)
-        step()                              # the optimiser's state is there from now on
+        update(first=True)                  # the optimiser's state is there from now on
         optimizer.zero_grad()
         state, steady = meter.now - before, meter.now
         model.eval()
         with torch.no_grad():
             rollout = meter.of(lambda: job.rollout(model, s))
         model.train()
-        _fill_gradients(trained)
         update_peak = meter.of(update)
     # Ranks divide what stays; in a pass a block or two and the root are whole on each of them
     shared, part = weights + gradients + state, 1 - 1 / n
@@ -179,11 +172,6 @@ def measure(s, job: Job, n: int = 1) -> Needs:
         sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trained),
         weights / n, gradients / n, state / n, rollout + waiting, reward + waiting,
         update_peak + waiting)
-
-
-def _fill_gradients(parameters: list[Tensor]) -> None:
-    for p in parameters:
-        p.grad = torch.empty_like(p)
 
 
 def _size(tensors) -> int:

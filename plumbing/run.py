@@ -11,7 +11,6 @@
 
 `launch` makes a Run of a command line.
 """
-import math
 import os
 import shlex
 import signal
@@ -33,14 +32,6 @@ from tqdm import tqdm
 from plumbing import checkpoint, plots, ranks
 from plumbing.files import Journal, read_json, write_json
 from plumbing.flags import Command, check_types, ending, printable, read_command
-
-
-def _step(row: dict) -> float:
-    """A row's step; of a damaged one, which is dropped, infinity."""
-    return step if isinstance(step := row.get("step"), int) else math.inf
-
-
-PACKAGES = ("torch", "transformers", "numpy", "mujoco")     # on whose versions numbers depend
 
 
 class Run:
@@ -68,8 +59,8 @@ class Run:
         if stage != self.stage:
             self.stage, self.step, self.ended = stage, 0, False
         self.total, done = total, self.step
-        self.journal = Journal(self.out / log if self.first_rank else os.devnull,
-                               keep=lambda row: 0 < done >= _step(row))
+        self.journal = Journal(self.out / log if self.first_rank else os.devnull, keep=lambda row:
+                               isinstance(row.get("step"), int) and 0 < done >= row["step"])
         self.bar = tqdm(total=total, initial=done, desc=self.stage or Path(self.script).stem,
                         unit="step", mininterval=1, dynamic_ncols=True, disable=not self.first_rank)
         with _ctrl_c(self.pressed), self.bar:
@@ -122,8 +113,7 @@ class Run:
             self.say(f"step {self.step:4d}  {line}  {laps}")
 
     def say(self, text: str) -> None:
-        if self.first_rank:
-            tqdm.write(printable(text))
+        tqdm.write(printable(text))
 
     # What stays
 
@@ -133,7 +123,8 @@ class Run:
         if self.resumed:
             checkpoint.load(self.out / "checkpoint", tensors, optimizer)
             self.resumed = False
-        versions = {name: metadata.version(name) for name in PACKAGES if find_spec(name)}
+        versions = {name: metadata.version(name) for name in (      # on which numbers depend
+            "torch", "transformers", "numpy", "mujoco") if find_spec(name)}
         self.write("settings.json", asdict(replace(self.s, out="", resume=""))
                    | {"versions": versions})
 
@@ -209,44 +200,40 @@ def launch(settings: type, work: Callable[[Run], int], argv: list[str] | None = 
     check(s): ValueError for settings out of range. free: settings that may change on resume.
     job(s) -> plan.Job, for --plan. reading: further arguments of `read_command`."""
     def whole_job() -> int:
-        command = read_command(settings, argv, **reading)
-        ranks.start()
-        from transformers.utils import logging
-        logging.disable_progress_bar()                  # of loading and saving weights
-        s, state = _resumed(command, free, ("", *reading.get("words", ())))
-        check(s)
-        if command.plan:
-            from plumbing.plan import show
-            return show(s, job)
-        out = Path(s.resume or s.out)
-        with _locked(out):
-            if state is None:
-                _refuse_taken(out)
-            run = Run(s, out, state, Path(sys.modules[work.__module__].__file__).name)
-            code = work(run)
-        ranks.stop()
-        return code
-
-    def within_memory() -> int:
         try:
-            return whole_job()
+            command = read_command(settings, argv, **reading)
+            ranks.start()
+            from transformers.utils import logging
+            logging.disable_progress_bar()                  # of loading and saving weights
+            s, state = _resumed(command, free, ("", *reading.get("words", ())))
+            check(s)
+            if command.plan:
+                from plumbing.plan import show
+                return show(s, job)
+            out = Path(s.resume or s.out)
+            with nullcontext() if ranks.rank() else _locked(out):
+                if state is None:
+                    _refuse_taken(out)
+                code = work(Run(s, out, state, Path(sys.modules[work.__module__].__file__).name))
+            ranks.stop()
+            return code
         except (RuntimeError, MemoryError) as error:
-            kinds = (torch.OutOfMemoryError, MemoryError)
-            if not isinstance(error, kinds) and "can't allocate memory" not in str(error):
+            if not (isinstance(error, (torch.OutOfMemoryError, MemoryError))
+                    or "can't allocate memory" in str(error)):
                 raise
             reason = " ".join(str(error).split())[:120]
             raise RuntimeError(f"out of memory ({reason}); the same command with --plan says what "
                                "needs it, and which flags make it fit") from error
-    return ending(within_memory)
+    return ending(whole_job)
 
 
 def _resumed(command: Command, free: set[str], stages: tuple[str, ...]
              ) -> tuple[object, dict | None]:
     """The settings of a run, and its state if it is to be gone on with: then its own settings, but
     for those that are `free` and given now."""
-    s, given = command.settings, command.given - {"resume"}
+    s, given = command.settings, command.given
     if not s.resume:
-        if "resume" in command.given:
+        if "resume" in given:
             raise ValueError("--resume is empty; give the folder of a run")
         return s, None
     if "out" in given:
@@ -282,9 +269,6 @@ def _locked(out: Path) -> Iterator[None]:
     """The folder is this run's alone while the block lasts: two runs in one would mix settings and
     checkpoints. Of a run that wrote nothing nothing stays. ValueError, one line, if another has the
     folder or nothing can be written there."""
-    if ranks.rank():
-        yield
-        return
     made = [path for path in (out, *out.parents) if not path.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing.flags import ending, flag, read_command, require
+from plumbing.flags import flag, require, script
 from robots import find_suite
 from robots.flags import SuiteSettings
 from robots.suite import CHUNK
@@ -40,17 +40,6 @@ class Settings(SuiteSettings):
     seed: int = flag(0, "of weights and batches")
     threads: int = flag(2, "torch threads; 0: all cores")
     out: str = flag("", "new folder for the policy")
-
-
-def check(s: Settings) -> None:
-    require(s, dict(demos=1, steps=1, threads=0, seed=0, size=16), ("lr",))
-    if len(s.crop) not in (0, 3):
-        raise ValueError(f"--crop {' '.join(map(str, s.crop))}: give top, left and side")
-    if s.suite.startswith("tabletop") and (s.tasks or s.crop or s.size != 64):
-        raise ValueError("--tasks, --size and --crop are LIBERO's; give --suite")
-    if not s.out or Path(s.out).exists() and any(Path(s.out).iterdir()):
-        taken = f"; {s.out} is not empty" if s.out else ""
-        raise ValueError(f"--out must be a new folder for the policy{taken}")
 
 
 # An episode is (task, images, actions); there is an image before every so many actions
@@ -134,6 +123,14 @@ def fine_tune(data: dict, s: Settings, key: str, instructions: tuple[str, ...], 
 
 
 def run(s: Settings) -> None:
+    require(s, dict(demos=1, steps=1, threads=0, seed=0, size=16), ("lr",))
+    if len(s.crop) not in (0, 3):
+        raise ValueError(f"--crop {' '.join(map(str, s.crop))}: give top, left and side")
+    if s.suite.startswith("tabletop") and (s.tasks or s.crop or s.size != 64):
+        raise ValueError("--tasks, --size and --crop are LIBERO's; give --suite")
+    if not s.out or Path(s.out).exists() and any(Path(s.out).iterdir()):
+        taken = f"; {s.out} is not empty" if s.out else ""
+        raise ValueError(f"--out must be a new folder for the policy{taken}")
     import torch
 
     from robots.tiny_vla import TinyVLA
@@ -157,13 +154,6 @@ def run(s: Settings) -> None:
     print(f"wrote {s.out}; measure it: python eval.py vla --checkpoint {s.out}{more}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    def work() -> None:
-        s = read_command(Settings, argv, about=__doc__.split("\n\n")[0]).settings
-        check(s)
-        run(s)
-    return ending(work)
-
-
+main = script(Settings, run, __doc__)
 if __name__ == "__main__":
     sys.exit(main())

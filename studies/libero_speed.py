@@ -15,7 +15,7 @@ from functools import partial
 
 import numpy as np
 
-from plumbing.flags import ending, flag, read_command, require
+from plumbing.flags import flag, require, script
 from robots import libero_files as files
 from robots.libero import NO_OP, SETTLE, Libero
 
@@ -101,10 +101,6 @@ def bench(s: Settings) -> None:
     env.close()
 
 
-def main(argv: list[str] | None = None) -> int:
-    about = __doc__.split("\n\n")[0]
-    return ending(lambda: bench(read_command(Settings, argv, about=about).settings))
-
-
+main = script(Settings, bench, __doc__)
 if __name__ == "__main__":
     sys.exit(main())

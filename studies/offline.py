@@ -11,6 +11,9 @@
 """
 import subprocess
 import sys
+from contextlib import closing
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 from plumbing.files import read_json
@@ -43,29 +46,23 @@ def record(policy_folder: Path, folder: Path, seed: int, per_task: int = ROLLOUT
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     suite, policy = find_suite("tabletop"), policies.load_policy(policy_folder)
-    workers, starts = suite.workers(1, policy.camera), suite.starts("train", per_task)
-    try:
-        played = play(policies.sampler(policy, 1.0, suite.name), workers, starts, suite,
-                      clip=lambda video: video)
-    finally:
-        workers.close()
+    act, starts = policies.sampler(policy, 1.0, suite.name), suite.starts("train", per_task)
+    with closing(suite.workers(1, policy.camera)) as workers:
+        played = play(act, workers, starts, suite, clip=lambda video: video)
     for i, e in enumerate(played):
         save_episode(folder / f"{i:04d}.npz", e, suite.instructions[e.start.task])
 
 
-def compare(flags: list[str], seeds: int, jobs: int, out: Path) -> None:
-    """Trajectories, all runs, then OUT/table.txt."""
-    import vla_srpo
+def compare(vla_srpo, flags: list[str], seeds: int, jobs: int, out: Path) -> str:
+    """Trajectories, all runs, their table."""
     todo = []
-    for data, folder in DATA.items():
-        for seed in range(seeds):
-            for name, (_, own) in WEIGHTS.items():
-                here = run_folder(out, data, name, seed)
-                argv = ["offline", "--steps", "6", "--eval_every", "0", *own, *flags, "--data",
-                        str(out / "data" / folder), "--seed", str(seed), "--threads", "1",
-                        "--workers", "1", "--out", str(here)]
-                if not runs.finished(vla_srpo, here, argv, "after.json"):
-                    todo.append((here, argv))
+    for (data, folder), seed, name in product(DATA.items(), range(seeds), WEIGHTS):
+        here = run_folder(out, data, name, seed)
+        argv = ["offline", "--steps", "6", "--eval_every", "0", *WEIGHTS[name][1], *flags, "--data",
+                str(out / "data" / folder), "--seed", str(seed), "--threads", "1",
+                "--workers", "1", "--out", str(here)]
+        if not runs.finished(vla_srpo, here, argv, "after.json"):
+            todo.append((here, argv))
     for number, (name, how) in enumerate(POLICIES.items() if todo else ()):
         folder, policy = out / "data" / name, vla_srpo.WEIGHTS / "tiny_vla"
         if how and not (policy := out / name / "policy").exists():
@@ -74,9 +71,7 @@ def compare(flags: list[str], seeds: int, jobs: int, out: Path) -> None:
         if len(list(folder.glob("*.npz"))) < 4 * ROLLOUTS:
             record(policy, folder, number)
     runs.run_all(vla_srpo, [todo], jobs)
-    text = table(out, seeds)
-    (out / "table.txt").write_text(text + "\n")
-    print(f"\n{text}\nwrote {out}/table.txt")
+    return table(out, seeds)
 
 
 def run_folder(out: Path, data: str, name: str, seed: int) -> Path:
@@ -101,12 +96,6 @@ def table(out: Path, seeds: int) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    def script():
-        import vla_srpo
-        return vla_srpo
-    return runs.study(argv, __doc__.split("\n\n")[0], "out/offline", OURS, script, compare)
-
-
+main = partial(runs.study, "out/offline", "vla_srpo", OURS, compare, __doc__)
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,11 +12,12 @@ recorded outputs). Exit code as of diff: 0 for equal, 1 for not, 2 for an error.
 """
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 
-from plumbing.flags import ending, flag, read_command, require
+from plumbing.flags import flag, require, script
 from robots import find_suite
 from robots import libero_files as files
 from robots.libero import PROTOCOLS
@@ -43,18 +44,15 @@ def ours(policy, key: str, suite: Suite, starts: list[Start]) -> list[Episode]:
     from robots.openvla import FIRST_BIN
     from robots.policy import greedy
     from robots.rollouts import play
-    act, tokens, workers = greedy(policy, key), [], suite.workers(1, policy.camera)
+    act, tokens = greedy(policy, key), []
 
     def noted(images, texts):
         actions, _ = act(images, texts)
         return actions, [dict(pixels=images[0], tokens=tokens.pop(), actions=actions[0])]
     hook = policy.register_forward_hook(
         lambda *call: tokens.append(FIRST_BIN + call[-1][0].argmax(-1).cpu().numpy()))
-    try:
+    with hook, closing(suite.workers(1, policy.camera)) as workers:
         return play(noted, workers, starts, suite)
-    finally:
-        hook.remove()
-        workers.close()
 
 
 def upright(observation: dict) -> np.ndarray:
@@ -74,18 +72,15 @@ def decoded(tokens: np.ndarray, stats: dict) -> np.ndarray:
 
 def published(policy, key: str, suite: Suite, starts: list[Start], s: Settings
               ) -> Iterator[Episode]:
-    """As `ours`, of starts of one task."""
+    """As `ours`, of starts of one task that share an environment."""
     import torch
     make = sys.modules[files.prepare(s.assets).__module__].OffScreenRenderEnv
-    task, size, env = files.tasks(s.suite)[starts[0].task], policy.camera, None
+    task, size = files.tasks(s.suite)[starts[0].task], policy.camera
     states, stats = files.initial_states(task.states), policy.norm_stats[key]["action"]
+    env = make(bddl_file_name=task.bddl, camera_names=["agentview"], camera_heights=size,
+               camera_widths=size)
+    env.seed(starts[0].index if s.seeds == "ours" else SEED)
     for start in starts:
-        if env and s.seeds == "ours":
-            env.close()
-        if not env or s.seeds == "ours":
-            env = make(bddl_file_name=task.bddl, camera_names=["agentview"], camera_heights=size,
-                       camera_widths=size)
-            env.seed(start.index if s.seeds == "ours" else SEED)
         env.reset()
         env.set_init_state(states[start.index])
         for _ in range(WAIT):
@@ -149,7 +144,8 @@ def compare(s: Settings) -> int:
     print(f"{s.suite}: {s.checkpoint or 'a tiny random OpenVLA-OFT'}; {suite.protocol}")
     for task in suite.tasks:
         starts = [start for start in suite.starts("all", s.states) if start.task == task]
-        theirs = published(policy, key, suite, starts, s)
+        together = [[start] for start in starts] if s.seeds == "ours" else [starts]
+        theirs = (e for some in together for e in published(policy, key, suite, some, s))
         for mine, other in zip(ours(policy, key, suite, starts), theirs, strict=True):
             found, count = differences(mine, other), count + 1
             equal += not found
@@ -159,10 +155,6 @@ def compare(s: Settings) -> int:
     return int(equal < count)
 
 
-def main(argv: list[str] | None = None) -> int:
-    about = __doc__.split("\n\n")[0]
-    return ending(lambda: compare(read_command(Settings, argv, about=about).settings))
-
-
+main = script(Settings, compare, __doc__)
 if __name__ == "__main__":
     sys.exit(main())

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing.flags import ending, flag, read_command
+from plumbing.flags import flag, script
 from plumbing.plots import draw_progress
 from robots import trajectories
 from robots.suite import CHUNK
@@ -91,11 +91,9 @@ def study(s: Settings) -> None:
     compare = s.stage == "compare"
     if not compare and not Path(s.out).absolute().parent.is_dir():
         raise ValueError(f"--out {s.out}: there is no such folder; make it, or choose another")
-    if s.data:
-        videos, success, task = trajectories.videos(s.data, s.camera)
-    else:
-        every = 1 if s.curves == "paper" else CHUNK
-        videos, success, task = simulator_rollouts(seed=1, every=every)
+    every = 1 if s.curves == "paper" else CHUNK
+    videos, success, task = (trajectories.videos(s.data, s.camera) if s.data
+                             else simulator_rollouts(seed=1, every=every))
     import torch
     from transformers import VJEPA2Model
     from transformers.utils import logging
@@ -122,10 +120,6 @@ def study(s: Settings) -> None:
         print(f"wrote {s.out}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    about = __doc__.split("\n\n")[0]
-    return ending(lambda: study(read_command(Settings, argv, words=COMMANDS, about=about).settings))
-
-
+main = script(Settings, study, __doc__, words=COMMANDS)
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,6 +10,7 @@ with what was interrupted. Further flags are reflection_srpo.py's, of every run.
 """
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,49 +29,40 @@ STARTS = {"base": ("", ["--target", "base", "--sft_rows", "9600", "--sft_epochs"
           "plain_sft": ("base", [*SHORT, "--format", "plain"]),
           "reflection_sft": ("base", SHORT)}
 PLAIN = ["--format", "plain", "--reward", "task"]
-RUNS = {"grpo": ("base", PLAIN),
-        "grpo_twice": ("base", ["--format", "twice", "--reward", "task"]),
-        "srpo_no_sft": ("base", []),
-        "plain_sft_grpo": ("plain_sft", PLAIN),
-        "no_I_eff": ("reflection_sft", ["--reward", "no_effectiveness"]),
-        "no_I_ref": ("reflection_sft", ["--reward", "no_reflection"]),
-        "no_f_len": ("reflection_sft", ["--reward", "no_length"]),
-        "alpha_0.05": ("reflection_sft", ["--alpha", "0.05"]),
-        "alpha_0.3": ("reflection_sft", ["--alpha", "0.3"]),
-        "srpo": ("reflection_sft", []),
-        "outcome": ("reflection_sft", ["--reward", "outcome"]),
-        "openrlhf": ("reflection_sft", ["--reward", "openrlhf"])}
-# The table's rows: title, run, which of its evaluations, the paper's mean of five benchmarks
+# The same of RL, after what the table says: a title, the paper's mean of five benchmarks
+RUNS = {
+    "grpo": ("GRPO", 49.8, "base", PLAIN),
+    "grpo_twice": ("GRPO, two attempts", 50.3, "base", ["--format", "twice", "--reward", "task"]),
+    "srpo_no_sft": ("SRPO without SFT", 51.2, "base", []),
+    "plain_sft_grpo": ("plain SFT + GRPO", 51.4, "plain_sft", PLAIN),
+    "no_I_eff": ("SRPO without I_eff", 52.0, "reflection_sft", ["--reward", "no_effectiveness"]),
+    "no_I_ref": ("SRPO without I_ref", None, "reflection_sft", ["--reward", "no_reflection"]),
+    "no_f_len": ("SRPO without f_len", 53.1, "reflection_sft", ["--reward", "no_length"]),
+    "alpha_0.05": ("SRPO, alpha 0.05", None, "reflection_sft", ["--alpha", "0.05"]),
+    "alpha_0.3": ("SRPO, alpha 0.3", None, "reflection_sft", ["--alpha", "0.3"]),
+    "srpo": ("SRPO, alpha 0.1", 53.5, "reflection_sft", []),
+    "outcome": ("reflection SFT + 0/1 reward", None, "reflection_sft", ["--reward", "outcome"]),
+    "openrlhf": ("reflection SFT + openrlhf code's", None, "reflection_sft",
+                 ["--reward", "openrlhf"])}
+# The table's rows: title, run, which of its evaluations, the paper's mean
 TABLE = (("base, asked for one attempt", "grpo", "before", 44.4),
          ("plain SFT, same teacher", "plain_sft_grpo", "before", 45.3),
          ("reflection SFT", "srpo", "before", 46.6),
-         ("GRPO", "grpo", "after", 49.8),
-         ("GRPO, two attempts", "grpo_twice", "after", 50.3),
-         ("SRPO without SFT", "srpo_no_sft", "after", 51.2),
-         ("plain SFT + GRPO", "plain_sft_grpo", "after", 51.4),
-         ("SRPO without I_eff", "no_I_eff", "after", 52.0),
-         ("SRPO without I_ref", "no_I_ref", "after", None),
-         ("SRPO without f_len", "no_f_len", "after", 53.1),
-         ("SRPO, alpha 0.05", "alpha_0.05", "after", None),
-         ("SRPO, alpha 0.3", "alpha_0.3", "after", None),
-         ("SRPO, alpha 0.1", "srpo", "after", 53.5),
-         ("reflection SFT + 0/1 reward", "outcome", "after", None),
-         ("reflection SFT + openrlhf code's", "openrlhf", "after", None))
+         *((title, name, "after", paper) for name, (title, paper, *_) in RUNS.items()))
 PAIRS = (("srpo", "grpo"), ("srpo", "srpo_no_sft"), ("srpo", "no_I_eff"), ("srpo", "no_f_len"),
          ("srpo", "plain_sft_grpo"), ("outcome", "srpo"), ("outcome", "plain_sft_grpo"))
 
 
 def command(name: str, seed: int, flags: list[str], out: Path) -> list[str]:
     """Arguments of reflection_srpo.py for one run."""
-    start, own = (STARTS | RUNS)[name]
+    *_, start, own = (STARTS | RUNS)[name]
     model = ["--model", str(out / f"{start}-{seed}" / "policy")] if start else []
     return ["rl" if name in RUNS else "sft", *own, *flags, *model, "--seed", str(seed),
             "--threads", "1", "--out", str(out / f"{name}-{seed}")]
 
 
-def ablation(flags: list[str], seeds: int, jobs: int, out: Path) -> None:
-    """All runs, then OUT/table.txt and OUT/picture.png."""
-    import reflection_srpo
+def ablation(reflection_srpo, flags: list[str], seeds: int, jobs: int, out: Path) -> str:
+    """All runs, their table, and OUT/picture.png."""
     reflection_srpo.check(read_command(reflection_srpo.Settings, flags).settings)
 
     def left(names: Iterable[str], seeds: Iterable[int]) -> list[tuple[Path, list[str]]]:
@@ -81,18 +73,11 @@ def ablation(flags: list[str], seeds: int, jobs: int, out: Path) -> None:
     needed = [seed for seed in range(seeds) if left(RUNS, [seed])]      # whose starts are, too
     runs.run_all(reflection_srpo, [left(["base"], needed), left(["plain_sft", "reflection_sft"],
                                                                 needed), left(RUNS, needed)], jobs)
-    report(out, seeds)
+    draw(out, seeds)
+    return table(out, seeds)
 
 
 # What came out
-
-def report(out: Path, seeds: int) -> None:
-    text = table(out, seeds)
-    (out / "table.txt").write_text(text + "\n")
-    print(f"\n{text}")
-    draw(out, seeds)
-    print(f"wrote {out}/table.txt, {out}/picture.png")
-
 
 def results(out: Path, name: str, when: str, seeds: int) -> list[dict]:
     """An evaluation of each seed's run, with the seconds of its RL steps."""
@@ -117,15 +102,13 @@ def table(out: Path, seeds: int) -> str:
         final, half = runs.mean_and_half([x["final_accuracy"] for x in found])
         first, tokens, seconds = (np.mean([x[key] for x in found])
                                   for key in ("first_accuracy", "tokens", "seconds"))
-        fixes, breaks = (f"{np.mean(x):.0%}" if (x := values_of(found, key)) else "-"
-                         for key in ("fix_rate", "break_rate"))
         two = name not in ("grpo", "plain_sft_grpo")
+        fixes, breaks = (f"{np.mean(x):.0%}" if two and (x := values_of(found, key)) else "-"
+                         for key in ("fix_rate", "break_rate"))
         theirs = f"{paper:8.1f}{paper - TABLE[0][3]:+6.1f}" if paper else f"{'-':>8}"
         spread = f" +-{half:5.1%}" if seeds > 1 else ""
-        lines.append(
-            f"{title:33}{final:7.1%}{spread:8}{first:7.1%}{fixes if two else '-':>7}"
-            f"{breaks if two else '-':>8}{tokens:8.1f}{seconds:9.0f}{100 * (final - base):+7.1f}"
-            f"{theirs}")
+        lines.append(f"{title:33}{final:7.1%}{spread:8}{first:7.1%}{fixes:>7}{breaks:>8}"
+                     f"{tokens:8.1f}{seconds:9.0f}{100 * (final - base):+7.1f}{theirs}")
     final = {name: [x["final_accuracy"] for x in results(out, name, "after", seeds)]
              for _, name, _, _ in TABLE}
     lines += [runs.paired(f"final answers, {a} - {b}", final[a], final[b])
@@ -142,19 +125,16 @@ def break_even(earn) -> float:
     one that stays right; above 1 errors never pay. earn(response, answer) -> record."""
     def earned(first: int, final: int) -> float:
         think = "<think> x </think> <answer> {} </answer>"
-        text = f"{think} <reflection> y </reflection> {think}".format(first, final)
-        record = earn(text, "7")
+        record = earn(f"{think} <reflection> y </reflection> {think}".format(first, final), "7")
         return record.accuracy + record.effectiveness
     return (earned(7, 7) - earned(8, 8)) / (earned(8, 7) - earned(8, 8))
 
 
 def draw(out: Path, seeds: int) -> None:
     """Left: final accuracy of every row. Right: the first answer under each reward, by step."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained",
-                                         width_ratios=(1.3, 1))
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
     for y, (_, name, when, _) in enumerate(reversed(TABLE)):
         values = [x["final_accuracy"] for x in results(out, name, when, seeds)]
         mean, half = runs.mean_and_half(values)
@@ -179,16 +159,9 @@ def draw(out: Path, seeds: int) -> None:
     right.legend(fontsize=8)
     right.grid(alpha=0.3)
     figure.savefig(out / "picture.png", dpi=80)
-    plt.close(figure)
+    print(f"wrote {out}/picture.png")
 
 
-def main(argv: list[str] | None = None) -> int:
-    def script():
-        import reflection_srpo
-        return reflection_srpo
-    return runs.study(argv, __doc__.split("\n\n")[0], "out/reflection_ablation", OURS, script,
-                      ablation)
-
-
+main = partial(runs.study, "out/reflection_ablation", "reflection_srpo", OURS, ablation, __doc__)
 if __name__ == "__main__":
     sys.exit(main())

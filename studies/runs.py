@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 
 from plumbing.files import read_json
-from plumbing.flags import Parser, ending, read_command
+from plumbing.flags import Parser, ending, read_command, require
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,10 +61,8 @@ def mean_and_half(values: list[float]) -> tuple[float, float]:
     """Mean over seeds, half of its 95% interval (Student's t); nan for one seed."""
     from scipy.stats import t as student
     n = len(values)
-    if n < 2:
-        return values[0], math.nan
-    return (float(np.mean(values)),
-            float(np.std(values, ddof=1) * student.ppf(0.975, n - 1) / math.sqrt(n)))
+    half = np.std(values, ddof=1) * student.ppf(0.975, n - 1) / math.sqrt(n) if n > 1 else math.nan
+    return float(np.mean(values)), float(half)
 
 
 def paired(title: str, a: list[float], b: list[float]) -> str:
@@ -76,23 +75,25 @@ def counted(seeds: int) -> str:
     return f"{seeds} seed" + "s" * (seeds > 1)
 
 
-def study(argv: list[str] | None, about: str, default_out: str, ours: set[str], script: Callable,
-          work: Callable) -> int:
+def study(default_out: str, script: str, ours: set[str], work: Callable, about: str,
+          argv: list[str] | None = None) -> int:
     """Exit code of a study's command: --out, --seeds and --jobs are its own, other flags are each
-    run's, but for `ours`. script(): the training script's module; work(flags, seeds, jobs, out)."""
-    parser = Parser(description=about, allow_abbrev=False)
+    run's, but for `ours`. work(the training script's module, flags, seeds, jobs, out) makes the
+    runs and gives their table, which is printed, and written into --out."""
+    parser = Parser(description=about.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--out", default=default_out)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each")
 
     def checked() -> None:
-        more, rest = parser.parse_known_args(argv)
-        for name in ("seeds", "jobs"):
-            if getattr(more, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(more, name)}")
+        own, rest = parser.parse_known_args(argv)
+        require(own, dict(seeds=1, jobs=1))
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("a study starts its own processes; start it without torchrun")
-        if wrong := read_command(script().Settings, rest).given & ours:
+        module, out = import_module(script), Path(own.out)
+        if wrong := read_command(module.Settings, rest).given & ours:
             raise ValueError(f"a study has no --{min(wrong)}: it sets that itself")
-        work(rest, more.seeds, more.jobs, Path(more.out))
+        text = work(module, rest, own.seeds, own.jobs, out)
+        (out / "table.txt").write_text(text + "\n")
+        print(f"\n{text}\nwrote {out}/table.txt")
     return ending(checked)

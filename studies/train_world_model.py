@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plumbing.flags import ending, flag, read_command, require
+from plumbing.flags import flag, require, script
 from robots import trajectories
 from studies.progress_curves import simulator_rollouts
 
@@ -175,10 +175,6 @@ def study(s: Settings) -> None:
     print(f"wrote {s.out}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    about = __doc__.split("\n\n")[0]
-    return ending(lambda: study(read_command(Settings, argv, about=about).settings))
-
-
+main = script(Settings, study, __doc__)
 if __name__ == "__main__":
     sys.exit(main())
