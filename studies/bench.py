@@ -14,7 +14,8 @@ are real, nothing is downloaded.
 Left out: the simulator (python -m robots.tabletop measures it), reading data, several GPUs.
 
     python -m studies.bench                         # small models on the CPU, some minutes
-    python -m studies.bench --model openvla-7b      # on a GPU; or qwen2.5-vl-7b, vjepa2-vitg
+    python -m studies.bench gpu                     # all of 7B, 20 minutes of an H100 or H200
+    python -m studies.bench --model openvla-7b      # one of it; or qwen2.5-vl-7b, vjepa2-vitg
     python -m studies.bench_trl                     # a step side by side with TRL's
 """
 # ruff: noqa: E402
@@ -29,15 +30,18 @@ LARGE = ("openvla-7b", "qwen2.5-vl-7b", "vjepa2-vitg")
 
 @dataclass
 class Settings:
+    stage: str = flag("", "what the command's first word says", choices=["", "gpu"])
+    shapes: str = flag("7b", "gpu: small ones try it on a CPU", choices=["7b", "small"])
+    minutes: float = flag(20.0, "gpu: what is not measured by then is left to another call")
     model: str = flag("small", "small: the three small ones", choices=["small", *SMALL, *LARGE])
     rows: int = flag(0, "action chunks, responses or clips at a time; 0: by model")
     threads: int = flag(1, "torch threads on the CPU")
-    out: str = flag("", "JSON; none: results/bench/MODEL.json")
+    out: str = flag("", "JSON; none: results/bench/MODEL.json, of gpu JSON lines gpu.jsonl")
 
 
 def read(argv: list[str] | None = None) -> Settings:
-    s = read_command(Settings, argv, about=__doc__.split("\n\n")[0]).settings
-    require(s, dict(rows=0, threads=1))
+    s = read_command(Settings, argv, words=("gpu",), about=__doc__).settings
+    require(s, dict(rows=0, threads=1), ("minutes",))
     return s
 
 
@@ -67,7 +71,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 import grpo
 import reflection_srpo
 import vla_srpo
-from plumbing import adapters, ranks
+from plumbing import adapters, plan, ranks
+from plumbing.files import Journal
 from plumbing.optimizer import make_optimizer
 from plumbing.update import Update
 from reasoning import arrows, qwen, responses
@@ -115,24 +120,27 @@ class Work:
     frozen: Callable | None     # the part of it that has no backward pass
     unit: str
     n: int
+    loss: Callable | None = None    # of all of them in one pass
 
 
 # Models of random weights, on the device, in bf16 on a GPU and fp32 on the CPU
 
-def build(case: Case, device: str):
-    """(settings of the script that trains it, None for V-JEPA 2; model, adapters included)."""
-    small = device == "cpu" or case.model in VJEPA
-    torch.set_default_dtype(torch.float32 if small else torch.bfloat16)
+def build(case: Case, device: str, half: bool | None = None):
+    """(settings of the script that trains it, None for V-JEPA 2; model, adapters included). half:
+    weights in bf16; none: but on a CPU."""
+    half = device != "cpu" if half is None else half
+    torch.set_default_dtype(torch.bfloat16 if half and case.model not in VJEPA else torch.float32)
     with torch.device(device):
         if case.model in OPENVLA:
-            s = vla_srpo.Settings(minibatch=case.rows, micro_batch=case.rows)
+            s = vla_srpo.Settings(minibatch=case.rows, micro_batch=case.rows,
+                                  lora_rank=case.lora_rank)
             text, dino, siglip = OPENVLA[case.model]
             text = {"vocab_size": 32064, "pad_token_id": openvla.PAD, **text}
             model = openvla.OpenVLA(openvla.TINY | {"text_config": text}, dino, siglip)
         elif case.model in QWEN:
             s = reflection_srpo.Settings(
                 max_prompt=320, max_new_tokens=case.length, rollout_batch=case.rows,
-                micro_tokens=case.rows * (320 + case.length))
+                lora_rank=case.lora_rank, micro_tokens=case.rows * (320 + case.length))
             config = qwen_config(*QWEN[case.model])
             model = transformers.Qwen2_5_VLForConditionalGeneration(config)
             model.model.visual.requires_grad_(False)
@@ -179,9 +187,15 @@ def openvla_work(case: Case, s, policy) -> Work:
         frames[:, None], [""] * n, torch.randint(openvla.BINS, (n, 56)), torch.full((n, 56), -5.5),
         torch.ones(n, 56, dtype=torch.bool), torch.randn(n), torch.arange(n))
     act = policies.sampler(policy, s.temperature, "unit")
+
+    def loss():
+        logp = policies.logprobs(policy, batch, torch.arange(n), s.temperature)
+        return grpo.policy_loss(logp, *(x.to(logp.device) for x in (
+            batch.logp, batch.advantage, batch.mask)))[0]
     return Work(lambda: act(frames.numpy(), batch.instructions),
                 lambda: update_policy(policy, optimizer, batch, s),
-                lambda: policy(*prompts, policy.pixel_values(batch.frames)), None, "chunks", n)
+                lambda: policy(*prompts, policy.pixel_values(batch.frames)), None, "chunks", n,
+                loss)
 
 
 def update_policy(policy, optimizer, batch: policies.Batch, s) -> dict:
@@ -220,13 +234,17 @@ def qwen_work(case: Case, s, model) -> Work:
     batch = responses.Batch(prompts, completions, torch.randn(case.rows), case.rows)
     optimizer = make_optimizer(model, 1e-6)
 
+    def loss():
+        logp, _, mask = responses.logprobs(model, processor, batch, range(case.rows))
+        return grpo.policy_loss(logp, None, batch.advantages.to(logp.device), mask)[0]
+
     def tower():
         x = qwen.to(model.device, processor.batch(asked))
         model.model.get_image_features(x["pixel_values"], x["image_grid_thw"])
     return Work(lambda: responses.generate(model, processor, prompts, s, 1.0),
                 lambda: update_model(model, processor, optimizer, batch, s),
                 lambda: responses.logprobs(model, processor, batch, range(case.rows)), tower,
-                "response tokens", case.rows * case.length)
+                "response tokens", case.rows * case.length, loss)
 
 
 def update_model(model, processor, optimizer, batch: responses.Batch, s) -> dict:
@@ -315,6 +333,19 @@ def seconds_of(function: Callable) -> Clock:
     return clock
 
 
+def work_of(case: Case, s, model) -> Work:
+    return (openvla_work if case.model in OPENVLA else
+            qwen_work if case.model in QWEN else vjepa_work)(case, s, model)
+
+
+def planned(case: Case, s) -> float:
+    """GiB of an update by --plan's reckoning, without its 5%."""
+    half = torch.cuda.is_available()
+    job = plan.Job(case.model, lambda s: build(case, "meta", half)[1], lambda model, s: None,
+                   lambda model, s: work_of(case, s, model).loss())
+    return plan.measure(s, job).update / GiB
+
+
 def measure(case: Case) -> dict:
     """Rollout and update, after one of each to warm up; the better of the repeats."""
     transformers.utils.logging.disable_progress_bar()
@@ -323,8 +354,7 @@ def measure(case: Case) -> dict:
     device = ranks.device()
     peak, whose = machine_peak(device)
     s, model = build(case, device)
-    work = (openvla_work if case.model in OPENVLA else
-            qwen_work if case.model in QWEN else vjepa_work)(case, s, model)
+    work = work_of(case, s, model)
     # What is frozen has no backward pass; LoRA has none for the weights
     once, still = flops(work.forward), flops(work.frozen)
     trained = (2 if case.lora_rank else 3) * (once - still) + still
@@ -340,6 +370,8 @@ def measure(case: Case) -> dict:
             result[name] = {"per_second": work.n / seconds, "seconds": seconds,
                             "peak_gib": max(clock.peak for clock in clocks) / GiB,
                             "mfu": total / seconds / peak}
+    if work.update:
+        result["update"]["planned_gib"] = planned(case, s)
     return result
 
 
@@ -354,36 +386,46 @@ def cases(name: str, rows: int, threads: int) -> list[Case]:
             for lora_rank in (0, 32 if large else 4) for checkpointing in (False, True)]
 
 
-def alone(work: Callable, *given) -> dict:
-    """work(*given) in a process of its own. RuntimeError, one line, if it fails or is killed."""
+def alone(work: Callable, *given, seconds: float | None = None) -> dict:
+    """work(*given) in a process of its own. RuntimeError, one line, if it fails, is killed, or
+    takes longer."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
-            return pool.submit(work, *given).result()
+            return pool.submit(work, *given).result(seconds)
+        except TimeoutError:
+            for child in psutil.Process().children(recursive=True):
+                child.kill()
+            raise RuntimeError(f"stopped after {seconds:.0f} s; give more --minutes") from None
         except Exception as error:
             said = str(error) or type(error).__name__
             raise RuntimeError(said.splitlines()[0][:300]) from error
 
 
-def run(case: Case) -> dict:
-    """The row of a case: measured, or why not."""
+def run(case: Case, seconds: float | None = None) -> dict:
+    """The row of a case: measured within so many seconds, or why not."""
     row = asdict(case) | {"measured": False, "command":
                           f"python -m studies.bench --model {case.model} --rows {case.rows}"}
     if case.model in LARGE and not torch.cuda.is_available():
         return row | {"why": "it takes a GPU"}
     try:
-        return row | {"measured": True, **alone(measure, case)}
+        return row | {"measured": True, **alone(measure, case, seconds=seconds)}
     except RuntimeError as error:
         return row | {"why": str(error)}
 
 
-def show(row: dict) -> str:
+def label(row: dict) -> str:
     how = "" if row["model"] in VJEPA else ", LoRA" if row["lora_rank"] else ", full"
-    label = row["model"] + how + ", checkpointing" * row["gradient_checkpointing"]
+    return row["model"] + how + ", checkpointing" * row["gradient_checkpointing"]
+
+
+def show(row: dict) -> str:
     if not row["measured"]:
-        return f"{label:42} not measured: {row['why']}; measure it: {row['command']}"
-    return f"{label:42} " + "   ".join(
+        return f"{label(row):42} not measured: {row['why']}; measure it: {row['command']}"
+    return f"{label(row):42} " + "   ".join(
         f"{part} {x['per_second']:9.2f} {row['unit']}/s, MFU {x['mfu']:5.1%}, "
-        f"peak {x['peak_gib']:6.2f} GiB" for part in ("rollout", "update") if (x := row.get(part)))
+        f"peak {x['peak_gib']:6.2f} GiB" + (f", planned {x['planned_gib']:.2f}"
+                                            if "planned_gib" in x else "")
+        for part in ("rollout", "update") if (x := row.get(part)))
 
 
 def write(out: str, result: dict) -> None:
@@ -393,7 +435,54 @@ def write(out: str, result: dict) -> None:
     print(f"wrote {out}")
 
 
+def all_of_7b(s: Settings) -> None:
+    """Every case, the most telling first, each row kept as it ends; the same command goes on."""
+    models, began = SMALL if s.shapes == "small" else LARGE, time.monotonic()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    journal = Journal(s.out or "results/bench/gpu.jsonl",
+                      {"device": device, "torch": torch.__version__, "shapes": s.shapes})
+    every = [case for name in models for case in cases(name, s.rows, s.threads)]
+    every.sort(key=lambda case: (case.model not in VJEPA and not case.gradient_checkpointing,
+                                 not case.lora_rank))
+    rows = [row for row in journal.rows if row["measured"]]
+    for case in every:
+        if any(asdict(case).items() <= row.items() for row in rows):
+            continue
+        left = 60 * s.minutes - (time.monotonic() - began)
+        rows.append(run(case, left) if left > 0 else
+                    asdict(case) | {"measured": False, "why": "no time was left",
+                                    "command": "python -m studies.bench gpu"})
+        journal.add(rows[-1])
+    journal.close()
+    print("\n".join([f"{device}, torch {torch.__version__}", *map(show, rows), *steps(rows)]))
+    print(f"wrote {journal.path}")
+
+
+# The papers' settings: responses and their tokens; rollouts, of so many chunks at the 512 steps
+# that libero_object's episodes may last
+RESPONSES, TOKENS, ROLLOUTS, CHUNKS = 1024, 512, 512, 64
+
+
+def steps(rows: list[dict]) -> list[str]:
+    """Minutes that a step takes at the papers' settings by the rates measured, a line a case."""
+    rows = [row for row in rows if row["measured"]]
+    clips = [row["rollout"]["per_second"] for row in rows if row["model"] in VJEPA]
+    lines = []
+    for row in rows:
+        if row.get("update"):
+            units = RESPONSES * TOKENS if row["model"] in QWEN else ROLLOUTS * CHUNKS
+            parts = {name: units / row[name]["per_second"] / 60 for name in ("rollout", "update")}
+            if row["model"] in OPENVLA and clips:
+                parts["reward"] = ROLLOUTS / clips[0] / 60
+            said = ", ".join(f"{name} {x:.1f}" for name, x in parts.items())
+            lines.append(f"a step of the paper's, {label(row)}: {sum(parts.values()):.1f} "
+                         f"minutes ({said}); without the simulator")
+    return lines
+
+
 def study(s: Settings) -> None:
+    if s.stage == "gpu":
+        return all_of_7b(s)
     rows = []
     for name in SMALL if s.model == "small" else [s.model]:
         for case in cases(name, s.rows, s.threads):
