@@ -32,8 +32,7 @@ class ProgressRecord:
     distances: (N,) float64, d of [VLA 4]; nan for successes, and in tasks without one.
     clusters, noise: how many clusters of successes, and successes in none of them.
     fallbacks, all ours:  no_success, so failures earn 0;  single_success, which is the
-    centre;  equal_distances (or a single failure), so z = 0 and they earn alpha / 2.
-    """
+    centre;  equal_distances (or a single failure), so z = 0 and they earn alpha / 2."""
     distances: np.ndarray
     clusters: dict[int | str, int] = field(default_factory=dict)
     noise: dict[int | str, int] = field(default_factory=dict)
@@ -59,7 +58,6 @@ def progress_reward(latents: np.ndarray, success: Sequence[bool], task: Sequence
     [1.    1.    0.601 0.442 0.169] [ nan  nan 0.81 3.61 8.41] {'cup': 1}
     """
     from scipy.spatial.distance import cdist  # here: paper 1 needs no scipy
-
     h, success, task = _checked(latents, success, task, alpha)
     reward, record = success.astype(float), ProgressRecord(np.full(len(h), np.nan))
     for name in np.unique(task).tolist():
@@ -67,8 +65,7 @@ def progress_reward(latents: np.ndarray, success: Sequence[bool], task: Sequence
         solved = np.concatenate([h[won], (earlier or {}).get(name, h[:0])])
         labels = cluster(solved)  # [VLA 3]
         centres = [solved[labels == c].mean(0) for c in np.unique(labels[labels >= 0])]
-        record.clusters[name] = len(centres)
-        record.noise[name] = int((labels < 0).sum())
+        record.clusters[name], record.noise[name] = len(centres), int(sum(labels < 0))
         if len(lost) and not len(solved):
             record.fallbacks.setdefault(name, []).append("no_success")
         elif len(lost):
@@ -92,11 +89,9 @@ def cluster(successes: np.ndarray) -> np.ndarray:
 
     paper: DBSCAN's settings are not given. Ours: two points make a cluster, and the
     radius is twice the median distance to the nearest neighbour: it scales with the
-    latents, outliers stay noise, and of two successes or more some make a cluster.
-    """
+    latents, outliers stay noise, and of two successes or more some make a cluster."""
     from scipy.spatial.distance import cdist
     from sklearn.cluster import DBSCAN
-
     if len(successes) < 2:
         return np.full(len(successes), -1)
     gaps = cdist(successes, successes)  # (n, n)
@@ -176,16 +171,15 @@ def reflection_reward(
     thinks, answers = inside(response, "think"), inside(response, "answer")
     first, final = (bool(answers and answers[i] and verify(answers[i], answer))
                     for i in (0, -1))
-    tokens, first_tokens = count_tokens(response), 0
-    if thinks and answers:
-        first_tokens = count_tokens(thinks[0]) + count_tokens(answers[0])
+    tokens = count_tokens(response)
+    attempt = (thinks[0], answers[0]) if thinks and answers else ()
     return ReflectionRecord(
         format=0.5 * format_holds(response),  # [MLLM 5]
         accuracy=0.5 * first,  # [MLLM 5]
         # [MLLM 8]; ours: nothing for one answer, or for many to choose from
         effectiveness=I_EFF[first, final] if len(answers) == 2 else 0.0,
         reflection=0.25 * reflection_holds(response),  # [MLLM 6], I_ref
-        length=alpha * length_term(tokens, first_tokens),  # [MLLM 6]
+        length=alpha * length_term(tokens, sum(map(count_tokens, attempt))),  # [MLLM 6]
         first_correct=first, final_correct=final, n_tokens=tokens)
 
 
@@ -194,16 +188,14 @@ def length_term(tokens: int, first: int) -> float:
 
     T_target is 2 and T_max 2.5 times the tokens of the first response. paper: its print
     can be read as exp(-2u), and its first response is the first think. code: exp(-u^2),
-    think and answer, as here. Ours: 0 where there is no first response.
-    """
+    think and answer, as here. Ours: 0 where there is no first response."""
     return math.exp(-((tokens - 2 * first) / (0.5 * first)) ** 2) if first else 0.0
 
 
 def format_holds(response: str, pattern: Sequence[str] = PATTERN) -> bool:
     """The pattern's tags in order, text inside each pair, none before, between, after.
 
-    Ours: the tags alone; whether the answers are boxed, as in the paper, is not asked.
-    """
+    Ours: the tags alone; whether answers are boxed, as in the paper, is not asked."""
     outside, within = (TAG.split(response)[i::2] for i in (0, 1))
     order = [tag for part in pattern for tag in (f"<{part}>", f"</{part}>")]
     return (TAG.findall(response) == order and not "".join(outside).strip()

@@ -3,7 +3,6 @@
 Nothing here knows torch: `eval.py curves` answers at once."""
 import json
 import math
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -89,14 +88,18 @@ def values_of(rows: list[dict], key: str) -> list[float]:
     return [row[key] for row in rows if _is_number(row.get(key))]
 
 
-def seeds_table(runs: dict[str, list[list[dict]]], keys: list[str], threshold: float = 0.8) -> str:
+def seeds_table(runs: dict[str, list[list[dict]]], keys: list[str]) -> str:
     """The last value of each key: mean over a label's seeds, 95% interval (Student's t), the seeds'
     values; the first key's mean over the last three evaluations and the step at which it reached
-    the threshold; success of the rollouts in the first and last ten steps; seconds of a step."""
+    80%; success of the rollouts in the first and last ten steps; seconds of a step."""
     lines = []
     for label, seeds in runs.items():
         lines += [f"{label:16} " + _over_seeds(seeds, key) for key in keys]
-        lines.append(f"{'':16} " + _when(seeds, keys[0], threshold))
+        values = [values_of(rows, keys[0]) for rows in seeds]
+        three = ", ".join(f"{np.mean(x[-3:] or [math.nan]):.1%}" for x in values)
+        reached = ", ".join(next((str(row["step"]) for row in rows if values_of([row], keys[0])
+                                  and row[keys[0]] >= 0.8), "never") for rows in seeds)
+        lines.append(f"{'':16} last three {three}; steps to 80%: {reached}")
         if any(values_of(rows, "seconds_rollout") for rows in seeds):
             lines.append(f"{'':16} " + _work(seeds))
     return "\n".join(lines)
@@ -106,20 +109,11 @@ def _over_seeds(seeds: list[list[dict]], key: str) -> str:
     from scipy.stats import t as student
     values = np.array([(values_of(rows, key) or [math.nan])[-1] for rows in seeds])
     one = "{:.1f}".format if key.endswith("tokens") else "{:.1%}".format
-    name, n = key.removeprefix("heldout_"), len(values)
+    n, mean = len(values), f"{key.removeprefix('heldout_'):16} {one(values.mean()):>7}"
     if n < 2:
-        return f"{name:16} {one(values.mean()):>7} one seed"
+        return f"{mean} one seed"
     half = student.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n)
-    return (f"{name:16} {one(values.mean()):>7} +- {one(half):>6}   "
-            f"seeds {', '.join(map(one, values))}")
-
-
-def _when(seeds: list[list[dict]], key: str, threshold: float) -> str:
-    reached = [next((str(row["step"]) for row in rows
-                     if _is_number(row.get(key)) and row[key] >= threshold), "never")
-               for rows in seeds]
-    three = [f"{np.mean(values_of(rows, key)[-3:] or [math.nan]):.1%}" for rows in seeds]
-    return f"last three {', '.join(three)}; steps to {threshold:.0%}: {', '.join(reached)}"
+    return f"{mean} +- {one(half):>6}   seeds {', '.join(map(one, values))}"
 
 
 def _work(seeds: list[list[dict]]) -> str:
@@ -128,8 +122,7 @@ def _work(seeds: list[list[dict]]) -> str:
     laps = ("rollout", "reward", "update")
     seconds = np.array([[x if _is_number(x := row.get(f"seconds_{lap}")) else 0.0 for lap in laps]
                         for rows in seeds for row in rows if "seconds_rollout" in row])
-    medians = zip(laps, np.median(seconds, 0), strict=True)
-    parts = ", ".join(f"{lap} {x:.2f}" for lap, x in medians)
+    parts = ", ".join(f"{lap} {x:.2f}" for lap, x in zip(laps, np.median(seconds, 0)))
     return (f"sampled {', '.join(sampled)}; " * bool(sampled)
             + f"median seconds of a step {np.median(seconds.sum(1)):.2f}: {parts}")
 
@@ -154,17 +147,14 @@ def draw_panels(runs: dict[str, list[list[dict]]], out: str | Path,
                 panels: list[tuple[str, str, int]], columns: int = 2) -> None:
     """Panels (key of a row, title, steps to average over) against the step; a line and a band for
     each label: mean and range of its seeds."""
-    import matplotlib
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    plt.switch_backend("Agg")
     down = math.ceil(len(panels) / columns)
     size = (max(10, 3.4 * columns), 3.6 if columns == 2 else 2.8 * down)
     figure, axes = plt.subplots(down, columns, figsize=size, squeeze=False, layout="constrained")
-    colors = cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"])
-    for color, (label, seeds) in zip(colors, runs.items(), strict=False):
-        for panel, (key, _, window) in zip(axes.flat, panels, strict=False):
-            _draw(panel, seeds, key, window, color, label)
-    for panel, (key, title, _) in zip(axes.flat, panels, strict=False):
+    for panel, (key, title, window) in zip(axes.flat, panels):
+        for i, (label, seeds) in enumerate(runs.items()):
+            _draw(panel, seeds, key, window, f"C{i}", label)
         panel.set_title(title, fontsize=9)
         panel.set_xlabel("RL step")
         panel.grid(alpha=0.3)
@@ -178,8 +168,7 @@ def draw_panels(runs: dict[str, list[list[dict]]], out: str | Path,
 
 
 def _draw(panel, seeds: list[list[dict]], key: str, window: int, color, label: str) -> None:
-    curves = [{row["step"]: row[key] for row in rows if _is_number(row.get(key))}
-              for rows in seeds]
+    curves = [{row["step"]: row[key] for row in rows if _is_number(row.get(key))} for rows in seeds]
     steps = sorted(set.intersection(*map(set, curves)))
     if not steps:
         return

@@ -23,6 +23,7 @@ import argparse
 import ast
 import random
 import re
+from contextlib import suppress
 from functools import lru_cache, partial
 from string import ascii_uppercase as LETTERS
 from timeit import timeit
@@ -38,10 +39,9 @@ NAME = rf"\\(?!(?:{FUNCTIONS}|pm|le|ge|ne|times|cdot)(?![a-z]))[A-Za-z]+(?![A-Za
 OPERATIONS = {ast.Add: "fadd", ast.Sub: "fsub", ast.Mult: "fmul", ast.Div: "fdiv"}
 CHARACTERS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {ord(a): b for a, b in {
     "、": ",", "。": ".", "−": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ",
-    "±": r"\pm ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
-    "≈": r"\approx ", "∞": r"\infty ", "∠": r"\angle ", "∪": r"\cup ", "…": r"\ldots ",
-    "⅓": r"\frac13 ", "⅔": r"\frac23 ",
-    "½": r"\frac12 ", "¼": r"\frac14 ", "¾": r"\frac34 ", "√": r"\sqrt ", "~": " "}.items()}
+    "±": r"\pm ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∞": r"\infty ",
+    "∠": r"\angle ", "∪": r"\cup ", "…": r"\ldots ", "√": r"\sqrt ", "~": " ", "½": r"\frac12 ",
+    "¼": r"\frac14 ", "¾": r"\frac34 ", "⅓": r"\frac13 ", "⅔": r"\frac23 "}.items()}
 TEXT = re.compile(r"\\(?:text\w*|math(?!bb)[a-z]+|operatorname|[mfh]box|emph|underline|bm)\*? ?"
                   r"\{([^{}]*)\}|\{\\(?:bf|it|rm|sf|tt)(?![a-z])([^{}]*)\}")
 SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
@@ -155,13 +155,11 @@ def values(text: str) -> list | None:
     None if any of it is unread."""
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
-    try:
+    with suppress(ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError,
+                  SyntaxError, TypeError, ValueError):
         if not re.search(r"[^\w ()+*/,<>=!-]", text, re.ASCII):
             nodes = ast.parse(f"[{text.strip()}]", mode="eval").body.elts
             return [tuple(compute(node, point) for point in range(3)) for node in nodes] or None
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, SyntaxError,
-            TypeError, ValueError):
-        pass
     return None
 
 

@@ -1,6 +1,5 @@
 """The small world of reflection_srpo.py: pictures of arrows, questions on them, a teacher who knows
-the way and a base who guesses, and a tiny Qwen2.5-VL. Nothing here comes from the paper (arXiv
-2506.01713).
+the way and a base who guesses, and a tiny Qwen2.5-VL. Nothing here comes from the paper.
 
 A picture is a grid of 4 x 4 coloured cells with an arrow in each; asked is from which cell five
 arrows lead to a given one. The way is sought back from there. Where several arrows point at a cell
@@ -30,18 +29,11 @@ from reasoning.rows import Row
 
 SIDE, CELL = 4, 16                  # a cell is 16 px: 2 x 2 patches of 8, one image token
 NAMES = [f"{row}{column}" for row in "abcd" for column in range(1, SIDE + 1)]
-MOVES = {"right": (0, 1), "down": (1, 0), "left": (0, -1), "up": (-1, 0)}
-COLORS = {"right": (250, 60, 60), "down": (250, 250, 250), "left": (20, 20, 20),
-          "up": (250, 230, 40)}     # redundant, and quicker to learn
-DIRECTION = {down * SIDE + right: name for name, (down, right) in MOVES.items()}    # cell - cell
+COLORS = {(0, 1): (250, 60, 60), (1, 0): (250, 250, 250), (0, -1): (20, 20, 20),
+          (-1, 0): (250, 230, 40)}  # of an arrow (down, right): redundant, and quicker to learn
 FORMS = ("plain", "twice", "reflection")
 LURE = 2                            # a wrong way looks right for so many cells, at least
 STEPS = 5                           # arrows between the start and the cell asked for
-
-
-def walk(follow: np.ndarray, cell: int, steps: int) -> list[int]:
-    """The cells from `cell` on, steps + 1 of them."""
-    return [cell, *walk(follow, int(follow[cell]), steps - 1)] if steps else [cell]
 
 
 def draw(rng: np.random.Generator, form: str) -> tuple[Row, np.ndarray, list[int]]:
@@ -50,15 +42,18 @@ def draw(rng: np.random.Generator, form: str) -> tuple[Row, np.ndarray, list[int
     two arrows point at each other, so ways do not swing to and fro."""
     follow = np.full(SIDE * SIDE, -1)
     for cell in rng.permutation(SIDE * SIDE):
-        neighbours = [(cell // SIDE + down, cell % SIDE + right) for down, right in MOVES.values()]
+        neighbours = [(cell // SIDE + down, cell % SIDE + right) for down, right in COLORS]
         options = [r * SIDE + c for r, c in neighbours
                    if 0 <= r < SIDE and 0 <= c < SIDE and follow[r * SIDE + c] != cell]
         if not options:
             return draw(rng, form)
         follow[cell] = options[rng.integers(len(options))]
-    ways = [walk(follow, cell, STEPS)[::-1] for cell in range(SIDE * SIDE)]
-    ends = [way[0] for way in ways]
-    ways = [way for way in ways if ends.count(way[0]) == 1 and temptation(follow, way) >= LURE]
+    steps = [np.arange(SIDE * SIDE)]
+    for _ in range(STEPS):
+        steps.insert(0, follow[steps[0]])
+    ends = steps[0].tolist()                            # where each cell leads
+    ways = [way for way in np.stack(steps, 1).tolist()  # (16, STEPS + 1), back to each cell
+            if ends.count(way[0]) == 1 and temptation(follow, way) >= LURE]
     if not ways:
         return draw(rng, form)
     way = ways[rng.integers(len(ways))]
@@ -69,10 +64,10 @@ def draw(rng: np.random.Generator, form: str) -> tuple[Row, np.ndarray, list[int
         pen.rectangle([c * CELL, r * CELL, (c + 1) * CELL - 1, (r + 1) * CELL - 1],
                       fill=(40 + 60 * r, 40 + 60 * c, 128))
         y, x = (i * CELL + CELL // 2 + int(rng.integers(-1, 2)) for i in (r, c))
-        name = DIRECTION[target - cell]
-        down, right = (5 * step for step in MOVES[name])
+        move = target // SIDE - r, target % SIDE - c
+        down, right = (5 * step for step in move)
         pen.polygon([(x + right, y + down), (x - right + down, y - down + right),
-                     (x - right - down, y - down - right)], fill=COLORS[name])
+                     (x - right - down, y - down - right)], fill=COLORS[move])
     image.save(png := io.BytesIO(), "PNG")
     row = Row(id="", query=f"to {NAMES[way[0]]} in {STEPS} {form} ?", images=[png.getvalue()],
               answer=NAMES[way[-1]], source="arrows", sizes=[image.size])
@@ -140,8 +135,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
 TAGS = [f"<{end}{name}>" for name in ("think", "answer", "reflection") for end in ("", "/")]
 WORDS = [*SPECIAL, *TAGS, "<unk>", "user", "assistant", "to", "in", str(STEPS), *FORMS, "?",
          "check", "from", *NAMES]
-TEMPLATE = """\
-{% for message in messages %}<|im_start|> {{ message.role }} \
+TEMPLATE = """{% for message in messages %}<|im_start|> {{ message.role }} \
 {% if message.content is string %}{{ message.content }} {% else %}{% for part in message.content %}\
 {{ '<|vision_start|> <|image_pad|> <|vision_end|>' if part.type == 'image' else part.text }} \
 {% endfor %}{% endif %}<|im_end|> {% endfor %}\
@@ -163,15 +157,13 @@ def tiny_vlm(path: str | Path, width: int = 64, layers: int = 2, heads: int = 4)
     third = width // heads // 2 // 3        # of a head's rotary frequencies: time, height and width
     rope = {"rope_type": "default", "rope_theta": 1000.0,
             "mrope_section": [width // heads // 2 - 2 * third, third, third]}
+    same = dict(hidden_size=width, intermediate_size=2 * width)
     text = dict(
-        vocab_size=len(WORDS), hidden_size=width, intermediate_size=2 * width,
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
-        bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"],
-        rope_parameters=rope)
-    vision = dict(
-        depth=1, hidden_size=width, intermediate_size=2 * width, num_heads=heads,
-        patch_size=CELL // 2, window_size=8 * CELL, out_hidden_size=width,
-        fullatt_block_indexes=[0])
+        **same, vocab_size=len(WORDS), num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=heads, rope_parameters=rope, bos_token_id=None,
+        eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"])
+    vision = dict(**same, depth=1, num_heads=heads, patch_size=CELL // 2, window_size=8 * CELL,
+                  out_hidden_size=width, fullatt_block_indexes=[0])
     tokens = {f"{name}_token_id": ids[f"<|{name}|>"] for name in ("vision_start", "vision_end")}
     tokens |= {f"{name}_token_id": ids[f"<|{name}_pad|>"] for name in ("image", "video")}
     config = transformers.Qwen2_5_VLConfig(
@@ -184,22 +176,20 @@ def tiny_vlm(path: str | Path, width: int = 64, layers: int = 2, heads: int = 4)
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write the small data set to a folder.")
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    out = Path(args.out)
     if args.rows < 1:
         raise ValueError(f"--rows must be at least 1, got {args.rows}")
-    if out.exists():
-        raise ValueError(f"--out {out} exists; choose a new folder")
-    (out / "images").mkdir(parents=True)
-    with (out / "rows.jsonl").open("w") as file:
+    if args.out.exists():
+        raise ValueError(f"--out {args.out} exists; choose a new folder")
+    (args.out / "images").mkdir(parents=True)
+    with (args.out / "rows.jsonl").open("w") as file:
         for row in dataset(args.rows, args.seed):
-            (out / (image := f"images/{row.id}.png")).write_bytes(row.images[0])
-            line = {"query": row.query, "image": image, "answer": row.answer}
-            file.write(json.dumps(line) + "\n")
-    print(f"wrote {args.rows} rows to {out}/rows.jsonl")
+            (args.out / (image := f"images/{row.id}.png")).write_bytes(row.images[0])
+            print(json.dumps({"query": row.query, "image": image, "answer": row.answer}), file=file)
+    print(f"wrote {args.rows} rows to {args.out}/rows.jsonl")
 
 
 if __name__ == "__main__":

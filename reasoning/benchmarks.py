@@ -1,5 +1,4 @@
-r"""Benchmarks of multimodal reasoning for SRPO-MLLM (arXiv 2506.01713): MathVista, MathVerse,
-MathVision, MMMU-Pro.
+r"""Benchmarks for SRPO-MLLM (arXiv 2506.01713): MathVista, MathVerse, MathVision, MMMU-Pro.
 
     python eval.py reasoning --model out/policy --benchmark mathvista mathverse --out out/reasoning
     python eval.py reasoning --model Qwen/Qwen2.5-VL-7B-Instruct --prompt plain \
@@ -24,7 +23,7 @@ import re
 import reprlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -61,7 +60,8 @@ PAPER = {"mathvista": (68.2, 75.8, 74.7, 78.5), "mathverse": (46.3, 55.8, 48.5, 
 class Question:
     """answer: of kind "choice" the option's letter. options: their texts from A on, [] if unknown;
     shown: the prompt lists them, else the image does. images: cells as published, parquet's
-    {"bytes", "path"} or JSON's path. precision: decimals of a "float". labels: its subsets."""
+    {"bytes", "path"} or JSON's path. precision: decimals of a "float". labels: its subsets.
+    ValueError if what should be text is none, or its answer cannot be right."""
     id: str
     text: str
     answer: str
@@ -72,6 +72,14 @@ class Question:
     shown: bool = True
     precision: int | None = None
     unit: str = ""
+
+    def __post_init__(self):
+        for text in (self.id, self.text, self.answer, self.unit, *self.options, *self.labels):
+            if not isinstance(text, str) or rows.SURROGATE.search(text):
+                raise ValueError(f"{reprlib.repr(text)} is no text, or holds half a character")
+        letters = [*LETTERS[:len(self.options) or 10]]
+        if not self.answer.strip() or self.kind == "choice" and self.answer not in letters:
+            raise ValueError(f"its answer is {self.answer!r}")
 
 
 @dataclass
@@ -114,10 +122,9 @@ def read_mathverse(row: dict) -> Question:
     question_for_eval, the column for judges, tells the scorer, not the model, the options."""
     stem, shown, _ = row["question"].partition("Choices:")
     _, _, listed = (row.get("question_for_eval") or row["question"]).partition("Choices:")
-    found = [match for line in listed.split("\n")
-             if (match := re.match(r"\s*\(?([A-J])\s*[:.)](.*)", line))]
-    options = [match[2].strip() for match in found]
-    if "".join(match[1] for match in found) != LETTERS[:len(found)] or not all(options):
+    found = re.findall(r"^[^\S\n]*\(?([A-J])[^\S\n]*[:.)](.*)", listed, re.MULTILINE)
+    options = [option.strip() for _, option in found]
+    if "".join(letter for letter, _ in found) != LETTERS[:len(found)] or not all(options):
         options = []
     return Question(str(row["sample_index"]), (stem if options else row["question"]).strip(),
                     row["answer"], "choice" if row["question_type"] == "multi-choice" else
@@ -155,33 +162,30 @@ def read_mmmu_pro(row: dict) -> Question:
 
 @dataclass
 class Benchmark:
-    """hub: dataset id. files: patterns, in the folder or its data/; the first found counts. size:
-    questions of the whole set."""
-    hub: str
-    files: list[str]
+    """size: questions of the whole set. hub: dataset id. files: patterns, in the folder or its
+    data/; the first found counts."""
     read: Callable[[dict], Question]
     size: int
+    hub: str
+    files: list[str]
 
 
-BENCHMARKS = {
-    "mathvista": Benchmark("AI4Math/MathVista", ["testmini-*.parquet", "testmini.json"],
-                           read_mathvista, 1000),
-    "mathverse": Benchmark("AI4Math/MathVerse", ["testmini.parquet", "testmini.json"],
-                           read_mathverse, 3940),
-    "mathvision": Benchmark("MathLLMs/MathVision", ["test-*.parquet", "test.jsonl"],
-                            read_mathvision, 3040),
-    "mathvision-testmini": Benchmark(
-        "MathLLMs/MathVision", ["testmini-*.parquet", "testmini.jsonl"], read_mathvision, 304),
-    "mmmu-pro-standard": Benchmark("MMMU/MMMU_Pro", ["standard (10 options)/test-*.parquet"],
-                                   read_mmmu_pro, 1730),
-    "mmmu-pro-vision": Benchmark("MMMU/MMMU_Pro", ["vision/test-*.parquet"], read_mmmu_pro, 1730)}
+BENCHMARKS = {name: Benchmark(*of) for name, *of in (
+    ("mathvista", read_mathvista, 1000, "AI4Math/MathVista",
+     ["testmini-*.parquet", "testmini.json"]),
+    ("mathverse", read_mathverse, 3940, "AI4Math/MathVerse", ["testmini.parquet", "testmini.json"]),
+    ("mathvision", read_mathvision, 3040, "MathLLMs/MathVision", ["test-*.parquet", "test.jsonl"]),
+    ("mathvision-testmini", read_mathvision, 304, "MathLLMs/MathVision",
+     ["testmini-*.parquet", "testmini.jsonl"]),
+    ("mmmu-pro-standard", read_mmmu_pro, 1730, "MMMU/MMMU_Pro",
+     ["standard (10 options)/test-*.parquet"]),
+    ("mmmu-pro-vision", read_mmmu_pro, 1730, "MMMU/MMMU_Pro", ["vision/test-*.parquet"]))}
 HALVES = "mmmu-pro-standard", "mmmu-pro-vision"     # the overall score is their mean
 SIZES = {name: benchmark.size for name, benchmark in BENCHMARKS.items()} | {"mmmu-pro": 3460}
 
 
 def find_files(data: str, benchmark: Benchmark) -> tuple[Path, list[Path]]:
-    """The folder `data`, downloaded if that is a hub id, and the files of questions in it. Raises
-    FileNotFoundError."""
+    """The folder `data`, or a download of that hub id; its question files. FileNotFoundError."""
     folder = Path(data)
     if not folder.is_dir():
         try:
@@ -202,15 +206,14 @@ def find_files(data: str, benchmark: Benchmark) -> tuple[Path, list[Path]]:
 def read_questions(files: list[Path], benchmark: Benchmark) -> Iterator[Question | Outcome]:
     """Every row's question, or an Outcome, named FILE:ROW, that says what is wrong with the row.
     Raises ValueError for a file that cannot be read."""
-    for file in files:
-        for where, row in records(file):
-            try:
-                row = json.loads(row) if isinstance(row, bytes) else row
-                yield checked(benchmark.read(row | {"answer": rows.in_full(row["answer"])}))
-            except KeyError as error:
-                yield Outcome(where, error=f"it has no field {error}")
-            except Exception as error:      # no JSON, other types, no Python list, too deep, ..
-                yield Outcome(where, error=rows.one_line(error) or type(error).__name__)
+    for where, row in (record for file in files for record in records(file)):
+        try:
+            row = json.loads(row) if isinstance(row, bytes) else row
+            yield benchmark.read(row | {"answer": rows.in_full(row["answer"])})
+        except KeyError as error:
+            yield Outcome(where, error=f"it has no field {error}")
+        except Exception as error:          # no JSON, other types, no Python list, too deep, ..
+            yield Outcome(where, error=rows.one_line(error) or type(error).__name__)
 
 
 def records(file: Path) -> Iterator[tuple[str, dict | bytes]]:
@@ -225,17 +228,6 @@ def records(file: Path) -> Iterator[tuple[str, dict | bytes]]:
     except (ValueError, TypeError, OSError, RecursionError) as error:
         reason = rows.one_line(error).removeprefix(f"{file} cannot be read: ")
         raise ValueError(f"{file} cannot be read ({reason}): download it again") from None
-
-
-def checked(q: Question) -> Question:
-    """The question; ValueError if what should be text is none, or its answer cannot be right."""
-    for text in (q.id, q.text, q.answer, q.unit, *q.options, *q.labels):
-        if not isinstance(text, str) or rows.SURROGATE.search(text):
-            raise ValueError(f"{reprlib.repr(text)} is no text, or holds half a character")
-    letters = [*LETTERS[:len(q.options) or 10]]
-    if not q.answer.strip() or q.kind == "choice" and q.answer not in letters:
-        raise ValueError(f"its answer is {q.answer!r}")
-    return q
 
 
 def decode(cell: dict | str | None, folder: Path, max_pixels: int) -> Image.Image:
@@ -330,9 +322,8 @@ def evaluate(name: str, data: str, complete: Callable, s) -> list[Outcome]:
         first = next(read_questions(files, benchmark), Outcome(files[0].name, error="it is empty"))
         raise ValueError(f"{folder} holds no question: {first.id}: {first.error}; is it a copy of "
                          f"{benchmark.hub}?")
-    names = {f.name for f in fields(Outcome)}
     journal = Journal(Path(s.out) / f"{name}.jsonl", settings(s) | {"data": data},
-                      keep=lambda row: row.keys() == names and not row["error"])
+                      keep=lambda row: row.keys() == vars(Outcome("")).keys() and not row["error"])
     done = {row["id"]: Outcome(**row) for row in journal.rows}
 
     def save(outcomes: list[Outcome]) -> None:
@@ -340,18 +331,16 @@ def evaluate(name: str, data: str, complete: Callable, s) -> list[Outcome]:
             done[outcome.id] = outcome
             journal.add(asdict(outcome))
 
-    total = min(s.limit or benchmark.size, benchmark.size)
     items = islice(read_questions(files, benchmark), s.limit)
-    for item in tqdm(items, total=total, desc=name, unit="question"):
+    for item in tqdm(items, name, min(s.limit or benchmark.size, benchmark.size), unit="question"):
         asked.append(item.id)
-        if item.id in done:
-            continue
-        try:
-            if isinstance(item, Outcome):
-                raise ValueError(item.error)
-            waiting.append((item, [decode(cell, folder, s.max_pixels) for cell in item.images]))
-        except ValueError as error:
-            save([Outcome(item.id, error=rows.one_line(error))])
+        if isinstance(item, Outcome):
+            save([item])
+        elif item.id not in done:
+            try:
+                waiting.append((item, [decode(cell, folder, s.max_pixels) for cell in item.images]))
+            except ValueError as error:
+                save([Outcome(item.id, error=rows.one_line(error))])
         if len(waiting) == s.batch:
             save(ask(waiting, s.prompt, complete))
             waiting = []
@@ -387,8 +376,7 @@ def summarise(name: str, outcomes: list[Outcome]) -> dict:
 
 
 def table(results: dict[str, dict]) -> str:
-    """{benchmark: result of `summarise`} -> an aligned text table, the paper's figures under the
-    sets they compare with."""
+    """{benchmark: result of `summarise`} -> an aligned text table, with the paper's figures."""
     width = max(32, *(len(label) + 2 for r in results.values() for label in r["subsets"]))
 
     def line(title: str, r: dict) -> str:

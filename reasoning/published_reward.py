@@ -14,32 +14,17 @@ of chat templates (pass the completion alone), and mathruler, the verifier of sr
 """
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from reasoning.answers import boxed, default_verify, normalise
-from rewards import TAG, TAG_ORDER, inside, length_term
+from rewards import TAG, TAG_ORDER, ReflectionRecord, inside, length_term
 
 Count, Verify = Callable[[str], int], Callable[[str, str], bool | None]
 
 
-@dataclass
-class PublishedRecord:
-    """What rewards.ReflectionRecord holds, under its names. total: as the code weights the parts;
-    accuracy: its one number for accuracy and effectiveness."""
-    total: float = 0.0
-    format: float = 0.0
-    accuracy: float = 0.0
-    effectiveness: float = 0.0
-    reflection: float = 0.0
-    length: float = 0.0
-    first_correct: bool = False
-    final_correct: bool = False
-    n_tokens: int = 0
-
-
 def openrlhf(response: str, answer: str, *, count_tokens: Count = lambda text: len(text.split()),
-             verify: Verify = default_verify) -> PublishedRecord:
-    """srpo_reward_func.py's reward of one response; arguments as rewards.reflection_reward's.
+             verify: Verify = default_verify) -> ReflectionRecord:
+    """srpo_reward_func.py's reward of one response; arguments as rewards.reflection_reward's. The
+    record's accuracy is the code's one number for accuracy and effectiveness.
 
     >>> fixed = "<think>a</think><answer>8</answer><reflection>b</reflection>"
     >>> record = openrlhf(fixed + "<think>c</think><answer>7</answer>", "7")
@@ -48,47 +33,41 @@ def openrlhf(response: str, answer: str, *, count_tokens: Count = lambda text: l
     """
     response = response.strip()
     thinks, answers = inside(response, "think"), inside(response, "answer")
-    record = PublishedRecord(n_tokens=count_tokens(response))
-    if answers:
-        first, final = verify(answers[0], answer), verify(answers[-1], answer)
-        record.first_correct, record.final_correct = bool(first), bool(final)
-    if len(thinks) < 2 or len(answers) < 2:     # its length term raises: 0 in total
-        return record
-    record.format = 0.5 if format_holds(response) else 0.0
-    table = {(True, True): 0.75, (False, True): 1.0, (True, False): 0.25, (False, False): 0.0}
-    record.accuracy = table[record.first_correct, record.final_correct]
-    if first is None or final is None:          # unreadable ground truth
-        record.accuracy = 1.0
-    elif record.accuracy == 0 and (letter := normalise(answer)) in ("a", "b", "c", "d"):
-        # Right if the final answer holds the letter, even inside a word, and no other of the four
-        record.accuracy = float([c for c in "abcd" if c in answers[-1].lower()] == [letter])
-    first_tokens = count_tokens(thinks[0]) + count_tokens(answers[0])
-    record.length = 0.1 * length_term(record.n_tokens, first_tokens)
-    record.total = record.format + record.accuracy + record.length
-    return record
+    first, final = (bool(answers) and verify(answers[i], answer) for i in (0, -1))
+    tokens, form, accuracy, length = count_tokens(response), 0.0, 0.0, 0.0
+    if len(thinks) > 1 and len(answers) > 1:    # else its length term raises: 0 in total
+        form = 0.5 * format_holds(response)
+        table = {(True, True): 0.75, (False, True): 1.0, (True, False): 0.25, (False, False): 0.0}
+        accuracy = table[bool(first), bool(final)]
+        if first is None or final is None:      # unreadable ground truth
+            accuracy = 1.0
+        elif accuracy == 0 and (letter := normalise(answer)) in ("a", "b", "c", "d"):
+            # Right if the final answer holds the letter, even inside a word, and no other of these
+            accuracy = float([c for c in "abcd" if c in answers[-1].lower()] == [letter])
+        length = 0.1 * length_term(tokens, count_tokens(thinks[0]) + count_tokens(answers[0]))
+    return ReflectionRecord(form, accuracy, 0.0, 0.0, length, bool(first), bool(final), tokens)
+
+
+class Halved(ReflectionRecord):
+    """srpo_rm.py weighs both its parts by its format_weight, which is 0.5."""
+    total = property(lambda self: (self.format + self.accuracy) / 2)
 
 
 def verl(response: str, answer: str, *, count_tokens: Count = lambda text: len(text.split()),
-         verify: Verify = default_verify) -> PublishedRecord:
+         verify: Verify = default_verify) -> Halved:
     """srpo_rm.py's reward of one response, but for the length term: it needs `math`, which is not
     imported there, so that as published every call raises."""
     # Blanks round these characters go first
     response = "".join(part.strip() for part in re.split("([<>/])", response))
-    record = PublishedRecord(n_tokens=count_tokens(response))
-    record.format = 0.5 if format_holds(response) else 0.0
     # The first and the last box anywhere, whatever the tags; the word "None" where there is none
     starts = response.find("\\boxed{"), response.rfind("\\boxed{")
     answers = [(boxed(response[i:]) if i >= 0 else None) or "None" for i in starts]
-    a, b = record.first_correct, record.final_correct = [bool(verify(x, answer)) for x in answers]
-    # `a == True & b == False`: & binds first and == chains, so it means what stands here
-    if a and b:
-        record.accuracy = 0.75
-    elif a == (True & b) and not (True & b):    # meant for T -> F, true for F -> F
-        record.accuracy = -0.25
-    elif a == (False & b) and (False & b):      # meant for F -> T, never true
-        record.accuracy = 1.0
-    record.total = 0.5 * record.format + 0.5 * record.accuracy      # its format_weight halves both
-    return record
+    first, final = (bool(verify(x, answer)) for x in answers)
+    # In `a == True & b == False` & binds first and == chains, so that -0.25, meant for T -> F, is
+    # paid for F -> F, and 1.0, meant for F -> T, never
+    accuracy = 0.75 if first and final else 0.0 if first or final else -0.25
+    return Halved(0.5 * format_holds(response), accuracy, 0.0, 0.0, 0.0, first, final,
+                  count_tokens(response))
 
 
 def format_holds(response: str) -> bool:

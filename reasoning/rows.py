@@ -147,8 +147,7 @@ def _wide(batch):
     """An Arrow table or batch, its 32-bit floats as they print: 0.1, not 0.10000000149011612."""
     for i, column in enumerate(batch.schema):
         if str(column.type) == "float":
-            values = batch.column(i).cast("string").cast("double")
-            batch = batch.set_column(i, column.name, values)
+            batch = batch.set_column(i, column.name, batch.column(i).cast("string").cast("double"))
     return batch
 
 
@@ -192,10 +191,10 @@ def in_full(answer):
     return text if math.isfinite(float(text)) else answer
 
 
-def one_line(text: object, longest: int = 300) -> str:
+def one_line(text: object) -> str:
     """Foreign text as it may be printed."""
     text = " ".join(str(text).split())
-    return printable(text if len(text) <= longest else text[:longest] + " ...")
+    return printable(text if len(text) <= 300 else text[:300] + " ...")
 
 
 # Pictures
@@ -247,14 +246,12 @@ def _rgb(picture: Image.Image) -> Image.Image:
 
 
 def fit_size(size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) scaled to an area from MIN_PIXELS to max_pixels, the aspect kept but for
-    whole pixels."""
+    """(width, height), whole, scaled to an area of MIN_PIXELS to max_pixels; the aspect is kept."""
     area = math.prod(size)
     if MIN_PIXELS <= area <= max_pixels:
         return size
     rounded, wanted = (math.ceil, MIN_PIXELS) if area < MIN_PIXELS else (math.floor, max_pixels)
-    width, height = (max(1, rounded(side * math.sqrt(wanted / area))) for side in size)
-    return width, height
+    return tuple(max(1, rounded(side * math.sqrt(wanted / area))) for side in size)
 
 
 def fit_image(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:

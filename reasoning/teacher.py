@@ -17,7 +17,6 @@ by a text model, whose criteria are not published.
 import base64
 import io
 import json
-import math
 import os
 import re
 import sys
@@ -39,7 +38,7 @@ from reasoning import rows as data
 from reasoning.answers import default_verify
 from reasoning.flags import EngineSettings, check_engine
 from reasoning.rows import Row, one_line, pictures
-from rewards import TAG
+from rewards import TAG, format_holds, inside
 
 TRIES = 3           # the teacher is asked at most so often for a reply that can be read
 PATIENCE = 8        # after so many rows in a row without a reply the fault is the teacher's
@@ -108,12 +107,10 @@ def teacher_prompt(row: Row, response: str, correct: bool, form: str = "paper") 
 
 def split_first(response: str) -> tuple[str, str]:
     """(think, answer) of a first response; ValueError if it has another form."""
-    parts = [part.strip() for part in TAG.split(response)]
-    if (TAG.findall(response) != ["<think>", "</think>", "<answer>", "</answer>"]
-            or [bool(part) for part in parts] != [False, True, False, True, False]):
+    if not format_holds(response, ("think", "answer")):
         raise ValueError("first answer without tags: it must be <think>..</think>"
                          "<answer>..</answer>; was it cut off?")
-    return parts[1], parts[3]
+    return inside(response, "think")[0], inside(response, "answer")[0]
 
 
 def sft_target(first_response: str, reflection: str, second_think: str | None, answer: str,
@@ -246,7 +243,12 @@ class Teacher:
                 max_completion_tokens=self.max_tokens)
             if fault := getattr(reply, "error", None):
                 raise TeacherError(f"an error in place of a reply: {self.say(fault)}")
-            return [_text(reply.choices[0])]
+            choice = reply.choices[0]
+            said = choice.message.content or ""
+            # Some servers send it in parts, their model's thoughts among them
+            parts = said if isinstance(said, list) else [{"type": "text", "text": said}]
+            text = "".join(part["text"] for part in parts if part["type"] == "text")
+            return [Cut(text) if choice.finish_reason == "length" else text]
         except openai.APITimeoutError:
             raise TeacherError(f"no reply within {self.timeout:g} s") from None
         except openai.APIConnectionError as error:
@@ -285,24 +287,7 @@ def in_time(client, seconds: float) -> Callable:
     return timed
 
 
-def _text(choice) -> str:
-    """What a choice says; some servers send it in parts, their model's thoughts among them."""
-    content = choice.message.content or ""
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content if part["type"] == "text")
-    if not isinstance(content, str):
-        raise TypeError
-    return Cut(content) if choice.finish_reason == "length" else content
-
-
 # The pipeline
-
-@dataclass
-class Job:
-    row: Row
-    response: str
-    correct: bool
-
 
 class Work:
     """Rows to OUT/reflections.jsonl, the others to OUT/rejected.jsonl, each line as soon as it is
@@ -323,6 +308,7 @@ class Work:
                                              first_correct=bool)
         self.rejections = data.Rejections(self.out, loud=False)
         self.first = {line["id"]: line["response"] for line in self.answers.rows}
+        self.right: dict[str, bool] = {}        # of those that can be judged, by id as well
         self.kept = {line["id"]: line["first_correct"] for line in self.reflections.rows}
         self.silent, self.left = [], []         # failures since the last reply; rows without one
         self.lock, self.stop = Lock(), Event()
@@ -348,8 +334,7 @@ class Work:
             return generate(rows, prompts)
         except ValueError as error:
             if len(rows) > 1:
-                return [text for row, prompt in zip(rows, prompts)
-                        for text in self.ask(generate, [row], [prompt])]
+                return [self.ask(generate, [row], [text])[0] for row, text in zip(rows, prompts)]
             self.refuse(rows[0], f"cannot be asked: {error}")
             return [None]
 
@@ -363,56 +348,54 @@ class Work:
                     self.answers.add({"id": row.id, "response": response})
                     self.first[row.id] = response
 
-    def judged(self, rows: list[Row]) -> list[Job]:
+    def judged(self, rows: list[Row]) -> list[Row]:
         """What is to be reflected on. Rows that are done count for the share of right answers too,
         or what is left of a stopped run would be balanced by itself."""
-        jobs, share = [], self.s.right_share
-        for row, response in ((row, self.first[row.id]) for row in rows if row.id in self.first):
+        for row in (row for row in rows if row.id in self.first):
             try:
-                correct = default_verify(split_first(response)[1], row.answer)
-                jobs.append(Job(row, response, bool(correct)))
+                answer = split_first(self.first[row.id])[1]
+                self.right[row.id] = bool(default_verify(answer, row.answer))
             except ValueError as error:
-                self.refuse(row, error, response)
-        if share is not None:
-            right = [job for job in jobs if job.correct]
-            most = math.floor(share / (1 - share) * (len(jobs) - len(right)) + 1e-9)
-            for job in right[most:]:
-                self.refuse(job.row, f"surplus: right first answers make up {share:g} without it")
-        return [job for job in jobs if not self.done(job.row)]
+                self.refuse(row, error, self.first[row.id])
+        if (share := self.s.right_share) is not None:
+            right = [row for row in rows if self.right.get(row.id)]
+            most = int(share / (1 - share) * (len(self.right) - len(right)) + 1e-9)
+            for row in right[most:]:
+                self.refuse(row, f"surplus: right first answers make up {share:g} without it")
+        return [row for row in rows if row.id in self.right and not self.done(row)]
 
-    def ask_teacher(self, jobs: list[Job]) -> None:
+    def ask_teacher(self, rows: list[Row]) -> None:
         size, workers = (1, self.s.in_flight) if isinstance(self.teacher, Teacher) else (
             self.s.batch, 1)
-        chunks = [jobs[i:i + size] for i in range(0, len(jobs), size)]
+        chunks = [rows[i:i + size] for i in range(0, len(rows), size)]
         with ThreadPoolExecutor(workers) as pool:       # it waits for what is under way
-            for _ in tqdm(pool.map(self.reflect, chunks), "reflections", len(chunks), disable=None):
-                pass
+            list(tqdm(pool.map(self.reflect, chunks), "reflections", len(chunks), disable=None))
         if self.left:
             raise RuntimeError(
                 f"teacher {self.teacher.url}: {self.left[-1]}; {len(self.kept)} reflections are "
                 f"kept in {self.out}, the same command again goes on")
 
-    def reflect(self, jobs: list[Job]) -> None:
+    def reflect(self, rows: list[Row]) -> None:
         """Ask the teacher until its replies can be read, and keep what they make."""
         for attempt in range(1, TRIES + 1):
             again = []
-            for job, text in zip(jobs, self.replies(jobs)):
+            for row, text in zip(rows, self.replies(rows)):
                 try:
                     if text is not None:
-                        self.keep(job, *parse_reply(text, self.s.form, job.row.content))
+                        self.keep(row, *parse_reply(text, self.s.form, row.content))
                 except ValueError as error:
-                    again.append(job)
+                    again.append(row)
                     if attempt == TRIES:
-                        self.refuse(job.row, error, text)
-            jobs = again
+                        self.refuse(row, error, text)
+            rows = again
 
-    def replies(self, jobs: list[Job]) -> list[str | None]:
+    def replies(self, rows: list[Row]) -> list[str | None]:
         """None where there is none. Only a server raises TeacherError; it is asked one by one."""
-        if not jobs or self.stop.is_set():
+        if not rows or self.stop.is_set():
             return []
         try:
-            texts = self.ask(self.teacher, [job.row for job in jobs], [teacher_prompt(
-                job.row, job.response, job.correct, self.s.form) for job in jobs])
+            texts = self.ask(self.teacher, rows, [teacher_prompt(
+                row, self.first[row.id], self.right[row.id], self.s.form) for row in rows])
             self.silent.clear()
             return texts
         except TeacherError as error:
@@ -421,15 +404,15 @@ class Work:
                 self.stop.set()
             # before any reply, or so often, the fault may lie with the settings, not with the row
             if error.refused and self.kept and not self.stop.is_set():
-                self.refuse(jobs[0].row, f"refused by the teacher: {error}")
+                self.refuse(rows[0], f"refused by the teacher: {error}")
             else:
-                self.left.append(f"{error}; no reply for {jobs[0].row.source}")
+                self.left.append(f"{error}; no reply for {rows[0].source}")
             return []
 
-    def keep(self, job: Job, reflection: str, think: str | None) -> None:
+    def keep(self, row: Row, reflection: str, think: str | None) -> None:
         """A line of reflections.jsonl; images that are bytes become files beside it."""
-        row, images = job.row, []
-        target = sft_target(job.response, reflection, think, row.answer, self.s.form)
+        first, correct, images = self.first[row.id], self.right[row.id], []
+        target = sft_target(first, reflection, think, row.answer, self.s.form)
         for i, image in enumerate(row.images):
             if isinstance(image, bytes):
                 (self.out / "images").mkdir(exist_ok=True)
@@ -437,20 +420,11 @@ class Work:
                 image = f"images/{row.id}_{i}"
             images.append(image)
         with self.lock:
-            self.reflections.add({
-                "id": row.id, "source": row.source, "query": row.query, "image": images,
-                "answer": row.answer, "content": row.content, "first_response": job.response,
-                "first_correct": job.correct, "reflection": reflection, "think": think,
-                "target": target})
-            self.kept[row.id] = job.correct
-
-
-def build(rows: list[Row], first_answers: Callable[[list[Row]], list[str]],
-          teacher: Teacher | Generate, out: str | Path, **options) -> Work:
-    """`Work` on rows in memory. first_answers: rows -> responses; options: of `Settings`."""
-    work = Work(Settings(out=str(out), **options), lambda some, _: first_answers(some), teacher)
-    work.run(rows, {})
-    return work
+            self.reflections.add(dict(
+                id=row.id, source=row.source, query=row.query, image=images, answer=row.answer,
+                content=row.content, first_response=first, first_correct=correct,
+                reflection=reflection, think=think, target=target))
+            self.kept[row.id] = correct
 
 
 # Command line
@@ -460,11 +434,10 @@ def load_model(s: Settings) -> Generate:
     texts are `Cut` where no end token came."""
     @cache
     def load() -> Callable:
-        import torch
-
+        from plumbing import ranks
         from reasoning.engine import completer
         try:
-            return completer(s, "cuda" if torch.cuda.is_available() else "cpu", s.temperature)
+            return completer(s, ranks.device(), s.temperature)
         except ValueError as error:
             raise RuntimeError(error) from None         # no row is at fault
 
