@@ -59,7 +59,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import numpy as np
@@ -393,7 +393,7 @@ def alone(work: Callable, *given, seconds: float | None = None) -> dict:
         try:
             return pool.submit(work, *given).result(seconds)
         except TimeoutError:
-            for child in psutil.Process().children(recursive=True):
+            for child in active_children():
                 child.kill()
             raise RuntimeError(f"stopped after {seconds:.0f} s; give more --minutes") from None
         except Exception as error:

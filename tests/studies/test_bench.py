@@ -2,6 +2,7 @@
 end to end, an unmeasured one that says so."""
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -98,6 +99,50 @@ def test_what_takes_a_gpu_is_marked_with_its_command(monkeypatch):
     assert "not measured" in said and "python -m studies.bench --model openvla-7b" in said
 
 
+def slow(case):
+    time.sleep(60)
+
+
+def test_a_row_that_takes_too_long_is_stopped(monkeypatch):
+    monkeypatch.setattr(bench, "measure", slow)
+    began = time.monotonic()
+    row = bench.run(bench.Case("vjepa2-small"), seconds=4)
+    assert not row["measured"] and "stopped after 4 s" in row["why"]
+    assert time.monotonic() - began < 30
+
+
+def test_gpu_goes_on_where_it_ended(monkeypatch, tmp_path, capsys):
+    """Every case once, those that tell most first; what failed or had no time left comes again."""
+    asked, fails = [], {"openvla-small"}
+
+    def run(case, seconds):
+        asked.append((case.model, case.lora_rank, case.gradient_checkpointing))
+        row = bench.asdict(case) | {"command": "-"}
+        if case.model in fails:
+            return row | {"measured": False, "why": "CUDA out of memory."}
+        half = {"per_second": 32 * (1 + bool(case.lora_rank)), "mfu": 0.5, "peak_gib": 1.0}
+        return row | {"measured": True, "unit": "things", "rollout": half} | (
+            {} if case.model in bench.VJEPA else {"update": half | {"planned_gib": 1.1}})
+    monkeypatch.setattr(bench, "run", run)
+    argv = ["gpu", "--shapes", "small", "--out", str(tmp_path / "gpu.jsonl")]
+    assert bench.main(argv) == 0
+    assert len(asked) == len(set(asked)) == 9 and asked[0] == ("openvla-small", 4, True)
+    said = capsys.readouterr().out
+    assert said.count("CUDA out of memory.") == 4 and "planned 1.10" in said
+    # 1024 responses of 512 tokens at 64 a second: 136.5 minutes for each half
+    assert "qwen2.5-vl-small, LoRA: 273.1 minutes (rollout 136.5, update 136.5)" in said
+    asked.clear()
+    fails.clear()
+    assert bench.main(argv) == 0
+    assert {model for model, *_ in asked} == {"openvla-small"} and len(asked) == 4
+    # 512 rollouts of 64 chunks at 32 a second, and as many clips
+    assert "openvla-small, full: 34.4 minutes (rollout 17.1, update 17.1, reward 0.3)" in (
+        capsys.readouterr().out)
+    asked.clear()
+    assert bench.main([*argv[:-1], str(tmp_path / "late.jsonl"), "--minutes", "1e-9"]) == 0
+    assert not asked and capsys.readouterr().out.count("no time was left") == 9
+
+
 def killed(case):
     os._exit(1)
 
@@ -118,7 +163,9 @@ def test_a_case_that_does_not_fit_says_so_and_the_others_go_on(measure, words, m
 
 @pytest.mark.parametrize("argv, words", [
     (["--model", "gpt"], "--model"), (["--rows", "-1"], "--rows must be at least 0"),
-    (["--threads", "0"], "--threads must be at least 1")])
+    (["--threads", "0"], "--threads must be at least 1"),
+    (["gpu", "--minutes", "0"], "--minutes must be positive"),
+    (["cpu"], "no command 'cpu'")])
 def test_bad_flags_are_one_line(argv, words, capsys):
     assert bench.main(argv) == 2
     said = capsys.readouterr().err
