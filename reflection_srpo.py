@@ -27,6 +27,7 @@ from reasoning.flags import EngineSettings, check_engine
 
 REWARDS = ("paper", "openrlhf", "verl", "outcome", "task", "no_effectiveness",
            "no_reflection", "no_length")
+ARROWS = ("arrows", "arrows_text")      # data that we draw
 
 
 @dataclass
@@ -35,8 +36,8 @@ class Settings(EngineSettings, RunSettings):
                       choices=["all", "sft", "rl"])
     model: str = flag("", "folder or hub id of a vision-language model; none: a tiny "
                           "Qwen2.5-VL with random weights")
-    data: str = flag("arrows", "arrows, or rows: JSONL, parquet, dataset of the hub; "
-                               "for sft with targets")
+    data: str = flag("arrows", "arrows; arrows_text: without pictures; or rows: JSONL, "
+                               "parquet, dataset of the hub; for sft with targets")
     images: str = flag("", "folder the rows' image paths start from (the data's own)")
     columns: list[str] = flag([], "the data's own names: query=problem image=images")
     eval_data: str = flag("", "held-out rows (of arrows 400 new ones, else none)")
@@ -119,12 +120,12 @@ def check(s: Settings) -> None:
             "task", "outcome"):
         raise ValueError(f"--reward {s.reward} reads reflections; with --format "
                          f"{s.format} give --reward task")
-    if s.stage == "all" and s.data != "arrows":
+    if s.stage == "all" and s.data not in ARROWS:
         raise ValueError("--data needs a stage: python reflection_srpo.py sft ... "
                          "(rows with targets) or rl ...")
-    if s.stage != "all" and not s.model and (s.stage == "rl" or s.data != "arrows"):
+    if s.stage != "all" and not s.model and (s.stage == "rl" or s.data not in ARROWS):
         raise ValueError(f"{s.stage} needs --model: a folder or hub id")
-    if s.reward == "verl" and s.data == "arrows":
+    if s.reward == "verl" and s.data in ARROWS:
         raise ValueError("--reward verl reads boxed answers, which the arrows do not "
                          "have; give --data")
 
@@ -318,6 +319,10 @@ def save_policy(parts: Parts, folder: Path) -> None:
     adapters.save_policy(parts.model, folder, write)
 
 
+def drawn(s: Settings, n: int, seed: int, target: str = "") -> list[Row]:
+    return arrows.dataset(n, seed, s.format, target, text=s.data == "arrows_text")
+
+
 def read_rows(run: Run, source: str, processor: qwen.Processor) -> list[Row]:
     """The rows of a file that can be used; others are set aside in rejected.jsonl."""
     s, rejections = run.s, data.Rejections(run.out)
@@ -339,8 +344,9 @@ def work(run: Run) -> int:
     if s.stage != "rl" and run.stage != "rl":
         parts = load(run, base)
         introduce(run, parts)
-        cold_start(run, parts, arrows.dataset(s.sft_rows, s.seed, s.format, s.target)
-                   if s.data == "arrows" else read_rows(run, s.data, parts.processor))
+        rows = (drawn(s, s.sft_rows, s.seed, s.target) if s.data in ARROWS
+                else read_rows(run, s.data, parts.processor))
+        cold_start(run, parts, rows)
         if not run.finished:
             return run.stopped()
         save_policy(parts, out / ("policy" if s.stage == "sft" else "sft"))
@@ -366,9 +372,9 @@ def introduce(run: Run, parts: Parts) -> None:
 def reinforce(run: Run, parts: Parts, start: str | Path) -> int:
     """Stage 2 from a fine-tuned model, with what comes before and after it."""
     s, out = run.s, run.out
-    if s.data == "arrows":
-        rows = arrows.dataset(s.steps * s.prompts, s.seed + 1000, s.format)
-        heldout = arrows.dataset(400, 10**6, s.format)
+    if s.data in ARROWS:
+        rows = drawn(s, s.steps * s.prompts, s.seed + 1000)
+        heldout = drawn(s, 400, 10**6)
     else:
         rows, heldout = (read_rows(run, x, parts.processor) if x else []
                          for x in (s.data, s.eval_data))

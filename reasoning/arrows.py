@@ -36,7 +36,8 @@ LURE = 2                            # a wrong way looks right for so many cells,
 STEPS = 5                           # arrows between the start and the cell asked for
 
 
-def draw(rng: np.random.Generator, form: str) -> tuple[Row, np.ndarray, list[int]]:
+def draw(rng: np.random.Generator, form: str, text: bool = False
+         ) -> tuple[Row, np.ndarray, list[int]]:
     """(picture and question, the cell that each cell's arrow points at: int (16,), the right way
     back: STEPS + 1 cells). One start alone is right, and some way back from the end is wrong. No
     two arrows point at each other, so ways do not swing to and fro."""
@@ -46,7 +47,7 @@ def draw(rng: np.random.Generator, form: str) -> tuple[Row, np.ndarray, list[int
         options = [r * SIDE + c for r, c in neighbours
                    if 0 <= r < SIDE and 0 <= c < SIDE and follow[r * SIDE + c] != cell]
         if not options:
-            return draw(rng, form)
+            return draw(rng, form, text)
         follow[cell] = options[rng.integers(len(options))]
     steps = [np.arange(SIDE * SIDE)]
     for _ in range(STEPS):
@@ -55,8 +56,12 @@ def draw(rng: np.random.Generator, form: str) -> tuple[Row, np.ndarray, list[int
     ways = [way for way in np.stack(steps, 1).tolist()  # (16, STEPS + 1), back to each cell
             if ends.count(way[0]) == 1 and temptation(follow, way) >= LURE]
     if not ways:
-        return draw(rng, form)
+        return draw(rng, form, text)
     way = ways[rng.integers(len(ways))]
+    query = f"to {NAMES[way[0]]} in {STEPS} {form} ?"
+    if text:
+        arrows = " ".join(f"{NAMES[cell]} {NAMES[target]}" for cell, target in enumerate(follow))
+        return Row("", f"{arrows} {query}", [], NAMES[way[-1]], source="arrows"), follow, way
     image = Image.new("RGB", (SIDE * CELL, SIDE * CELL))
     pen = ImageDraw.Draw(image)
     for cell, target in enumerate(follow):
@@ -69,8 +74,7 @@ def draw(rng: np.random.Generator, form: str) -> tuple[Row, np.ndarray, list[int
         pen.polygon([(x + right, y + down), (x - right + down, y - down + right),
                      (x - right - down, y - down - right)], fill=COLORS[move])
     image.save(png := io.BytesIO(), "PNG")
-    row = Row(id="", query=f"to {NAMES[way[0]]} in {STEPS} {form} ?", images=[png.getvalue()],
-              answer=NAMES[way[-1]], source="arrows", sizes=[image.size])
+    row = Row("", query, [png.getvalue()], NAMES[way[-1]], source="arrows", sizes=[image.size])
     return row, follow, way
 
 
@@ -118,13 +122,15 @@ def respond(follow: np.ndarray, way: list[int], form: str, knows: bool,
     return " ".join([attempt(first), *middle, attempt(second)])
 
 
-def dataset(n: int, seed: int, form: str = "reflection", target: str = "") -> list[Row]:
+def dataset(n: int, seed: int, form: str = "reflection", target: str = "",
+            text: bool = False) -> list[Row]:
     """n rows. target: "", none; "teacher", responses in this form by one who knows the way;
-    "base", in all forms by turns by one who does not."""
+    "base", in all forms by turns by one who does not. text: the arrows stand in the question, cell
+    by cell, and there is no picture."""
     rng, rows = np.random.default_rng(seed), []
     for i in range(n):
         used = FORMS[i % len(FORMS)] if target == "base" else form
-        row, follow, way = draw(rng, used)
+        row, follow, way = draw(rng, used, text)
         said = respond(follow, way, used, target == "teacher", rng) if target else None
         rows.append(replace(row, id=f"arrows-{seed}-{i}", target=said))
     return rows

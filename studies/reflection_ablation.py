@@ -7,6 +7,7 @@ All run under one token budget. What is finished is not done again, and the same
 with what was interrupted. Further flags are reflection_srpo.py's, of every run.
 
     python -m studies.reflection_ablation --out results/reflection_ablation --seeds 5 --jobs 2
+    python -m studies.reflection_ablation --out results/reflection_text --data arrows_text
 """
 import sys
 from collections.abc import Iterable
@@ -22,7 +23,7 @@ from reasoning.published_reward import openrlhf
 from rewards import reflection_reward
 from studies import runs
 
-OURS = {"model", "data", "resume", "reward", "seed", "stage", "format", "target", "out"}
+OURS = {"model", "resume", "reward", "seed", "stage", "format", "target", "out"}
 # Folders NAME-SEED: where a run starts, and its own flags
 SHORT = ["--sft_rows", "1920", "--sft_epochs", "4", "--sft_lr", "2e-3"]
 STARTS = {"base": ("", ["--target", "base", "--sft_rows", "9600", "--sft_epochs", "4"]),
@@ -63,7 +64,9 @@ def command(name: str, seed: int, flags: list[str], out: Path) -> list[str]:
 
 def ablation(reflection_srpo, flags: list[str], seeds: int, jobs: int, out: Path) -> str:
     """All runs, their table, and OUT/picture.png."""
-    reflection_srpo.check(read_command(reflection_srpo.Settings, flags).settings)
+    reflection_srpo.check(s := read_command(reflection_srpo.Settings, flags).settings)
+    if s.data not in reflection_srpo.ARROWS:
+        raise ValueError(f"--data {s.data}: the study has {' and '.join(reflection_srpo.ARROWS)}")
 
     def left(names: Iterable[str], seeds: Iterable[int]) -> list[tuple[Path, list[str]]]:
         jobs = [(out / f"{name}-{seed}", command(name, seed, flags, out))
