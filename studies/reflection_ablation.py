@@ -64,9 +64,10 @@ def command(name: str, seed: int, flags: list[str], out: Path) -> list[str]:
 
 def ablation(reflection_srpo, flags: list[str], seeds: int, jobs: int, out: Path) -> str:
     """All runs, their table, and OUT/picture.png."""
-    reflection_srpo.check(s := read_command(reflection_srpo.Settings, flags).settings)
+    s = read_command(reflection_srpo.Settings, flags).settings
     if s.data not in reflection_srpo.ARROWS:
         raise ValueError(f"--data {s.data}: the study has {' and '.join(reflection_srpo.ARROWS)}")
+    reflection_srpo.check(s)
 
     def left(names: Iterable[str], seeds: Iterable[int]) -> list[tuple[Path, list[str]]]:
         jobs = [(out / f"{name}-{seed}", command(name, seed, flags, out))

@@ -567,3 +567,12 @@ def test_the_cold_start_s_gradient_is_cross_entropy_on_the_response(base, tmp_pa
     torch.cat(losses).mean().backward()
     assert len(seen) == 1
     torch.testing.assert_close(seen[0], gradient(parts.model), atol=1e-6, rtol=1e-4)
+
+
+def test_the_arrows_as_text(tmp_path):
+    """Both stages, without a picture anywhere."""
+    argv = [*SMALL, "--steps", "1", "--data", "arrows_text", "--freeze_vision"]
+    assert rs.main([*argv, "--out", str(tmp_path)]) == 0
+    before, row = metrics(tmp_path)
+    assert row["groups"] == 4 and row["tokens"] > 0
+    assert len(before) > 1 and (tmp_path / "policy" / "model.safetensors").exists()

@@ -24,11 +24,20 @@ def ways_in(picture) -> np.ndarray:
     return follow
 
 
-def test_one_start_is_right_and_a_long_way_is_wrong():
-    """By brute force, from the pixels."""
-    for asked in arrows.dataset(40, 0):
-        follow = ways_in(asked)
-        end, ends = arrows.NAMES.index(asked.query.split()[1]), np.arange(arrows.SIDE**2)
+def ways_told(row) -> np.ndarray:
+    """The same, read off the question: a cell and the one it points at, and so on."""
+    words = row.query.split()[:2 * arrows.SIDE**2]
+    assert not row.images and words[::2] == arrows.NAMES
+    return np.array([arrows.NAMES.index(word) for word in words[1::2]])
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_one_start_is_right_and_a_long_way_is_wrong(text):
+    """By brute force, from the pixels or the words."""
+    for asked in arrows.dataset(40, 0, text=text):
+        follow = ways_told(asked) if text else ways_in(asked)
+        asked_for = asked.query.split().index("to") + 1
+        end, ends = arrows.NAMES.index(asked.query.split()[asked_for]), np.arange(arrows.SIDE**2)
         ways = [ends]
         for _ in range(arrows.STEPS):
             ways.append(follow[ways[-1]])

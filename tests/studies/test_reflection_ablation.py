@@ -65,7 +65,8 @@ def test_when_errors_pay_by_hand():
 
 @pytest.mark.parametrize("argv, words", [
     (["--seeds", "0"], "--seeds must be at least 1"), (["--jobs", "0"], "--jobs must be"),
-    (["--model", "m"], "has no --model")])
+    (["--model", "m"], "has no --model"),
+    (["--data", "rows.jsonl"], "--data rows.jsonl: the study has arrows and arrows_text")])
 def test_bad_flags_are_one_line(argv, words, tmp_path, capsys):
     assert ablation.main([*argv, "--out", str(tmp_path)]) == 2
     assert words in capsys.readouterr().err
