@@ -55,8 +55,7 @@ class Libero(Simulator):
         if self.options.protocol not in PROTOCOLS:
             raise ValueError(f"protocol={self.options.protocol!r}: use "
                              f"{' or '.join(map(repr, PROTOCOLS))}")
-        own = suite.startswith("libero_plus")
-        self.plus = files.find_plus(self.options.plus) if own else ""
+        self.plus = files.find_plus(self.options.plus) if suite.startswith("libero_plus") else ""
         self.suite, self.tasks = suite, files.tasks(suite, self.plus)
         # LIBERO-Plus: one trial per task, whatever the split
         states = dict.fromkeys(SPLITS, range(1)) if self.plus else SPLITS
@@ -145,8 +144,7 @@ class Libero(Simulator):
 
     def _as_new(self) -> None:
         """In place of a simulator's reset what the stock environment's new one begins with:
-        fixtures at the origin, and the solver's first solutions there, a second for its renderer.
-        """
+        fixtures at the origin, the solver's first solutions there, a second for its renderer."""
         for fixture in self.env.fixtures_dict.values():
             body = self.model.body(fixture.root_body).id
             self.model.body_pos[body], self.model.body_quat[body] = 0, (1, 0, 0, 0)

@@ -2,8 +2,7 @@
 supervised data without a download.
 
 1. `Expert` reads the simulator's state, which no policy sees.
-2. `collect`, `demos`: noisy episodes, with the action statistics of a checkpoint. Each is kept, so
-   that an interrupted command goes on, and a second process finds them.
+2. `collect`, `demos`: noisy episodes, kept one by one, with the action statistics of a checkpoint.
 3. `measure`: its success from every official initial state.
 Left out: libero_goal, libero_10, libero_90, whose tasks have drawers, knobs and several goals.
 
@@ -22,7 +21,7 @@ import numpy as np
 from filelock import FileLock
 
 from plumbing.files import Journal, whole, write_json
-from plumbing.flags import ending, flag, read_command, require
+from plumbing.flags import flag, require, script
 from robots import find_suite
 from robots.libero import PROTOCOLS, SPLIT_NAMES, SPLITS, Libero
 from robots.suite import SuiteOptions
@@ -202,8 +201,8 @@ def collect(env: Libero, tasks: Sequence[int], per_task: int, folder: Path, nois
             **how) -> list[dict[str, np.ndarray]]:
     """`per_task` clean successes (no second grasp) of each task from the environment's split ->
     episodes as from `demonstrate`, whose seed and every are in `how`. `folder` has a file for each
-    attempt, which is not played again; a second process waits, and finds them there. RuntimeError
-    where the expert hardly succeeds."""
+    attempt, which is not played again: an interrupted command goes on, and a second process waits
+    and finds them there. RuntimeError where the expert hardly succeeds."""
     kept: list[dict] = []
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
@@ -222,8 +221,7 @@ def collect(env: Libero, tasks: Sequence[int], per_task: int, folder: Path, nois
 
 def attempt_once(env: Libero, task: int, attempt: int, file: Path, **how) -> None:
     """An episode -> its file, which is empty if it is no clean success."""
-    index = attempt % len(env.states_of(env.split))
-    start = {"task": task, "index": index, "attempt": attempt}
+    start = {"task": task, "index": attempt % len(env.states_of(env.split)), "attempt": attempt}
     expert, episode = demonstrate(env, start, **how)
     clean = env.success and not expert.attempt
     with whole(file) as draft, open(draft, "wb") as data:
@@ -333,15 +331,13 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     kind, run = (Demos, demos) if argv[:1] == ["demos"] else (Measure, measure)
 
-    def work() -> None:
-        flags = argv[argv[:1] in (["demos"], ["measure"]):]
-        about = "[measure | demos] " + __doc__.split("\n\n")[0]
-        s = read_command(kind, flags, about=about).settings
+    def work(s: Settings) -> None:
         require(s, dict(seed=0, noise=0))
         options = SuiteOptions(protocol=s.protocol, fast=s.fast_sim, assets=s.assets)
         chosen = find_suite(s.suite, tuple(s.tasks), options)
         run(s, chosen.make(split=s.split, size=s.size), chosen.tasks)
-    return ending(work)
+    flags = argv[argv[:1] in (["demos"], ["measure"]):]
+    return script(kind, work, "[measure | demos] " + __doc__)(flags)
 
 
 if __name__ == "__main__":

@@ -203,10 +203,9 @@ def tasks(suite: str, plus: str = "") -> tuple[Task, ...]:
         raise ValueError(f"unknown suite {suite!r}; there are {', '.join(SUITES)}, libero_90 and "
                          f"libero_plus:{'|'.join(DIMENSIONS)}, of one suite "
                          "libero_plus:DIMENSION:SUITE")
-    plus = find_plus(plus) if dimension else ""
-    if dimension and not plus:
+    if dimension and not (plus := find_plus(plus)):
         raise RuntimeError(f"LIBERO-Plus is not here; run: {PLUS_INSTALL}")
-    package = find_package(plus)
+    package = find_package(plus if dimension else "")
     classified = dimension and (package / PLUS_LIST).is_file()
     file = package / (PLUS_LIST if classified else "benchmark/libero_suite_task_map.py")
     try:

@@ -93,10 +93,9 @@ def reference(latents: np.ndarray, won: np.ndarray, i: int, curves: str) -> np.n
 
 def progress(encoder, loaders: Loaders, logged: list[Logged], curves: str, folder: Path
              ) -> dict[str, np.ndarray]:
-    """By name R (K + 1,) before each chunk and at the end, of whom there is a reference for.
-
-    Each is written into `folder` as it is known, and read there the next time; the file's name
-    says of which encoder, curves and trajectories it is."""
+    """By name R (K + 1,) before each chunk and at the end, where there is a reference. Each is
+    written into `folder` as it is known, and read there the next time; the file's name says of
+    which encoder, curves and trajectories it is."""
     made_of = [curves, type(encoder).__name__, str(encoder.config),
                [(x.name, x.task, x.success) for x in logged]]
     name = evaluate.fingerprint_of(encoder.model, json.dumps(made_of).encode())
@@ -154,22 +153,19 @@ def weights(logged: list[Logged], curves: dict[str, np.ndarray], s) -> list[np.n
     """Weight (K,) of each trajectory's chunks; 1 for one whose progress is not known."""
     if s.weights in ("all", "successes"):
         return [np.full(len(x.bins), float(s.weights == "all" or x.success)) for x in logged]
-    if s.weights == "outcome":          # of a trajectory, as its return
-        each = advantages([np.array([float(x.success)]) for x in logged])
-        return [_exp(np.repeat(a, len(x.bins)), s) for a, x in zip(each, logged, strict=True)]
-    known = [x.name for x in logged if x.name in curves]
-    if not known:
+    if s.weights == "outcome":          # of a trajectory, as its return: one for all its chunks
+        gains = {x.name: np.array([float(x.success)]) for x in logged}
+    else:
+        gains = {x.name: np.diff(curves[x.name]) for x in logged if x.name in curves}   # [VLA 15]
+    if not gains:
         raise ValueError("no task has two successes: there is no progress to learn from; give "
                          "--weights successes, or more trajectories")
-    gains = [np.diff(curves[name]) for name in known]                           # [VLA 15]
-    found = rabc(gains) if s.weights == "rabc" else [_exp(a, s) for a in advantages(gains)]
-    by_name = dict(zip(known, found, strict=True))
-    return [by_name.get(x.name, np.ones(len(x.bins))) for x in logged]
-
-
-def _exp(a: np.ndarray, s) -> np.ndarray:
     # paper: temperature, form and bound of the weights are not given; these are AWR's
-    return np.exp((a / s.awr_temperature).clip(max=np.log(s.max_weight)))
+    found = rabc(list(gains.values())) if s.weights == "rabc" else [
+        np.exp((a / s.awr_temperature).clip(max=np.log(s.max_weight)))
+        for a in advantages(list(gains.values()))]
+    by_name = dict(zip(gains, found, strict=True))
+    return [by_name.get(x.name, 1.0) * np.ones(len(x.bins)) for x in logged]
 
 
 # 4. The fine-tuning
@@ -189,9 +185,8 @@ def prepare(run, parts) -> policies.Batch:
     said = f"{len(rejected)} of {len(loaders)} trajectories cannot be used{common}"
     if len(logged) < ranks.world_size():
         raise ValueError(f"--data {s.data}: {said}; each rank needs one")
-    curves = {}
-    if parts.encoder is not None:
-        curves = ranks.first(lambda: progress(parts.encoder, loaders, logged, s.curves, folder))
+    curves = {} if parts.encoder is None else ranks.first(
+        lambda: progress(parts.encoder, loaders, logged, s.curves, folder))
     given = weights(logged, curves, s)
     everything = np.concatenate(given)
     if not everything.any():

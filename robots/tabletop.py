@@ -183,24 +183,17 @@ class Tabletop(Simulator):
         self.note_progress()
 
     def solved(self) -> bool:
-        return released(self.data) and all(rests_on(self.data, *pair)
-                                           for pair in self.pairs.items())
+        """The fingers are open, and each cube lies still, on its plate."""
+        joint, body = self.data.joint, self.data.body
+        opened = joint("left").qpos[0] + joint("right").qpos[0] > 0.055
+        return bool(opened) and all(
+            np.linalg.norm(body(cube).xpos[:2] - body(plate).xpos[:2]) <= SUCCESS_RADIUS
+            and 0.02 < body(cube).xpos[2] < 0.035 and np.linalg.norm(body(cube).cvel[3:]) < 0.05
+            for cube, plate in self.pairs.items())
 
     def render(self, size: int | None = None) -> np.ndarray:
         """uint8 (size, size, 3); the policy's size if none is given."""
         return self.scene.render(self.data, size or self.size)
-
-
-def released(data) -> bool:
-    """The fingers are open."""
-    return bool(data.joint("left").qpos[0] + data.joint("right").qpos[0] > 0.055)
-
-
-def rests_on(data, cube: str, plate: str) -> bool:
-    """The cube lies still, on the plate."""
-    body, away = data.body(cube), data.body(cube).xpos[:2] - data.body(plate).xpos[:2]
-    return bool(np.linalg.norm(away) <= SUCCESS_RADIUS and 0.02 < body.xpos[2] < 0.035
-                and np.linalg.norm(body.cvel[3:]) < 0.05)
 
 
 def suite(name: str, tasks: tuple[int, ...], options: SuiteOptions) -> Suite:
@@ -225,14 +218,37 @@ class Expert:
         self.env, self.moves = env, self.plan(dict(zip(things, wrong)))
 
     def plan(self, mistakes: dict[str, np.ndarray]) -> Iterator[tuple]:
-        """The moves, one per env step: set point of the hand (x, y, z), metres, and gripper."""
-        pairs = self.env.pairs
+        """The moves, one per env step: set point of the hand (x, y, z), metres, and gripper.
+        mistakes: what is added to where it believes a thing to be, (2,) metres."""
+        env, pairs, added = self.env, self.env.pairs, dict(mistakes)
         crowded = len(pairs) > len(set(pairs.values()))         # two cubes on one plate
+        hand = env.data.body("hand").xpos                       # a view: it moves
+
+        def at(thing: str) -> np.ndarray:
+            return env.data.body(thing).xpos[:2] + added[thing]
+
+        def away(thing: str) -> float:
+            return np.linalg.norm(hand[:2] - at(thing))
+
         for i, (cube, plate) in enumerate(pairs.items()):
             beside = np.array([0.027 * (1 - 2 * i) * crowded, 0.0])
-            there = {cube: mistakes[cube], plate: mistakes[plate] + beside}
-            yield from put(self.env, cube, plate, there)
-        hand = self.env.data.body("hand").xpos
+            added[plate] = mistakes[plate] + beside
+            while hand[2] <= 0.07:                              # rise from the last plate
+                yield (*hand[:2], 0.12), -1
+            while away(cube) >= 0.008:                          # hover over the cube
+                yield (*at(cube), 0.07), -1
+            while hand[2] >= 0.014:                             # descend
+                yield (*at(cube), 0.008), -1
+            for _ in range(4):                                  # close
+                yield env.goal[:3], 1
+            while hand[2] <= 0.06:                              # lift
+                yield (*hand[:2], 0.08), 1
+            while away(plate) >= 0.012:                         # carry
+                yield (*at(plate), 0.08), 1
+            while hand[2] >= 0.028:                             # lower
+                yield (*at(plate), 0.02), 1
+            for grip in (1, -1, -1, -1):                        # rest, open
+                yield env.goal[:3], grip
         while True:                                             # rise
             yield (*hand[:2], 0.12), -1
 
@@ -241,35 +257,6 @@ class Expert:
         action, (goal, action[6]) = np.zeros(7), next(self.moves)
         action[:3] = ((np.array(goal) - self.env.goal[:3]) / STEP).clip(-0.5, 0.5)
         return action
-
-
-def put(env: Tabletop, cube: str, plate: str, mistakes: dict[str, np.ndarray]) -> Iterator[tuple]:
-    """The part of `Expert.plan` for one cube. mistakes: what is added to where it believes a thing
-    to be, (2,) metres."""
-    hand = env.data.body("hand").xpos                           # a view: it moves
-
-    def at(thing: str) -> np.ndarray:
-        return env.data.body(thing).xpos[:2] + mistakes[thing]
-
-    def away(thing: str) -> float:
-        return np.linalg.norm(hand[:2] - at(thing))
-
-    while hand[2] <= 0.07:                                      # rise from the last plate
-        yield (*hand[:2], 0.12), -1
-    while away(cube) >= 0.008:                                  # hover over the cube
-        yield (*at(cube), 0.07), -1
-    while hand[2] >= 0.014:                                     # descend
-        yield (*at(cube), 0.008), -1
-    for _ in range(4):                                          # close
-        yield env.goal[:3], 1
-    while hand[2] <= 0.06:                                      # lift
-        yield (*hand[:2], 0.08), 1
-    while away(plate) >= 0.012:                                 # carry
-        yield (*at(plate), 0.08), 1
-    while hand[2] >= 0.028:                                     # lower
-        yield (*at(plate), 0.02), 1
-    for grip in (1, -1, -1, -1):                                # rest, open
-        yield env.goal[:3], grip
 
 
 # Command

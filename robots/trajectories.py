@@ -71,9 +71,8 @@ Loaders = dict[str, Callable[[], Trajectory]]
 
 def find(source: str, camera: str = "") -> tuple[Path, Loaders]:
     """A data set's folder, and by name what reads a trajectory: ValueError, one line, for one that
-    is damaged. camera: LeRobot's name of the images, its first if none is given.
-
-    ValueError or OSError for a source that is no data set."""
+    is damaged. camera: LeRobot's name of the images, its first if none is given. ValueError or
+    OSError for a source that is no data set."""
     folder = Path(source)
     if not folder.is_dir() and re.fullmatch(HUB_ID, source):
         from huggingface_hub import snapshot_download
