@@ -43,9 +43,9 @@ IMAGE, PATCH, HEADS = 224, 14, 16               # both towers: 224 px, 14 px pat
 PATCHES = (IMAGE // PATCH) ** 2
 TOWERS = ("featurizer", "fused_featurizer")     # DINO, SigLIP
 # DINO's and SigLIP's mean and std, in bf16 as the published models saw them
-PREPROCESSOR = {"tvf_normalize_params": [
+FILES = {"preprocessor_config.json": json.dumps({"tvf_normalize_params": [
     {"mean": [0.484375, 0.455078125, 0.40625], "std": [0.228515625, 0.2236328125, 0.224609375]},
-    {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}]}
+    {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}]}, indent=2).encode() + b"\n"}
 TINY = {"model_type": "openvla",
         "text_config": {"vocab_size": 32064, "pad_token_id": PAD, "hidden_size": 32,
                         "intermediate_size": 88, "num_hidden_layers": 2,
@@ -213,8 +213,7 @@ class Tower(nn.Module):
                 "q": nn.Linear(width, width), "kv": nn.Linear(width, 2 * width),
                 "proj": nn.Linear(width, width), "norm": nn.LayerNorm(width),
                 "mlp": nn.ModuleDict({"fc1": nn.Linear(width, mlp), "fc2": nn.Linear(mlp, width)})})
-            latent = nn.Parameter(torch.zeros(1, 1, width))
-            self.attn_pool.register_parameter("latent", latent)
+            self.attn_pool.latent = nn.Parameter(torch.zeros(1, 1, width))
             unused.append(self.attn_pool)
         for module in unused:
             module.requires_grad_(False)
@@ -235,15 +234,16 @@ class Tower(nn.Module):
 class OpenVLA(nn.Module):
     """`from_pretrained` loads a checkpoint; OpenVLA(TINY, (32, 3, 128), (48, 4, 192)) is a random
     one. config: config.json, of which text_config and norm_stats are used; dino, siglip: (width,
-    depth, mlp) of the towers, widths multiples of 16; preprocessor: preprocessor_config.json;
-    files: a checkpoint's other small files, by name."""
+    depth, mlp) of the towers, widths multiples of 16; files: a checkpoint's other small files, by
+    name, of which preprocessor_config.json is used."""
     model_type, camera, half_on_gpu = "openvla", 256, True      # pixels of the published camera
 
     def __init__(self, config: dict, dino: tuple[int, int, int], siglip: tuple[int, int, int],
-                 preprocessor: dict = PREPROCESSOR, files: dict[str, bytes] | None = None):
+                 files: dict[str, bytes] = FILES):
         super().__init__()
-        self.config, self.preprocessor, self.files = config, preprocessor, files or {}
-        self.norm_stats, self.tokenizer = config.get("norm_stats", {}), None
+        self.config, self.files, self.tokenizer = config, files, None
+        self.preprocessor = json.loads(files["preprocessor_config.json"])
+        self.norm_stats = config.get("norm_stats", {})
         both, llama = dino[0] + siglip[0], LlamaConfig(**config["text_config"])
         self.vision_backbone = nn.ModuleDict({"featurizer": Tower(*dino, dino=True),
                                               "fused_featurizer": Tower(*siglip, dino=False)})
@@ -260,10 +260,9 @@ class OpenVLA(nn.Module):
         assert mask[:, 0].all() and not (mask[:, 1:] & ~mask[:, :-1]).any(), (
             "prompts are padded on the RIGHT here: attention_mask must be ones, then zeros")
         # Text: the prompt, 56 zero vectors in place of the action tokens, the stop token, padding
-        end = input_ids.shape[1] + ACTION_TOKENS + 1
-        position = torch.arange(end, device=input_ids.device)[None]             # (1, L + 57)
-        stop = length + ACTION_TOKENS
         ids = F.pad(input_ids, (0, ACTION_TOKENS + 1), value=PAD)
+        position = torch.arange(ids.shape[1], device=ids.device)[None]          # (1, L + 57)
+        stop = length + ACTION_TOKENS
         ids = ids.masked_fill(position == stop, EOS)
         placeholder = (position >= length) & (position < stop)                  # (B, L + 57)
         llama = self.language_model.model
@@ -275,8 +274,7 @@ class OpenVLA(nn.Module):
         hidden = llama(inputs_embeds=sequence, attention_mask=keep.long(), is_causal=False,
                        use_cache=False)[0]
         # Token t is read one position before its own placeholder: at 29871 and the first 55 of them
-        tokens = torch.arange(ACTION_TOKENS, device=ids.device)
-        at = patches.shape[1] + length - 1 + tokens                             # (B, 56)
+        at = patches.shape[1] + length - 1 + position[:, :ACTION_TOKENS]        # (B, 56)
         hidden = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))   # (B, 56, d)
         rows = self.language_model.lm_head.weight[FIRST_BIN:FIRST_BIN + BINS]   # (256, d)
         return F.linear(hidden.float(), rows.float())           # code: a bf16 model has bf16 logits
@@ -306,12 +304,11 @@ class OpenVLA(nn.Module):
             f"{frames.dtype} {tuple(frames.shape)}")
         weight = self.projector["fc1"].weight
         image = frames.to(weight.device).permute(0, 1, 4, 2, 3).float() / 255   # (B, n, 3, ..)
-        both = []
-        for norm in self.preprocessor["tvf_normalize_params"]:
-            mean, std = (torch.tensor(norm[k], device=weight.device).view(3, 1, 1)
-                         for k in ("mean", "std"))
-            both.append((image - mean) / std)
-        return torch.cat(both, 2).flatten(1, 2).to(weight.dtype)            # (B, 6n, 224, 224)
+        norms = self.preprocessor["tvf_normalize_params"]
+        mean, std = (torch.tensor([norm[k] for norm in norms], device=weight.device).view(6, 1, 1)
+                     for k in ("mean", "std"))
+        both = (image.repeat(1, 1, 2, 1, 1) - mean) / std                       # (B, n, 6, ..)
+        return both.flatten(1, 2).to(weight.dtype)                          # (B, 6n, 224, 224)
 
     def prompt_ids(self, instructions: str | list[str]) -> tuple[Tensor, Tensor]:
         """Instructions -> right-padded input_ids and attention_mask, (B, L) int64 each. ValueError
@@ -364,7 +361,7 @@ class OpenVLA(nn.Module):
             _check_config(config["text_config"], pixels["tvf_normalize_params"], shapes)
             sizes = [_tower_size(shapes, f"vision_backbone.{name}") for name in TOWERS]
             with torch.device("meta"):
-                model = cls(config, *sizes, preprocessor=pixels, files=files)
+                model = cls(config, *sizes, files)
         except Exception as error:          # whatever transformers makes of a damaged text_config
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
             raise ValueError(f"{folder}: config.json, preprocessor_config.json and weights do not "
@@ -389,10 +386,8 @@ class OpenVLA(nn.Module):
     def save_pretrained(self, path: str | Path, state_dict: dict | None = None) -> None:
         """A checkpoint in the published layout and the model's dtype; errors are `write_folder`'s.
         state_dict: the gathered one of a sharded (FSDP) model."""
-        jsons = {"config.json": self.config, "preprocessor_config.json": self.preprocessor,
-                 "dataset_statistics.json": self.norm_stats}
-        state = self.state_dict() if state_dict is None else state_dict
-        write_folder(Path(path), jsons, self.files, state)
+        jsons = {"config.json": self.config, "dataset_statistics.json": self.norm_stats}
+        write_folder(Path(path), jsons, self.files, state_dict or self.state_dict())
 
     @classmethod
     def problems(cls, folder: Path, shapes: dict | None = None) -> list[str]:

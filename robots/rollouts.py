@@ -153,19 +153,15 @@ class Workers:
         for t, argument in arguments.items():
             k = t % len(self.processes)
             calls.setdefault(k, (method, {}, *more))[1][t] = argument
-        replies, dead = {}, []
         for k, call in calls.items():
-            try:
+            with suppress(OSError):                         # a broken pipe: nor will a reply come
                 self.pipes[k].send(call)
-            except OSError:                                 # its pipe is broken
-                dead.append(k)
-        for k in calls.keys() - dead:
+        replies = {}
+        for k, call in calls.items():
             try:
                 replies |= self._reply(k)
             except (EOFError, OSError):
-                dead.append(k)
-        for k in dead:
-            replies |= self._revive(k, calls[k])
+                replies |= self._revive(k, call)
         return replies
 
     def _reply(self, k: int) -> dict:
@@ -217,7 +213,7 @@ def play(act: Callable, workers: Workers, starts: list[Start], suite: Suite, *, 
     episodes, waiting = [Episode(start) for start in starts], list(range(len(starts)))[::-1]
     running: dict[int, Episode] = {}
     last: dict[int, int] = {}                               # each table's last task
-    film: dict[int, list] = {}                              # running tables' frames
+    film: dict[int, list] = {}                              # each table's frames
     while waiting or running:
         free = [t for t in range(workers.tables) if t not in running][:len(waiting)]
         for t in free:
@@ -225,9 +221,8 @@ def play(act: Callable, workers: Workers, starts: list[Start], suite: Suite, *, 
                         if suite.by_task and starts[i].task == last.get(t)), waiting[-1])
             waiting.remove(own)
             running[t], last[t] = episodes[own], starts[own].task
-        if free:
-            images = workers.reset({t: running[t].start for t in free})
-            film |= {t: [image] for t, image in images.items()}
+        images = workers.reset({t: running[t].start for t in free})
+        film |= {t: [image] for t, image in images.items()}
         tables = sorted(running)
         texts = [suite.instructions[running[t].start.task] for t in tables]
         actions, records = act(np.stack([film[t][-1] for t in tables]), texts)
@@ -240,9 +235,8 @@ def play(act: Callable, workers: Workers, starts: list[Start], suite: Suite, *, 
             episode.actions.append(chunk[:executed])
             episode.success, episode.progress = success, progress
             if ended:
-                video = film.pop(t)
                 del running[t]
-                episode.clip = clip(np.stack(video)) if clip else None
+                episode.clip = clip(np.stack(film.pop(t))) if clip else None
                 if finished:
                     finished(episode)
     return episodes

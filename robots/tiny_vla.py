@@ -41,7 +41,7 @@ class TinyVLA(nn.Module):
                              "at least 1 channel")
         self.config = {"model_type": self.model_type, "channels": list(channels), "width": width,
                        "basis": basis, "size": size, "crop": crop}
-        self.norm_stats, (c1, c2, c3) = norm_stats, channels
+        self.norm_stats, self.camera, (c1, c2, c3) = norm_stats, size, channels
         self.conv1, self.conv2 = nn.Conv2d(5, c1, 5, 2, 2), nn.Conv2d(c1, c2, 3, 2, 1)
         self.conv3 = nn.Conv2d(c2, c3, 3, 1, 1)
         self.words = nn.EmbeddingBag(256, 64, mode="sum", padding_idx=0)
@@ -65,10 +65,6 @@ class TinyVLA(nn.Module):
         line = torch.linspace(-1, 1, n)
         return torch.stack([line.expand(n, n), line[:, None].expand(n, n)])     # (2, n, n): x, y
 
-    @property
-    def camera(self) -> int:
-        return self.config["size"]
-
     def frames(self, images):
         """Camera images uint8 (B, size, size, 3) -> (B, 1, size, size, 3)."""
         return images[:, None]
@@ -91,7 +87,7 @@ class TinyVLA(nn.Module):
     def pixel_values(self, frames) -> torch.Tensor:
         """Frames uint8 (B, 1, size, size, 3) -> what lies in the crop, (B, 3, side, side) in
         [-1, 1], of the weights' dtype."""
-        frames, size, weight = torch.as_tensor(frames), self.config["size"], self.head.weight
+        frames, size, weight = torch.as_tensor(frames), self.camera, self.head.weight
         assert frames.dtype == torch.uint8 and frames.shape[1:] == (1, size, size, 3), (
             f"frames must be uint8 (B, 1, {size}, {size}, 3), got {frames.dtype} {frames.shape}")
         top, left, side = self.config["crop"] or (0, 0, size)
@@ -109,6 +105,7 @@ class TinyVLA(nn.Module):
         return ids, (ids > 0).long()
 
     decode, encode = openvla.OpenVLA.decode, openvla.OpenVLA.encode
+    save_pretrained = openvla.OpenVLA.save_pretrained
 
     def set_gradient_checkpointing(self, on: bool = True) -> None:
         raise ValueError("--gradient_checkpointing is for OpenVLA; TinyVLA's activations are small")
@@ -149,9 +146,3 @@ class TinyVLA(nn.Module):
         model = cls(known.norm_stats, **sizes)
         model.load_state_dict(openvla.read_weights(folder / "model.safetensors", torch.float32))
         return model.to(device or "cpu", dtype)
-
-    def save_pretrained(self, path: str | Path, state_dict: dict | None = None) -> None:
-        """config.json, dataset_statistics.json and model.safetensors; as `openvla.write_folder`."""
-        state = self.state_dict() if state_dict is None else state_dict
-        jsons = {"config.json": self.config, "dataset_statistics.json": self.norm_stats}
-        openvla.write_folder(Path(path), jsons, {}, state)
