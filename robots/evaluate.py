@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -50,13 +51,15 @@ def evaluate(policy, workers, suite: Suite, split: str, key: str, *, states: int
                disable=not journal)
 
     def finished(episode: Episode) -> None:
-        if gifs:
-            _save_outcome(episode, gifs, suite.labels)
         task, index = episode.start.task, episode.start.index
+        if gifs:
+            name = suite.labels[task].replace(" ", "_") if suite.labels else f"task{task}"
+            path = gifs / f"{name}-{'success' if episode.success else 'failure'}.gif"
+            if not path.exists():
+                save_gif(path, [*episode.clip, *framed(episode.clip[-1], episode.success)], fps=5)
         if record:
             save_episode(record / f"{split}-{task}-{index}.npz", episode, suite.instructions[task])
-        rows.append({"task": task, "index": index,
-                     "success": episode.success, "steps": episode.steps})
+        rows.append(dict(task=task, index=index, success=episode.success, steps=episode.steps))
         if journal:
             journal.add(rows[-1])
         episode.clip = None                 # 500 videos of 256 px frames would fill the memory
@@ -67,25 +70,14 @@ def evaluate(policy, workers, suite: Suite, split: str, key: str, *, states: int
     tasks: dict[str, list] = {}
     for row in sorted(rows, key=lambda row: (row["task"], row["index"])):
         tasks.setdefault((suite.labels or suite.instructions)[row["task"]], []).append(row)
-    return {"split": split, **_counted(rows), "tasks": {label: _counted(own) | {
-        "steps": float(np.mean([row["steps"] for row in own])),
-        "failed": [row["index"] for row in own if not row["success"]]}
+    return {"split": split, **rate(sum(row["success"] for row in rows), len(rows)), "tasks": {
+        label: rate(sum(row["success"] for row in own), len(own)) | {
+            "steps": float(np.mean([row["steps"] for row in own])),
+            "failed": [row["index"] for row in own if not row["success"]]}
         for label, own in tasks.items()}}
 
 
-def _counted(rows: list[dict]) -> dict:
-    return rate(sum(row["success"] for row in rows), len(rows))
-
-
 # Pictures
-
-def _save_outcome(episode: Episode, folder: Path, labels: tuple[str, ...]) -> None:
-    task = episode.start.task
-    name = labels[task].replace(" ", "_") if labels else f"task{task}"
-    path = folder / f"{name}-{'success' if episode.success else 'failure'}.gif"
-    if not path.exists():
-        save_gif(path, [*episode.clip, *framed(episode.clip[-1], episode.success)], fps=5)
-
 
 def film(policy, suite: Suite, starts: list[Start], key: str, path: Path, size: int = 128) -> None:
     """Play greedily and write one GIF, every second step; each episode ends with a border."""
@@ -199,13 +191,14 @@ def describe(i: int, played: list[Episode], reward: np.ndarray, advantages: torc
 
 # What is compared with what
 
-def try_suite(suite: Suite, split: str, size: int = 64) -> None:
+def try_suite(suite: Suite, split: str, size: int = 64) -> gymnasium.Env:
     """One reset in this process: what is wrong with OpenGL, assets or the split is told before
-    anything is loaded."""
+    anything is loaded. -> the environment, closed."""
     suite.starts(split, 1)
     env = suite.make(size=size, horizon=suite.horizon)
     env.reset(options={"task": suite.tasks[0], "index": 0})
     env.close()
+    return env
 
 
 def note_training(policy, key: str, fast: bool, splits: list[str]) -> None:
@@ -238,7 +231,6 @@ def fingerprint_of(model: torch.nn.Module, described: bytes) -> str:
 def beside(checkpoint: str) -> Path:
     """Where an evaluation goes by default; of a run's policy into the run's folder."""
     here = Path(checkpoint)
-    if not here.is_dir():
-        return Path("out/eval") / here.name
-    folder = here.with_name("eval" if here.name == "policy" else f"eval-{here.name}")
-    return folder if os.access(here.parent, os.W_OK) else Path("out/eval") / here.name
+    if here.is_dir() and os.access(here.parent, os.W_OK):
+        return here.with_name("eval" if here.name == "policy" else f"eval-{here.name}")
+    return Path("out/eval") / here.name

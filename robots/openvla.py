@@ -177,8 +177,7 @@ class Block(GradientCheckpointingLayer):
         qkv = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, HEADS, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # (B, heads, tokens, width/heads)
         mixed = F.scaled_dot_product_attention(q, k, v)
-        mixed = mixed.transpose(1, 2).flatten(2)                        # (B, tokens, width)
-        x = x + self.ls1(self.attn["proj"](mixed))
+        x = x + self.ls1(self.attn["proj"](mixed.transpose(1, 2).flatten(2)))   # (B, tokens, width)
         hidden = F.gelu(self.mlp["fc1"](self.norm2(x)))                 # exact GELU
         return x + self.ls2(self.mlp["fc2"](hidden))
 
@@ -203,8 +202,9 @@ class Tower(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, PATCH, PATCH)})
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, PATCHES, width))    # patches only
         self.blocks = nn.ModuleList(Block(width, mlp, layer_scale=dino) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.dino, unused = dino, [self.blocks[-1], self.norm]
+        self.blocks[-1].requires_grad_(False)
+        self.norm = nn.LayerNorm(width, eps=1e-6).requires_grad_(False)
+        self.dino = dino
         if dino:
             self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
             self.reg_token = nn.Parameter(0.02 * torch.randn(1, 4, width))
@@ -214,9 +214,7 @@ class Tower(nn.Module):
                 "proj": nn.Linear(width, width), "norm": nn.LayerNorm(width),
                 "mlp": nn.ModuleDict({"fc1": nn.Linear(width, mlp), "fc2": nn.Linear(mlp, width)})})
             self.attn_pool.latent = nn.Parameter(torch.zeros(1, 1, width))
-            unused.append(self.attn_pool)
-        for module in unused:
-            module.requires_grad_(False)
+            self.attn_pool.requires_grad_(False)
 
     def forward(self, pixels):
         patches = self.patch_embed["proj"](pixels)
@@ -242,7 +240,7 @@ class OpenVLA(nn.Module):
                  files: dict[str, bytes] = FILES):
         super().__init__()
         self.config, self.files, self.tokenizer = config, files, None
-        self.preprocessor = json.loads(files["preprocessor_config.json"])
+        self.pixel_norms = json.loads(files["preprocessor_config.json"])["tvf_normalize_params"]
         self.norm_stats = config.get("norm_stats", {})
         both, llama = dino[0] + siglip[0], LlamaConfig(**config["text_config"])
         self.vision_backbone = nn.ModuleDict({"featurizer": Tower(*dino, dino=True),
@@ -304,9 +302,8 @@ class OpenVLA(nn.Module):
             f"{frames.dtype} {tuple(frames.shape)}")
         weight = self.projector["fc1"].weight
         image = frames.to(weight.device).permute(0, 1, 4, 2, 3).float() / 255   # (B, n, 3, ..)
-        norms = self.preprocessor["tvf_normalize_params"]
-        mean, std = (torch.tensor([norm[k] for norm in norms], device=weight.device).view(6, 1, 1)
-                     for k in ("mean", "std"))
+        mean, std = (torch.tensor([norm[k] for norm in self.pixel_norms], device=weight.device)
+                     .view(6, 1, 1) for k in ("mean", "std"))
         both = (image.repeat(1, 1, 2, 1, 1) - mean) / std                       # (B, n, 6, ..)
         return both.flatten(1, 2).to(weight.dtype)                          # (B, 6n, 224, 224)
 

@@ -10,7 +10,7 @@ from transformers import AutoModel, VJEPA2Config
 import grpo
 from plumbing import adapters
 from plumbing.plan import META, Job
-from robots import find_suite, policy_class
+from robots import evaluate, find_suite, policy_class
 from robots import policy as policies
 from robots.openvla import ACTION_TOKENS, local_folder, read_json
 from robots.suite import CHUNK
@@ -110,9 +110,6 @@ def simulated(s) -> tuple[list[str], object, int]:
     """Problems of the suite, its tasks, OpenGL and the assets; the suite, and its horizon."""
     try:
         suite = find_suite(s.suite, tuple(s.tasks), s.options())
-        env = suite.make(size=64, horizon=suite.horizon)
-        env.reset(options={"task": suite.tasks[0], "index": 0})
-        env.close()
-        return [], suite, env.horizon
+        return [], suite, evaluate.try_suite(suite, "train").horizon
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         return [str(error).splitlines()[0]], None, s.horizon or 520

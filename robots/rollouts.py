@@ -189,7 +189,7 @@ class Workers:
                     self.pipes[k].send(call)
                     reply = self._reply(k)
                 return reply
-        raise RuntimeError(f"worker process {k} died or hung 4 times in a row: {BROKEN}")
+        raise RuntimeError(f"worker process {k} died or hung 4 times in a row: {BROKEN}") from None
 
     def _kill(self, k: int) -> None:
         self.pipes[k].close()

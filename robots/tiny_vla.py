@@ -53,11 +53,9 @@ class TinyVLA(nn.Module):
         waves = (torch.pi * torch.arange(1, basis + 1, dtype=torch.float64)).float()
         # Its device is named: transformers can leave linspace deaf to `with torch.device(..)`
         bins = torch.linspace(0, 1, BINS, device=waves.device)
-        cosines = torch.cos(waves[:, None] * bins)                              # (basis, 256)
-        self.register_buffer("cosines", 3 * cosines, False)
+        self.register_buffer("cosines", 3 * torch.cos(waves[:, None] * bins), False)  # (basis, 256)
         self.register_buffer("pixel_grid", self._grid(side), False)             # (2, side, side)
-        cells = self._grid(side // 4).flatten(1).T                              # (cells, 2)
-        self.register_buffer("cell_grid", cells, False)
+        self.register_buffer("cell_grid", self._grid(side // 4).flatten(1).T, False)  # (cells, 2)
         self.to(memory_format=torch.channels_last)
 
     @staticmethod
