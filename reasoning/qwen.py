@@ -18,6 +18,7 @@ import transformers
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import grpo
 
@@ -52,14 +53,13 @@ class Processor:
 
     def __init__(self, path: str | Path):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if not hasattr(config, "image_token_id"):
+        if "qwen" not in config.model_type or not hasattr(config, "image_token_id"):
             raise ValueError(f"{path} is a {config.model_type}, which takes no pictures here; give "
                              "a Qwen2.5-VL or Qwen3-VL")
         self.image_token = config.image_token_id
         self.context = config.text_config.max_position_embeddings
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        self.image_processor = transformers.AutoImageProcessor.from_pretrained(
-            path, backend="pil", trust_remote_code=False)   # the other backend is torchvision
+        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
         if self.tokenizer.chat_template is None:
             raise ValueError(f"{path} has no chat template: is it an instruction-tuned checkpoint?")
         words = set(self.tokenizer.get_vocab().values())
@@ -151,8 +151,9 @@ def generate(model, processor: Processor, prompts: list[Prompt], max_new_tokens:
     training = model.training
     model.eval()                            # in training mode checkpointing turns the cache off
     owners, row = once(prompts)
-    inputs, row = to(model.device, processor.batch(owners)), row.to(model.device)
-    position = positions(model, inputs)                                             # (3, R, L)
+    inputs, row = processor.batch(owners), row.to(model.device)
+    position = positions(model, inputs).to(model.device)                            # (3, R, L)
+    inputs = to(model.device, inputs)
     out = model(**inputs, position_ids=position, logits_to_keep=1, use_cache=True)
     name = "cache" if "cache" in out else "past_key_values"     # transformers below 5.24
     cache, mask, position = out[name], inputs["attention_mask"][row], position[:, row, -1:]
@@ -160,7 +161,7 @@ def generate(model, processor: Processor, prompts: list[Prompt], max_new_tokens:
     logits, ends = out.logits[row, -1], model.generation_config.eos_token_id        # (B, V)
     ends = {ends} if isinstance(ends, int) else {*ends}
     ids: list[list[int]] = [[] for _ in prompts]
-    left = list(range(len(prompts)))        # in the batch; the ended ones go by the dozen
+    left = list(range(len(prompts)))        # in the batch; the ended ones go several at a time
     while True:
         word = grpo.sample_tokens(logits, temperature) if temperature else logits.argmax(-1)
         for i, drawn in zip(left, word.tolist()):                                   # (b,)
@@ -211,8 +212,7 @@ def packed(model, processor: Processor, prompts: list[Prompt], completions: list
     has any).
 
     A row is a prompt but for its last token and, one after another, its completions, of which each
-    begins with that token and ends before its own last: [p q] with [a b c], [d e] is p|q a b|q d.
-    """
+    begins with that token and ends before its last: [p q] with [a b c], [d e] is p|q a b|q d."""
     owners, row = once(prompts)
     inputs = processor.batch(owners)
     position = positions(model, inputs)

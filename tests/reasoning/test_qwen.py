@@ -136,6 +136,13 @@ def test_a_folder_that_is_no_checkpoint(tmp_path):
         vlm.load_vlm(tmp_path)
 
 
+@pytest.mark.parametrize("config", [transformers.LlavaConfig(), transformers.Qwen2Config()])
+def test_another_family_is_refused(tmp_path, config):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path} is a {config.model_type}, .*give a Qwen2.5"):
+        vlm.load_vlm(tmp_path)
+
+
 def test_code_of_a_checkpoint_is_not_run(tmp_path):
     """Nor is the user asked whether it should be."""
     maps = {"AutoConfig": "trap.Trap", "AutoModelForImageTextToText": "trap.Trap"}
