@@ -39,9 +39,10 @@ NAME = rf"\\(?!(?:{FUNCTIONS}|pm|le|ge|ne|times|cdot)(?![a-z]))[A-Za-z]+(?![A-Za
 OPERATIONS = {ast.Add: "fadd", ast.Sub: "fsub", ast.Mult: "fmul", ast.Div: "fdiv"}
 CHARACTERS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {ord(a): b for a, b in {
     "、": ",", "。": ".", "−": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ",
-    "±": r"\pm ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∞": r"\infty ",
-    "∠": r"\angle ", "∪": r"\cup ", "…": r"\ldots ", "√": r"\sqrt ", "~": " ", "½": r"\frac12 ",
-    "¼": r"\frac14 ", "¾": r"\frac34 ", "⅓": r"\frac13 ", "⅔": r"\frac23 "}.items()}
+    "±": r"\pm ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
+    "∞": r"\infty ", "∠": r"\angle ", "∪": r"\cup ", "…": r"\ldots ", "√": r"\sqrt ",
+    "½": r"\frac12 ", "¼": r"\frac14 ", "¾": r"\frac34 ", "⅓": r"\frac13 ", "⅔": r"\frac23 ",
+    "~": " "}.items()}
 TEXT = re.compile(r"\\(?:text\w*|math(?!bb)[a-z]+|operatorname|[mfh]box|emph|underline|bm)\*? ?"
                   r"\{([^{}]*)\}|\{\\(?:bf|it|rm|sf|tt)(?![a-z])([^{}]*)\}")
 SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")

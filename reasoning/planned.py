@@ -41,14 +41,12 @@ def job(s, path: str, ready: Callable) -> Job:
             return
         prompts = [longest_prompt(s.max_prompt)] * min(s.rollout_batch, s.prompts * s.group_size)
         inputs = qwen.to(model.device, processor.batch(prompts))
-        out = model(**inputs, logits_to_keep=1, use_cache=True)
-        name = "cache" if "cache" in out else "past_key_values"
-        cache = out[name]
+        cache = model(**inputs, logits_to_keep=1, use_cache=True)[qwen.CACHE]
         for layer in cache.layers:
             rows, heads, _, width = layer.keys.shape
             whole = (rows, heads, s.max_prompt + s.max_new_tokens - 1, width)
             layer.keys, layer.values = layer.keys.new_empty(whole), layer.keys.new_empty(whole)
-        model(input_ids=inputs["input_ids"][:, -1:], use_cache=True, **{name: cache})
+        model(input_ids=inputs["input_ids"][:, -1:], use_cache=True, **{qwen.CACHE: cache})
 
     def loss(model, s):
         length, response = s.max_prompt + s.max_new_tokens, s.max_new_tokens

@@ -11,6 +11,7 @@ Left out: videos; continuous batching; transformers' processor classes, which ne
 """
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -21,6 +22,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import grpo
+
+# What transformers calls the keys and values: since 5.24, and before
+_FORWARD = signature(transformers.Qwen2_5_VLForConditionalGeneration.forward).parameters
+CACHE = "cache" if "cache" in _FORWARD else "past_key_values"
 
 
 @dataclass
@@ -155,8 +160,7 @@ def generate(model, processor: Processor, prompts: list[Prompt], max_new_tokens:
     position = positions(model, inputs).to(model.device)                            # (3, R, L)
     inputs = to(model.device, inputs)
     out = model(**inputs, position_ids=position, logits_to_keep=1, use_cache=True)
-    name = "cache" if "cache" in out else "past_key_values"     # transformers below 5.24
-    cache, mask, position = out[name], inputs["attention_mask"][row], position[:, row, -1:]
+    cache, mask, position = out[CACHE], inputs["attention_mask"][row], position[:, row, -1:]
     cache.batch_select_indices(row)
     logits, ends = out.logits[row, -1], model.generation_config.eos_token_id        # (B, V)
     ends = {ends} if isinstance(ends, int) else {*ends}
@@ -176,7 +180,7 @@ def generate(model, processor: Processor, prompts: list[Prompt], max_new_tokens:
             cache.batch_select_indices(going)
         mask, position = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), position + 1
         logits = model(input_ids=word[:, None], attention_mask=mask, position_ids=position,
-                       use_cache=True, **{name: cache}).logits[:, -1]
+                       use_cache=True, **{CACHE: cache}).logits[:, -1]
     model.train(training)
     texts = processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [Completion(torch.tensor(row), text, row[-1] not in ends)

@@ -200,9 +200,9 @@ def suite(name: str, tasks: tuple[int, ...], options: SuiteOptions) -> Suite:
     """The built-in tasks, or some of them by number. ValueError for any other name or number."""
     if name not in TASKS:
         raise ValueError(f"unknown suite {name!r}; there are {' and '.join(TASKS)}")
-    chosen = tuple(task_number(task, name, TASKS[name])
-                   for task in tasks or range(len(TASKS[name])))
-    return Suite(name, TASKS[name], chosen, {"train": N_STATES, "heldout": N_STATES},
+    texts = TASKS[name]
+    chosen = tuple(task_number(task, name, texts) for task in tasks or range(len(texts)))
+    return Suite(name, texts, chosen, {"train": N_STATES, "heldout": N_STATES},
                  partial(Tabletop, suite=name),
                  {"train": "training initial states", "heldout": "held-out initial states"},
                  HORIZON[name], tables=128, evaluated=("train", "heldout"), slow=False)
@@ -220,22 +220,19 @@ class Expert:
     def plan(self, mistakes: dict[str, np.ndarray]) -> Iterator[tuple]:
         """The moves, one per env step: set point of the hand (x, y, z), metres, and gripper.
         mistakes: what is added to where it believes a thing to be, (2,) metres."""
-        env, pairs, added = self.env, self.env.pairs, dict(mistakes)
+        env, pairs = self.env, self.env.pairs
         crowded = len(pairs) > len(set(pairs.values()))         # two cubes on one plate
         hand = env.data.body("hand").xpos                       # a view: it moves
 
         def at(thing: str) -> np.ndarray:
-            return env.data.body(thing).xpos[:2] + added[thing]
-
-        def away(thing: str) -> float:
-            return np.linalg.norm(hand[:2] - at(thing))
+            return env.data.body(thing).xpos[:2] + there[thing]
 
         for i, (cube, plate) in enumerate(pairs.items()):
             beside = np.array([0.027 * (1 - 2 * i) * crowded, 0.0])
-            added[plate] = mistakes[plate] + beside
+            there = {cube: mistakes[cube], plate: mistakes[plate] + beside}
             while hand[2] <= 0.07:                              # rise from the last plate
                 yield (*hand[:2], 0.12), -1
-            while away(cube) >= 0.008:                          # hover over the cube
+            while np.linalg.norm(hand[:2] - at(cube)) >= 0.008:     # hover over the cube
                 yield (*at(cube), 0.07), -1
             while hand[2] >= 0.014:                             # descend
                 yield (*at(cube), 0.008), -1
@@ -243,7 +240,7 @@ class Expert:
                 yield env.goal[:3], 1
             while hand[2] <= 0.06:                              # lift
                 yield (*hand[:2], 0.08), 1
-            while away(plate) >= 0.012:                         # carry
+            while np.linalg.norm(hand[:2] - at(plate)) >= 0.012:    # carry
                 yield (*at(plate), 0.08), 1
             while hand[2] >= 0.028:                             # lower
                 yield (*at(plate), 0.02), 1

@@ -340,9 +340,8 @@ def work_of(case: Case, s, model) -> Work:
 
 def planned(case: Case, s) -> float:
     """GiB of an update by --plan's reckoning, without its 5%."""
-    half = torch.cuda.is_available()
-    job = plan.Job(case.model, lambda s: build(case, "meta", half)[1], lambda model, s: None,
-                   lambda model, s: work_of(case, s, model).loss())
+    job = plan.Job(case.model, lambda s: build(case, "meta", torch.cuda.is_available())[1],
+                   lambda model, s: None, lambda model, s: work_of(case, s, model).loss())
     return plan.measure(s, job).update / GiB
 
 
@@ -440,11 +439,12 @@ def all_of_7b(s: Settings) -> None:
     models, began = SMALL if s.shapes == "small" else LARGE, time.monotonic()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     journal = Journal(s.out or "results/bench/gpu.jsonl",
-                      {"device": device, "torch": torch.__version__, "shapes": s.shapes})
+                      {"device": device, "torch": torch.__version__, "shapes": s.shapes},
+                      keep=lambda row: row.get("measured") is True)
     every = [case for name in models for case in cases(name, s.rows, s.threads)]
     every.sort(key=lambda case: (case.model not in VJEPA and not case.gradient_checkpointing,
                                  not case.lora_rank))
-    rows = [row for row in journal.rows if row["measured"]]
+    rows = journal.rows
     for case in every:
         if any(asdict(case).items() <= row.items() for row in rows):
             continue

@@ -5,7 +5,7 @@ SRPO-VLA (arXiv 2511.15605) starts from policies fine-tuned on one demonstration
 0.4 M parameters from random weights needs a few more. Left out: fine-tuning OpenVLA-OFT; the
 published checkpoints are that.
 
-    python -m studies.demonstrate --out out/tiny_vla        # how weights/tiny_vla was made
+    python -m studies.demonstrate --out out/tiny_vla        # as weights/tiny_vla, on MuJoCo 3.8.1
     python -m studies.demonstrate --suite libero_object --tasks 0 1 2 --fast_sim --size 128 \\
         --crop 8 8 96 --demos 20 --steps 2000 --out out/libero_sft
 """
