@@ -5,7 +5,7 @@ SRPO-VLA (arXiv 2511.15605) starts from policies fine-tuned on one demonstration
 0.4 M parameters from random weights needs a few more. Left out: fine-tuning OpenVLA-OFT; the
 published checkpoints are that.
 
-    python -m studies.demonstrate --out out/tiny_vla        # as weights/tiny_vla, on MuJoCo 3.8.1
+    python -m studies.demonstrate --threads 1 --out out/tiny_vla        # weights/tiny_vla
     python -m studies.demonstrate --suite libero_object --tasks 0 1 2 --fast_sim --size 128 \\
         --crop 8 8 96 --demos 20 --steps 2000 --out out/libero_sft
 """
@@ -30,12 +30,12 @@ STILL = [0.0, 0, 0, 0, 0, 0, -1]        # after success: no motion, an open grip
 class Settings(SuiteSettings):
     suite: str = flag("tabletop", "those there is an expert for",
                       choices=["tabletop", "tabletop_long", "libero_object", "libero_spatial"])
-    demos: int = flag(6, "demonstrations per task, from its training initial states")
+    demos: int = flag(5, "demonstrations per task, from its training initial states")
     split: str = flag("disjoint", "LIBERO; disjoint: from half of the initial states; all: from "
                                   "all 50", choices=["disjoint", "all"])
     size: int = flag(64, "LIBERO: pixels of the camera images")
     crop: list[int] = flag([], "LIBERO: top, left and side of the square that the policy looks at")
-    steps: int = flag(800, "updates of 64 chunks")
+    steps: int = flag(400, "updates of 64 chunks")
     lr: float = flag(2e-3, "learning rate, cosine")
     seed: int = flag(0, "of weights and batches")
     threads: int = flag(2, "torch threads; 0: all cores")
