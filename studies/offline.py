@@ -4,7 +4,7 @@
 1. Three policies of the tabletop, weak, middling and good, play the training initial states, their
    actions sampled; each trajectory becomes a file.
 2. From the middling policy: behaviour cloning of all, of successes alone, weights of progress, of
-   success alone, LeRobot's RA-BC; on the trajectories of all three, and on its own alone.
+   success alone, LeRobot's RA-BC; on the trajectories of all three, and on those of each alone.
 3. Held-out success, mean over seeds. Further flags are vla_srpo.py's, of every run.
 
     python -m studies.offline --out out/offline --seeds 5 --jobs 2
@@ -31,7 +31,7 @@ WEIGHTS = {         # a row of the table: its title, flags
 # Who plays, as flags of studies.demonstrate; the middling one is shipped
 POLICIES = {"weak": ["--demos", "1", "--steps", "220"], "middling": [],
             "good": ["--demos", "25", "--steps", "2000"]}
-DATA = {"all three": "", "middling": "middling"}       # whose trajectories: folders of OUT/data
+DATA = {"all three": "", "weak": "weak", "middling": "middling", "good": "good"}  # in OUT/data
 ROLLOUTS = 40           # of each policy and task
 
 
