@@ -11,13 +11,13 @@
 """
 import subprocess
 import sys
-from contextlib import closing
 from functools import partial
 from itertools import product
 from pathlib import Path
 
 from plumbing.files import read_json
 from studies import runs
+from studies.progress_curves import policy_rollouts
 
 OURS = {"stage", "data", "weights", "curves", "model", "resume", "seed", "out", "eval_every"}
 WEIGHTS = {         # a row of the table: its title, flags
@@ -37,20 +37,11 @@ ROLLOUTS = 40           # of each policy and task
 
 def record(policy_folder: Path, folder: Path, seed: int, per_task: int = ROLLOUTS) -> None:
     """A policy's trajectories as files, sampled at temperature 1."""
-    import torch
-
-    from robots import find_suite
-    from robots import policy as policies
-    from robots.rollouts import play
+    from robots.tabletop import TASKS
     from robots.trajectories import save_episode
-    torch.manual_seed(seed)
-    torch.set_num_threads(1)
-    suite, policy = find_suite("tabletop"), policies.load_policy(policy_folder)
-    act, starts = policies.sampler(policy, 1.0, suite.name), suite.starts("train", per_task)
-    with closing(suite.workers(1, policy.camera)) as workers:
-        played = play(act, workers, starts, suite, clip=lambda video: video)
+    played = policy_rollouts(policy_folder, "tabletop", per_task, 1, seed)
     for i, e in enumerate(played):
-        save_episode(folder / f"{i:04d}.npz", e, suite.instructions[e.start.task])
+        save_episode(folder / f"{i:04d}.npz", e, TASKS["tabletop"][e.start.task])
 
 
 def compare(vla_srpo, flags: list[str], seeds: int, jobs: int, out: Path) -> str:

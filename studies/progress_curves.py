@@ -9,12 +9,14 @@ paper   over growing windows, a success against its own whole video, a failure a
 
     python -m studies.progress_curves                       # the simulator's expert -> progress.png
     python -m studies.progress_curves compare               # trained, random weights, mean pixels
+    python -m studies.progress_curves compare --policy weights/tiny_vla     # on its own rollouts
     python -m studies.progress_curves --curves paper --data FOLDER_OR_ID \\
         --model facebook/vjepa2-vitg-fpc64-384 --out curves.png
 
 The data are trajectories as in robots/trajectories.py.
 """
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +25,7 @@ import numpy as np
 from plumbing.flags import flag, script
 from plumbing.plots import draw_progress
 from robots import trajectories
-from robots.suite import CHUNK
+from robots.suite import CHUNK, Episode
 
 MEASURES = ("spearman", "pearson", "monotonicity", "mmd", "js", "smd")
 COMMANDS = ("draw", "compare")
@@ -34,11 +36,14 @@ class Settings:
     stage: str = flag("draw", "draw the curves, or compare with random weights and mean pixels",
                       choices=COMMANDS)
     data: str = flag("", "logged trajectories; without them the simulator is played")
+    policy: str = flag("", "compare: a folder; its sampled rollouts on the tabletop, and how "
+                           "their failures are ranked")
+    suite: str = flag("tabletop", "of --policy", choices=["tabletop", "tabletop_long"])
     camera: str = flag("", "LeRobot: feature of the images (its first)")
     model: str = flag("", "V-JEPA 2, folder or hub id; without it the simulator's")
     curves: str = flag("ours", "which kind", choices=["ours", "paper"])
     out: str = flag("progress.png", "draw: the picture")
-    seed: int = flag(0, "compare: of the random weights")
+    seed: int = flag(0, "compare: of the random weights and of the policy's sampling")
 
 
 def simulator_rollouts(episodes: int = 120, seed: int = 0,
@@ -61,6 +66,39 @@ def simulator_rollouts(episodes: int = 120, seed: int = 0,
         success.append(env.success)
         task.append(env.task)
     return videos, np.array(success), np.array(task)
+
+
+def policy_rollouts(folder: str | Path, suite: str, states: int, rollouts: int,
+                    seed: int) -> list[Episode]:
+    """So many rollouts from each of the tasks' first training states, sampled at temperature 1."""
+    import torch
+
+    from robots import find_suite
+    from robots import policy as policies
+    from robots.rollouts import play
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    found, policy = find_suite(suite), policies.load_policy(Path(folder))
+    starts = [start for start in found.starts("train", states) for _ in range(rollouts)]
+    with closing(found.workers(1, policy.camera)) as workers:
+        return play(policies.sampler(policy, 1.0, suite), workers, starts, found,
+                    clip=lambda video: video)
+
+
+def ranking(latents: np.ndarray, success: np.ndarray, task: np.ndarray, group: np.ndarray,
+            progress: np.ndarray) -> tuple[float, float]:
+    """Of the groups' rewards under a world model (latents (N, D), the others (N,)): Spearman's
+    correlation of failures' rewards with their true progress, mean over groups in which three or
+    more differ; share of groups with two different rewards."""
+    from scipy.stats import spearmanr
+
+    from rewards import progress_reward
+    reward, groups = progress_reward(latents, success, task)[0], np.unique(group)
+    lost = [np.flatnonzero((group == g) & ~success) for g in groups]
+    within = [spearmanr(reward[i], progress[i])[0] for i in lost
+              if len(i) > 2 and np.ptp(reward[i]) and np.ptp(progress[i])]
+    return (float(np.mean(within)) if within else np.nan,
+            float(np.mean([np.ptp(reward[group == g]) > 0 for g in groups])))
 
 
 def progress_curves(videos: list, success: np.ndarray, task: np.ndarray, model, kind: str) -> dict:
@@ -91,9 +129,18 @@ def study(s: Settings) -> None:
     compare = s.stage == "compare"
     if not compare and not Path(s.out).absolute().parent.is_dir():
         raise ValueError(f"--out {s.out}: there is no such folder; make it, or choose another")
-    every = 1 if s.curves == "paper" else CHUNK
-    videos, success, task = (trajectories.videos(s.data, s.camera) if s.data
-                             else simulator_rollouts(seed=1, every=every))
+    if s.policy and (s.data or not compare or s.curves == "paper"):
+        raise ValueError("--policy is for compare, without --data or --curves paper")
+    if s.policy:
+        played = policy_rollouts(s.policy, s.suite, 8, 8, s.seed)
+        videos, success = [e.clip for e in played], np.array([e.success for e in played])
+        task, progress = (np.array(x) for x in zip(*((e.start.task, e.progress) for e in played)))
+        group = np.arange(len(played)) // 8
+    elif s.data:
+        videos, success, task = trajectories.videos(s.data, s.camera)
+    else:
+        videos, success, task = simulator_rollouts(
+            seed=1, every=1 if s.curves == "paper" else CHUNK)
     import torch
     from transformers import VJEPA2Model
     from transformers.utils import logging
@@ -107,14 +154,30 @@ def study(s: Settings) -> None:
         torch.manual_seed(s.seed)
         random = WorldModel(VJEPA2Model(trained.config), trained.resize, batch_size=32)
         models |= {"random weights": random, "pixels": PixelModel(trained)}
+    rows = {name: (model.encode(videos).numpy(), model) for name, model in models.items()}
     print(f"{len(videos)} rollouts, {success.sum()} successes; {s.curves} curves, means over tasks")
-    print(f"{'':15} nearer" + "".join(f"{name:>13}" for name in MEASURES))
-    for name, model in models.items():
-        curves = progress_curves(videos, success, task, model, s.curves)
-        near = separation(model.encode(videos).numpy(), success, task)
-        print(f"{name:15}{near:7.3f}" + "".join(f"{x:13.3f}" for x in benchmark(curves).values()))
+    columns = ["nearer", *(("within", "contrast") if s.policy else ())]
+    if s.policy:
+        last = models["pixels"].encode([video[-1:] for video in videos]).numpy()
+        rows |= {"last frame": (last, None), "true progress": (progress[:, None], None)}
+        both = [len(set(success[group == g])) == 2 for g in np.unique(group)]
+        print(f"groups of 8 with contrast under 0/1 rewards: {np.mean(both):.3f}")
+    print(f"{'':15}" + "".join(f"{name:>9}" for name in columns)
+          + "".join(f"{name:>13}" for name in MEASURES))
+    for name, (latents, model) in rows.items():
+        numbers = [separation(latents, success, task)]
+        if s.policy:
+            numbers += ranking(latents, success, task, group, progress)
+        line = f"{name:15}" + "".join(f"{x:9.3f}" for x in numbers)
+        if model:
+            curves = progress_curves(videos, success, task, model, s.curves)
+            line += "".join(f"{x:13.3f}" for x in benchmark(curves).values())
+        print(line)
     print("nearer: share of pairs in which a success lies nearer to the other successes than a "
           "failure does; 0.5 is blind")
+    if s.policy:
+        print("within: rank correlation of failures' rewards and true progress in a group; "
+              "contrast: share of groups with two rewards")
     if not compare:
         draw_progress(curves, s.out)
         print(f"wrote {s.out}")

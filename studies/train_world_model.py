@@ -30,7 +30,7 @@ if TYPE_CHECKING:       # imported by the functions: --help answers at once
     from world_model import WorldModel
 
 # Four frames: a rollout seen once per action chunk has five to eight, so none is ever repeated.
-TINY = dict(crop_size=64, patch_size=16, frames_per_clip=4, tubelet_size=2, hidden_size=96,
+TINY = dict(crop_size=64, patch_size=32, frames_per_clip=4, tubelet_size=2, hidden_size=96,
             num_hidden_layers=3, num_attention_heads=2, mlp_ratio=4.0, initializer_range=0.06,
             pred_hidden_size=48, pred_num_hidden_layers=2, pred_num_attention_heads=2,
             pred_num_mask_tokens=1)
@@ -46,7 +46,7 @@ class Settings:
     out: str = flag("", "a new folder; needed")
     steps: int = flag(600, "updates")
     batch_size: int = flag(32, "videos of an update")
-    lr: float = flag(5e-4, "learning rate: warm-up, cosine")
+    lr: float = flag(2e-3, "learning rate: warm-up, cosine")
     seed: int = flag(0, "of weights, batches and masks")
 
 
