@@ -30,13 +30,12 @@ LARGE = ("openvla-7b", "qwen2.5-vl-7b", "vjepa2-vitg")
 
 @dataclass
 class Settings:
-    stage: str = flag("", "what the command's first word says", choices=["", "gpu"])
-    shapes: str = flag("7b", "gpu: small ones try it on a CPU", choices=["7b", "small"])
-    minutes: float = flag(20.0, "gpu: what is not measured by then is left to another call")
-    model: str = flag("small", "small: the three small ones", choices=["small", *SMALL, *LARGE])
+    stage: str = flag("", "gpu: the three of 7B; else the small ones", choices=["", "gpu"])
+    model: str = flag("", "one alone", choices=["", *SMALL, *LARGE])
+    minutes: float = flag(20.0, "what is not measured by then is left to another call")
     rows: int = flag(0, "action chunks, responses or clips at a time; 0: by model")
     threads: int = flag(1, "torch threads on the CPU")
-    out: str = flag("", "JSON; none: results/bench/MODEL.json, of gpu JSON lines gpu.jsonl")
+    out: str = flag("", "JSON lines; none: results/bench/small.jsonl, gpu.jsonl or MODEL.jsonl")
 
 
 def read(argv: list[str] | None = None) -> Settings:
@@ -49,9 +48,7 @@ if __name__ == "__main__":      # before torch is imported: --help takes no seco
     if code := ending(lambda: read() and 0):
         sys.exit(code)
 
-import json
 import math
-import os
 import platform
 import resource
 import tempfile
@@ -60,7 +57,6 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import active_children, get_context
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -400,10 +396,12 @@ def alone(work: Callable, *given, seconds: float | None = None) -> dict:
             raise RuntimeError(said.splitlines()[0][:300]) from error
 
 
-def run(case: Case, seconds: float | None = None) -> dict:
+def run(case: Case, seconds: float) -> dict:
     """The row of a case: measured within so many seconds, or why not."""
     row = asdict(case) | {"measured": False, "command":
                           f"python -m studies.bench --model {case.model} --rows {case.rows}"}
+    if seconds <= 0:
+        return row | {"why": "no time was left"}
     if case.model in LARGE and not torch.cuda.is_available():
         return row | {"why": "it takes a GPU"}
     try:
@@ -427,37 +425,6 @@ def show(row: dict) -> str:
         for part in ("rollout", "update") if (x := row.get(part)))
 
 
-def write(out: str, result: dict) -> None:
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    result = {"torch": torch.__version__, "load": os.getloadavg()[0], **result}
-    Path(out).write_text(json.dumps(result, indent=1) + "\n")
-    print(f"wrote {out}")
-
-
-def all_of_7b(s: Settings) -> None:
-    """Every case, the most telling first, each row kept as it ends; the same command goes on."""
-    models, began = SMALL if s.shapes == "small" else LARGE, time.monotonic()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    journal = Journal(s.out or "results/bench/gpu.jsonl",
-                      {"device": device, "torch": torch.__version__, "shapes": s.shapes},
-                      keep=lambda row: row.get("measured") is True)
-    every = [case for name in models for case in cases(name, s.rows, s.threads)]
-    every.sort(key=lambda case: (case.model not in VJEPA and not case.gradient_checkpointing,
-                                 not case.lora_rank))
-    rows = journal.rows
-    for case in every:
-        if any(asdict(case).items() <= row.items() for row in rows):
-            continue
-        left = 60 * s.minutes - (time.monotonic() - began)
-        rows.append(run(case, left) if left > 0 else
-                    asdict(case) | {"measured": False, "why": "no time was left",
-                                    "command": "python -m studies.bench gpu"})
-        journal.add(rows[-1])
-    journal.close()
-    print("\n".join([f"{device}, torch {torch.__version__}", *map(show, rows), *steps(rows)]))
-    print(f"wrote {journal.path}")
-
-
 # The papers' settings: responses and their tokens; rollouts, of so many chunks at the 512 steps
 # that libero_object's episodes may last
 RESPONSES, TOKENS, ROLLOUTS, CHUNKS = 1024, 512, 512, 64
@@ -469,7 +436,7 @@ def steps(rows: list[dict]) -> list[str]:
     clips = [row["rollout"]["per_second"] for row in rows if row["model"] in VJEPA]
     lines = []
     for row in rows:
-        if row.get("update"):
+        if row["model"] in LARGE and row.get("update"):
             units = RESPONSES * TOKENS if row["model"] in QWEN else ROLLOUTS * CHUNKS
             parts = {name: units / row[name]["per_second"] / 60 for name in ("rollout", "update")}
             if row["model"] in OPENVLA and clips:
@@ -481,14 +448,25 @@ def steps(rows: list[dict]) -> list[str]:
 
 
 def study(s: Settings) -> None:
-    if s.stage == "gpu":
-        return all_of_7b(s)
-    rows = []
-    for name in SMALL if s.model == "small" else [s.model]:
-        for case in cases(name, s.rows, s.threads):
-            rows.append(run(case))
-            print(show(rows[-1]), flush=True)
-    write(s.out or f"results/bench/{s.model}.json", {"rows": rows})
+    """Every case, the most telling first, each row kept as it ends; the same command goes on."""
+    models, began = [s.model] if s.model else LARGE if s.stage else SMALL, time.monotonic()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    journal = Journal(s.out or f"results/bench/{s.model or s.stage or 'small'}.jsonl",
+                      {"device": device, "torch": torch.__version__},
+                      keep=lambda row: row.get("measured") is True)
+    every = [case for name in models for case in cases(name, s.rows, s.threads)]
+    every.sort(key=lambda case: (case.model not in VJEPA and not case.gradient_checkpointing,
+                                 not case.lora_rank))
+    print(f"{device}, torch {torch.__version__}", *map(show, rows := journal.rows), sep="\n")
+    for case in every:
+        if any(asdict(case).items() <= row.items() for row in rows):
+            continue
+        left = 60 * s.minutes - (time.monotonic() - began)
+        rows.append(run(case, left))
+        journal.add(rows[-1])
+        print(show(rows[-1]), flush=True)
+    journal.close()
+    print(*steps(rows), f"wrote {journal.path}", sep="\n")
 
 
 def main(argv: list[str] | None = None) -> int:

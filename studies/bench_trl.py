@@ -57,6 +57,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import grpo
 import reflection_srpo
 from plumbing import ranks
+from plumbing.files import write_json
 from plumbing.optimizer import make_optimizer
 from reasoning import arrows, responses
 from studies import bench
@@ -233,10 +234,12 @@ def compare(case: Case, out: str, repetitions: int = 3) -> None:
     if not (difference < 1e-4 and math.isclose(*norms, rel_tol=1e-3)):
         raise RuntimeError("these should be equal")
     command = f"python -m studies.bench_trl --rows {case.rows} --threads {case.threads}"
-    bench.write(out, {"trl": version("trl"), "transformers": version("transformers"),
-                      "device": ranks.device(), "command": command, "case": asdict(case),
-                      "prompts": case.rows // GROUP, "group_size": GROUP, "ratios": ratios,
-                      **equal, "pairs": pairs})
+    write_json(out, {
+        "torch": torch.__version__, "load": os.getloadavg()[0], "trl": version("trl"),
+        "transformers": version("transformers"), "device": ranks.device(), "command": command,
+        "case": asdict(case), "prompts": case.rows // GROUP, "group_size": GROUP,
+        "ratios": ratios, **equal, "pairs": pairs})
+    print(f"wrote {out}")
 
 
 def study(s: Settings) -> None:

@@ -1,6 +1,5 @@
 """studies/bench.py: real sizes without memory for them, FLOPs against arithmetic, a measured case
 end to end, an unmeasured one that says so."""
-import json
 import os
 import time
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 
 from studies import bench
+from tests.conftest import lines
 
 
 @pytest.mark.parametrize("name, parameters", [
@@ -81,9 +81,9 @@ def test_an_update_moves_what_trains_and_counts_once(name, rank):
 
 @pytest.mark.slow
 def test_a_small_case_is_measured(tmp_path):
-    out = tmp_path / "new" / "small.json"
+    out = tmp_path / "new" / "small.jsonl"
     assert bench.main(["--model", "vjepa2-small", "--out", str(out)]) == 0
-    [row] = json.loads(out.read_text())["rows"]
+    _, row = lines(out)
     rollout = row["rollout"]
     assert row["measured"] and rollout["per_second"] == pytest.approx(4 / rollout["seconds"])
     assert rollout["mfu"] == pytest.approx(
@@ -93,7 +93,7 @@ def test_a_small_case_is_measured(tmp_path):
 
 def test_what_takes_a_gpu_is_marked_with_its_command(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    row = bench.run(bench.Case("openvla-7b"))
+    row = bench.run(bench.Case("openvla-7b"), 9)
     assert not row["measured"] and "it takes a GPU" in row["why"]
     said = bench.show(row)
     assert "not measured" in said and "python -m studies.bench --model openvla-7b" in said
@@ -112,10 +112,11 @@ def test_a_row_that_takes_too_long_is_stopped(monkeypatch):
 
 
 def test_gpu_goes_on_where_it_ended(monkeypatch, tmp_path, capsys):
-    """Every case once, those that tell most first; what failed or had no time left comes again."""
-    asked, fails = [], {"openvla-small"}
+    """Every case once, those that tell most first; what failed comes again."""
+    asked, fails = [], {"openvla-7b"}
 
     def run(case, seconds):
+        assert 0 < seconds <= 20 * 60
         asked.append((case.model, case.lora_rank, case.gradient_checkpointing))
         row = bench.asdict(case) | {"command": "-"}
         if case.model in fails:
@@ -124,23 +125,26 @@ def test_gpu_goes_on_where_it_ended(monkeypatch, tmp_path, capsys):
         return row | {"measured": True, "unit": "things", "rollout": half} | (
             {} if case.model in bench.VJEPA else {"update": half | {"planned_gib": 1.1}})
     monkeypatch.setattr(bench, "run", run)
-    argv = ["gpu", "--shapes", "small", "--out", str(tmp_path / "gpu.jsonl")]
+    argv = ["gpu", "--out", str(tmp_path / "gpu.jsonl")]
     assert bench.main(argv) == 0
-    assert len(asked) == len(set(asked)) == 9 and asked[0] == ("openvla-small", 4, True)
+    assert len(asked) == len(set(asked)) == 9 and asked[0] == ("openvla-7b", 32, True)
     said = capsys.readouterr().out
     assert said.count("CUDA out of memory.") == 4 and "planned 1.10" in said
     # 1024 responses of 512 tokens at 64 a second: 136.5 minutes for each half
-    assert "qwen2.5-vl-small, LoRA: 273.1 minutes (rollout 136.5, update 136.5)" in said
+    assert "qwen2.5-vl-7b, LoRA: 273.1 minutes (rollout 136.5, update 136.5)" in said
     asked.clear()
     fails.clear()
     assert bench.main(argv) == 0
-    assert {model for model, *_ in asked} == {"openvla-small"} and len(asked) == 4
+    assert {model for model, *_ in asked} == {"openvla-7b"} and len(asked) == 4
     # 512 rollouts of 64 chunks at 32 a second, and as many clips
-    assert "openvla-small, full: 34.4 minutes (rollout 17.1, update 17.1, reward 0.3)" in (
+    assert "openvla-7b, full: 34.4 minutes (rollout 17.1, update 17.1, reward 0.3)" in (
         capsys.readouterr().out)
-    asked.clear()
-    assert bench.main([*argv[:-1], str(tmp_path / "late.jsonl"), "--minutes", "1e-9"]) == 0
-    assert not asked and capsys.readouterr().out.count("no time was left") == 9
+
+
+def test_what_has_no_time_left_comes_in_another_call(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "measure", None)
+    assert bench.main(["--minutes", "1e-9", "--out", str(tmp_path / "small.jsonl")]) == 0
+    assert capsys.readouterr().out.count("no time was left") == 9
 
 
 def killed(case):
@@ -157,7 +161,7 @@ def failing(case):
 def test_a_case_that_does_not_fit_says_so_and_the_others_go_on(measure, words, monkeypatch):
     """One that the system kills, and one with an error of several lines."""
     monkeypatch.setattr(bench, "measure", measure)
-    row = bench.run(bench.Case("vjepa2-small"))
+    row = bench.run(bench.Case("vjepa2-small"), 60)
     assert not row["measured"] and words in row["why"] and "\n" not in bench.show(row)
 
 
