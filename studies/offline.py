@@ -31,7 +31,7 @@ WEIGHTS = {         # a row of the table: its title, flags
 # Who plays, as flags of studies.demonstrate; the middling one is shipped
 POLICIES = {"weak": ["--demos", "1", "--steps", "220"], "middling": [],
             "good": ["--demos", "25", "--steps", "2000"]}
-DATA = {"all three": "", "weak": "weak", "middling": "middling", "good": "good"}  # in OUT/data
+DATA = {"all three": "", "middling": "middling", "weak": "weak", "good": "good"}  # in OUT/data
 ROLLOUTS = 40           # of each policy and task
 
 
