@@ -188,6 +188,32 @@ def test_lerobot_s_own_codec_can_be_read(tmp_path):
                   - [10 + 5 * t for t in range(7, 20)]).max() < 3
 
 
+@pytest.mark.parametrize("dtype", ["image", "video"])
+def test_what_lerobot_itself_writes(tmp_path, dtype):
+    """With lerobot installed (0.4.4 was tried): of its own writer, two tasks and both outcomes."""
+    LeRobotDataset = pytest.importorskip("lerobot.datasets.lerobot_dataset").LeRobotDataset
+    camera, side, lengths = "observation.images.top", 64, (9, 13, 7)    # its codec's least side
+    shapes = {camera: (dtype, (side, side, 3), ["height", "width", "channel"]),
+              "action": ("float32", (7,), None), "next.success": ("bool", (1,), None)}
+    written = LeRobotDataset.create(
+        "me/small", fps=20, root=tmp_path / "d", features={
+            name: dict(zip(("dtype", "shape", "names"), x)) for name, x in shapes.items()})
+    for i, length in enumerate(lengths):
+        for t in range(length):
+            written.add_frame({
+                camera: np.full((side, side, 3), 10 + 40 * i + 5 * t, np.uint8),
+                "action": np.full(7, 0.01 * t, np.float32), "task": f"task {i % 2}",
+                "next.success": np.array([i != 1 and t == length - 1])})
+        written.save_episode()
+    written.finalize()
+    read = [load() for load in find(str(tmp_path / "d"))[1].values()]
+    for i, (length, x) in enumerate(zip(lengths, read, strict=True)):
+        assert (x.instruction, x.success, x.every) == (f"task {i % 2}", i != 1, 1)
+        np.testing.assert_allclose(x.actions.T, [0.01 * np.arange(length)] * 7, atol=1e-7)
+        off = np.abs(x.images.mean((1, 2, 3)) - (10 + 40 * i + 5 * np.arange(length)))
+        assert off.max() < (2.5 if dtype == "video" else 0.01)
+
+
 @pytest.mark.parametrize("how, camera, words", [
     ({"success": ""}, "observation.images.top", "success is not known: there is no next.success"),
     ({"tasks": ("a", "b")}, "observation.images.top", "it has 2 instructions, not one"),
