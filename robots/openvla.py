@@ -20,6 +20,7 @@ import io
 import json
 import os
 import shutil
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -62,15 +63,13 @@ def action_stats(norm_stats: dict, unnorm_key: str) -> dict:
     if unnorm_key not in norm_stats:
         raise ValueError(f"unnorm_key {unnorm_key!r} has no action statistics; this model knows: "
                          f"{', '.join(sorted(norm_stats)) or 'none'}")
-    try:
-        low, high, mask = numbers = _quantiles(stats := norm_stats[unnorm_key]["action"])
+    with suppress(KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        low, high, _ = numbers = _quantiles(stats := norm_stats[unnorm_key]["action"])
         good = numbers.shape == (3, ACTION_DIM) and (np.abs(numbers) < 1e300).all()
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        good = False
-    if not good or (low > high).any():
-        raise ValueError(f"{unnorm_key!r} has no q01, q99 and mask of an action, {ACTION_DIM} "
-                         "finite numbers each, q01 below q99; give the checkpoint's own")
-    return stats
+        if good and (low <= high).all():
+            return stats
+    raise ValueError(f"{unnorm_key!r} has no q01, q99 and mask of an action, {ACTION_DIM} "
+                     "finite numbers each, q01 below q99; give the checkpoint's own")
 
 
 def _quantiles(stats: dict) -> np.ndarray:
@@ -170,25 +169,17 @@ class Block(GradientCheckpointingLayer):
         self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width),
                                    "proj": nn.Linear(width, width)})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, mlp), "fc2": nn.Linear(mlp, width)})
-        self.ls1, self.ls2 = (LayerScale(width) if layer_scale else nn.Identity()
-                              for _ in range(2))
+        self.ls1, self.ls2 = (nn.ParameterDict({"scale_factor": torch.ones(width)})
+                              if layer_scale else {"scale_factor": 1} for _ in range(2))
 
     def forward(self, x):                                               # (B, tokens, width)
         qkv = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, HEADS, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # (B, heads, tokens, width/heads)
         mixed = F.scaled_dot_product_attention(q, k, v)
-        x = x + self.ls1(self.attn["proj"](mixed.transpose(1, 2).flatten(2)))   # (B, tokens, width)
+        mixed = self.attn["proj"](mixed.transpose(1, 2).flatten(2))     # (B, tokens, width)
+        x = x + self.ls1["scale_factor"] * mixed
         hidden = F.gelu(self.mlp["fc1"](self.norm2(x)))                 # exact GELU
-        return x + self.ls2(self.mlp["fc2"](hidden))
-
-
-class LayerScale(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.scale_factor = nn.Parameter(torch.ones(width))
-
-    def forward(self, x):
-        return x * self.scale_factor
+        return x + self.ls2["scale_factor"] * self.mlp["fc2"](hidden)
 
 
 class Tower(nn.Module):
@@ -258,10 +249,9 @@ class OpenVLA(nn.Module):
         assert mask[:, 0].all() and not (mask[:, 1:] & ~mask[:, :-1]).any(), (
             "prompts are padded on the RIGHT here: attention_mask must be ones, then zeros")
         # Text: the prompt, 56 zero vectors in place of the action tokens, the stop token, padding
-        ids = F.pad(input_ids, (0, ACTION_TOKENS + 1), value=PAD)
-        position = torch.arange(ids.shape[1], device=ids.device)[None]          # (1, L + 57)
         stop = length + ACTION_TOKENS
-        ids = ids.masked_fill(position == stop, EOS)
+        ids = F.pad(input_ids, (0, ACTION_TOKENS + 1), value=PAD).scatter(1, stop, EOS)
+        position = torch.arange(ids.shape[1], device=ids.device)[None]          # (1, L + 57)
         placeholder = (position >= length) & (position < stop)                  # (B, L + 57)
         llama = self.language_model.model
         text = llama.embed_tokens(ids).masked_fill(placeholder[..., None], 0)   # (B, L + 57, d)
