@@ -31,9 +31,9 @@ CUBES, PLATES = ("red", "blue"), ("green", "yellow")
 GOALS = {"tabletop": [{cube: plate} for cube in CUBES for plate in PLATES],
          "tabletop_long": [{"red": first, "blue": second} for first in PLATES
                            for second in PLATES]}
-TASKS = {suite: tuple(" and ".join(
-    f"{'put ' * (not i)}the {cube} cube on the {plate} plate" for i, (cube, plate)
-    in enumerate(goal.items())) for goal in goals) for suite, goals in GOALS.items()}
+TASKS = {suite: tuple("put " + " and ".join(f"the {cube} cube on the {plate} plate"
+                                            for cube, plate in goal.items()) for goal in goals)
+         for suite, goals in GOALS.items()}
 N_STATES = 50                   # initial states per task and split, as in LIBERO
 # Env steps, at 20 Hz; the expert needs about 32 and 73
 HORIZON = {"tabletop": 56, "tabletop_long": 104}
@@ -109,14 +109,11 @@ class Scene:
     """The MuJoCo model and its renderers: one per process, shared by all its tables (contexts do
     not survive fork)."""
 
+    of = staticmethod(cache(lambda pid: Scene()))
+
     def __init__(self):
         self.mujoco, self.renderers = load_mujoco(), {}
         self.model = self.mujoco.MjModel.from_xml_string(XML)
-
-    @staticmethod
-    @cache
-    def of(pid: int) -> "Scene":
-        return Scene()
 
     def render(self, data, size: int) -> np.ndarray:
         """uint8 (size, size, 3) from the agent's camera."""
@@ -146,11 +143,9 @@ class Tabletop(Simulator):
                 data.joint(name).qpos[:3] = x, y, 0.02
             else:
                 data.mocap_pos[PLATES.index(name)] = x, y, 0.004
-        fingers = (FINGER_OPEN, FINGER_OPEN)
-        for joint, value in zip(("x", "y", "z", "left", "right"), (*HOME, *fingers)):
-            data.joint(joint).qpos[0] = value
         self.goal = np.array([*HOME, 0.0, 0.0, 0.0])      # set point of the hand: metres, radians
-        data.ctrl[:] = [*self.goal, *fingers]
+        data.ctrl[:] = [*self.goal, FINGER_OPEN, FINGER_OPEN]
+        data.qpos[-len(data.ctrl):] = data.ctrl           # the hand's joints are the last
         scene.mujoco.mj_forward(scene.model, data)
         self.far = self.distances()
         self.best = np.zeros((len(self.pairs), 3))
