@@ -85,7 +85,7 @@ class Expert:
                 yield from self.place()
 
     def pick(self) -> Iterator[Move]:
-        """Hover over the grasp, descend, close; False if something was in the way."""
+        """Hover over the grasp, descend, close. True unless something was in the way."""
         while self.off >= 0.008 or abs(self.turn) >= 0.1:                       # hover
             yield Move(self.point + [0, 0, 0.12 if self.into else 0.10], free=1.0, turns=True)
         before = math.inf
@@ -100,8 +100,7 @@ class Expert:
                 break
             elif left < 20 and above > 0.03:                    # something is in the way
                 self.attempt += 1
-                yield move
-                return False
+                return (yield move)
             yield move
         for left in range(8):                                                   # close
             yield Move(self.hand, 1.0, free=0.0 if left else move.free)
@@ -115,25 +114,24 @@ class Expert:
             if self.hand[2] > height - 0.02:
                 break
             yield Move(np.array([*self.hand[:2], height]), 1.0, free=1.0)
-        lost, free = Move(np.array([*self.hand[:2], height]), 1.0, free=1.0, turns=True), 1.0
-        for left in range(60, -1, -1):                                          # carry
+        lost = Move(np.array([*self.hand[:2], height]), 1.0, free=1.0, turns=True)
+        for _ in range(60):                                                     # carry
             if self.slipped(offset):
                 return (yield lost)
             goal = np.array([*(self.target + offset)[:2], height])
-            if not left or np.linalg.norm(self.hand[:2] - goal[:2]) < 0.015:
+            if np.linalg.norm(self.hand[:2] - goal[:2]) < 0.015:
                 break
             yield Move(goal, 1.0, free=1.0)
             lost = Move(self.hand, turns=True)
-        for left in range(40, -1, -1):                                          # lower
-            if left < 40 and self.slipped(offset):
+        for lowered in range(41):                                               # lower
+            if self.slipped(offset):
                 return (yield Move(self.hand, turns=True))
             goal = self.target + offset + [0, 0, low]
-            if not left or self.hand[2] < goal[2] + 0.01:
+            if lowered == 40 or self.hand[2] < goal[2] + 0.01:
                 break
-            yield Move(goal, 1.0, free=free)
-            free = 0.0
+            yield Move(goal, 1.0, free=float(not lowered))
         for left in range(8):                                                   # open
-            yield Move(self.hand, -1.0 if left else 1.0, free=0.0 if left else free)
+            yield Move(self.hand, -1.0 if left else 1.0, free=float(not (left or lowered)))
         for left in range(30, -1, -1):                                          # rise
             self.attempt += not left
             yield Move(self.hand + [0, 0, 0.05], turns=not left)
@@ -252,10 +250,9 @@ def dataset_statistics(actions: np.ndarray, key: str, episodes: int) -> dict:
     """Env actions (S, 7) -> {key: {"action": ...}}, the layout of a checkpoint's
     dataset_statistics.json: the gripper there is 1 open, 0 closed, and not normalised."""
     actions = np.concatenate([actions[:, :6], (1 - actions[:, 6:]) / 2], 1).astype(np.float64)
-    low, high = np.quantile(actions, [0.01, 0.99], 0)
-    parts = {"mean": actions.mean(0), "std": actions.std(0), "max": actions.max(0),
-             "min": actions.min(0), "q01": low, "q99": high}
-    stats = {name: part.tolist() for name, part in parts.items()} | {"mask": [True] * 6 + [False]}
+    stats = {name: getattr(actions, name)(0).tolist() for name in ("mean", "std", "max", "min")}
+    stats |= zip(("q01", "q99"), np.quantile(actions, [0.01, 0.99], 0).tolist())
+    stats["mask"] = [True] * 6 + [False]
     return {key: {"action": stats, "num_transitions": len(actions), "num_trajectories": episodes}}
 
 

@@ -174,9 +174,8 @@ def prepare(assets: str = "", plus: str = ""):
 
 def older_numpy() -> types.SimpleNamespace:
     """numpy with what LIBERO-Plus's fog and motion blur call, and numpy 2 lacks."""
-    def fromstring(data, dtype):
-        return np.frombuffer(data, dtype).copy()
-    return types.SimpleNamespace(**vars(np) | dict(float_=np.float64, fromstring=fromstring))
+    return types.SimpleNamespace(**vars(np) | dict(
+        float_=np.float64, fromstring=lambda data, dtype: np.frombuffer(data, dtype).copy()))
 
 
 # Tasks and initial states
@@ -254,9 +253,8 @@ def make_task(package: Path, suite: str, name: str, dimension: str = "") -> Task
     'turn on the stove'
     """
     bddl, states = package / "bddl_files" / suite, package / "init_files" / suite
-    base = name.partition("_language_")[0]
-    if dimension:       # code: its evaluator leaves "... light 7" in the instruction
-        base = SUFFIX.sub("", base)
+    # code: LIBERO-Plus's evaluator leaves "... light 7" in the instruction
+    base = SUFFIX.sub("", name.partition("_language_")[0])
     instruction = re.sub(r"^[A-Z_]*SCENE\d+_", "", base).replace("_", " ")
     if "_language_" in name:
         file = bddl / f"{name.partition('_view_')[0]}.bddl"
