@@ -17,17 +17,19 @@ by a text model, whose criteria are not published.
 import base64
 import io
 import json
+import multiprocessing
 import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Event, Lock
 from urllib.parse import unquote, urlsplit
 
 from tqdm import tqdm
@@ -273,17 +275,11 @@ def in_time(client, seconds: float) -> Callable:
     send = client.send
 
     def timed(request, **how):
-        def work() -> None:
+        with ThreadPool(1) as pool:             # left behind, its thread does not hold the process
             try:
-                done.set_result(send(request, **how))
-            except BaseException as error:
-                done.set_exception(error)
-        done = Future()
-        Thread(target=work, daemon=True).start()
-        try:
-            return done.result(seconds)
-        except TimeoutError:
-            raise httpx.ReadTimeout("no reply in time", request=request) from None
+                return pool.apply_async(send, (request,), how).get(seconds)
+            except multiprocessing.TimeoutError:
+                raise httpx.ReadTimeout("no reply in time", request=request) from None
     return timed
 
 
@@ -328,25 +324,25 @@ class Work:
     def done(self, row: Row) -> bool:
         return row.id in self.kept or row.id in self.rejections.seen
 
-    def ask(self, generate: Generate, rows: list[Row], prompts: list[str]) -> list[str | None]:
-        """Texts; None for a row that cannot be asked, as one that is more than the model takes."""
+    def ask(self, generate: Generate, rows: list[Row], prompts: list[str]) -> list[tuple[Row, str]]:
+        """Rows and texts, less what cannot be asked, as a row that is more than the model takes."""
         try:
-            return generate(rows, prompts)
+            return list(zip(rows, generate(rows, prompts)))
         except ValueError as error:
             if len(rows) > 1:
-                return [self.ask(generate, [row], [text])[0] for row, text in zip(rows, prompts)]
+                return [pair for row, text in zip(rows, prompts)
+                        for pair in self.ask(generate, [row], [text])]
             self.refuse(rows[0], f"cannot be asked: {error}")
-            return [None]
+            return []
 
     def ask_model(self, rows: list[Row]) -> None:
         new = [row for row in rows if not self.done(row) and row.id not in self.first]
         for i in tqdm(range(0, len(new), self.s.batch), "first answers", disable=None):
             some = new[i:i + self.s.batch]
-            responses = self.ask(self.model, some, [data.first_prompt(row.query) for row in some])
-            for row, response in zip(some, responses):
-                if response is not None:
-                    self.answers.add({"id": row.id, "response": response})
-                    self.first[row.id] = response
+            prompts = [data.first_prompt(row.query) for row in some]
+            for row, response in self.ask(self.model, some, prompts):
+                self.answers.add({"id": row.id, "response": response})
+                self.first[row.id] = response
 
     def judged(self, rows: list[Row]) -> list[Row]:
         """What is to be reflected on. Rows that are done count for the share of right answers too,
@@ -379,18 +375,17 @@ class Work:
         """Ask the teacher until its replies can be read, and keep what they make."""
         for attempt in range(1, TRIES + 1):
             again = []
-            for row, text in zip(rows, self.replies(rows)):
+            for row, text in self.replies(rows):
                 try:
-                    if text is not None:
-                        self.keep(row, *parse_reply(text, self.s.form, row.content))
+                    self.keep(row, *parse_reply(text, self.s.form, row.content))
                 except ValueError as error:
                     again.append(row)
                     if attempt == TRIES:
                         self.refuse(row, error, text)
             rows = again
 
-    def replies(self, rows: list[Row]) -> list[str | None]:
-        """None where there is none. Only a server raises TeacherError; it is asked one by one."""
+    def replies(self, rows: list[Row]) -> list[tuple[Row, str]]:
+        """Those there are. Only a server raises TeacherError; it is asked one by one."""
         if not rows or self.stop.is_set():
             return []
         try:
