@@ -266,8 +266,7 @@ def is_right(question: Question, answer: str | None) -> bool:
         try:
             given, gold = (ast.literal_eval(text if text.startswith("[") else f"[{text}]")
                            for text in map(tidy, (answer, question.answer)))
-            return len(given) == len(gold) and all(
-                same(str(a), str(b)) for a, b in zip(given, gold))
+            return all(same(str(a), str(b)) for a, b in zip(given, gold, strict=True))
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             return False
     if question.kind == "float" and question.precision is not None and (read := quantity(answer)):

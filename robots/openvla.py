@@ -257,9 +257,8 @@ class OpenVLA(nn.Module):
         text = llama.embed_tokens(ids).masked_fill(placeholder[..., None], 0)   # (B, L + 57, d)
         patches = self.project(self.vision_features(pixel_values.to(text.dtype)))
         sequence = torch.cat([text[:, :1], patches, text[:, 1:]], 1)        # BOS, then the images
-        valid = position <= stop                                                # (B, L + 57)
-        keep = torch.cat([valid[:, :1].expand(-1, patches.shape[1]), valid], 1)
-        hidden = llama(inputs_embeds=sequence, attention_mask=keep.long(), is_causal=False,
+        keep = F.pad((position <= stop).long(), (patches.shape[1], 0), value=1)     # all of them
+        hidden = llama(inputs_embeds=sequence, attention_mask=keep, is_causal=False,
                        use_cache=False)[0]
         # Token t is read one position before its own placeholder: at 29871 and the first 55 of them
         at = patches.shape[1] + length - 1 + position[:, :ACTION_TOKENS]        # (B, 56)
@@ -451,11 +450,9 @@ def read_json(file: Path) -> dict:
 def action_statistics(folder: Path) -> dict:
     """Quantiles of the training data's actions, by data set: those of fine-tuning, else the
     config's. ValueError names file and key of what no action can be decoded with."""
-    file = folder / "dataset_statistics.json"
-    if file.is_file():
-        stats = read_json(file)
-    else:
-        stats, file = read_json(folder / "config.json").get("norm_stats"), folder / "config.json"
+    own, config = folder / "dataset_statistics.json", folder / "config.json"
+    file = own if own.is_file() else config
+    stats = read_json(file) if file == own else read_json(file).get("norm_stats")
     try:
         if not isinstance(stats, dict):
             raise ValueError("there are no action statistics, nor dataset_statistics.json")
