@@ -203,7 +203,8 @@ class Teacher:
         try:
             parts, key = urlsplit(url), (key or "none").strip()
             name, password = (unquote(part or "") for part in (parts.username, parts.password))
-            self.secrets = [secret for secret in (key, password) if len(secret) > 4]
+            secrets = (re.escape(secret) for secret in (key, password) if len(secret) > 4)
+            self.secrets = re.compile("|".join(secrets) or "(?!)")      # (?!) is nowhere
             self.url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
             if (parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
                     or re.search("[@?#]", self.url) or not re.fullmatch("[!-~]+", key)):
@@ -226,10 +227,7 @@ class Teacher:
             pass                        # not every server lists its models
 
     def say(self, text: object) -> str:
-        text = str(text)
-        for secret in self.secrets:
-            text = text.replace(secret, "***")
-        return one_line(text)
+        return one_line(self.secrets.sub("***", str(text)))
 
     def __call__(self, rows: list[Row], prompts: list[str]) -> list[str]:
         import openai
@@ -325,15 +323,27 @@ class Work:
         return row.id in self.kept or row.id in self.rejections.seen
 
     def ask(self, generate: Generate, rows: list[Row], prompts: list[str]) -> list[tuple[Row, str]]:
-        """Rows and texts, less what cannot be asked, as a row that is more than the model takes."""
+        """Rows and texts, less what cannot be asked, as a row that is more than the model takes, or
+        gets no reply. Only a server raises TeacherError; it is asked one by one."""
         try:
-            return list(zip(rows, generate(rows, prompts)))
+            pairs = list(zip(rows, generate(rows, prompts)))
+            self.silent.clear()
+            return pairs
         except ValueError as error:
             if len(rows) > 1:
                 return [pair for row, text in zip(rows, prompts)
                         for pair in self.ask(generate, [row], [text])]
             self.refuse(rows[0], f"cannot be asked: {error}")
-            return []
+        except TeacherError as error:
+            self.silent.append(error)
+            if error.down or len(self.silent) >= PATIENCE:
+                self.stop.set()
+            # before any reply, or so often, the fault may lie with the settings, not with the row
+            if error.refused and self.kept and not self.stop.is_set():
+                self.refuse(rows[0], f"refused by the teacher: {error}")
+            else:
+                self.left.append(f"{error}; no reply for {rows[0].source}")
+        return []
 
     def ask_model(self, rows: list[Row]) -> None:
         new = [row for row in rows if not self.done(row) and row.id not in self.first]
@@ -374,8 +384,12 @@ class Work:
     def reflect(self, rows: list[Row]) -> None:
         """Ask the teacher until its replies can be read, and keep what they make."""
         for attempt in range(1, TRIES + 1):
+            if not rows or self.stop.is_set():
+                return
+            prompts = [teacher_prompt(row, self.first[row.id], self.right[row.id], self.s.form)
+                       for row in rows]
             again = []
-            for row, text in self.replies(rows):
+            for row, text in self.ask(self.teacher, rows, prompts):
                 try:
                     self.keep(row, *parse_reply(text, self.s.form, row.content))
                 except ValueError as error:
@@ -383,26 +397,6 @@ class Work:
                     if attempt == TRIES:
                         self.refuse(row, error, text)
             rows = again
-
-    def replies(self, rows: list[Row]) -> list[tuple[Row, str]]:
-        """Those there are. Only a server raises TeacherError; it is asked one by one."""
-        if not rows or self.stop.is_set():
-            return []
-        try:
-            texts = self.ask(self.teacher, rows, [teacher_prompt(
-                row, self.first[row.id], self.right[row.id], self.s.form) for row in rows])
-            self.silent.clear()
-            return texts
-        except TeacherError as error:
-            self.silent.append(error)
-            if error.down or len(self.silent) >= PATIENCE:
-                self.stop.set()
-            # before any reply, or so often, the fault may lie with the settings, not with the row
-            if error.refused and self.kept and not self.stop.is_set():
-                self.refuse(rows[0], f"refused by the teacher: {error}")
-            else:
-                self.left.append(f"{error}; no reply for {rows[0].source}")
-            return []
 
     def keep(self, row: Row, reflection: str, think: str | None) -> None:
         """A line of reflections.jsonl; images that are bytes become files beside it."""

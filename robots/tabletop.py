@@ -137,12 +137,9 @@ class Tabletop(Simulator):
         data, scene = self.data, self.scene
         self.pairs = GOALS[self.name][self.task]
         scene.mujoco.mj_resetData(scene.model, data)
-        for name, offset in zip(LAYOUT, initial_states(self.used_split)[self.task, state]):
-            x, y = LAYOUT[name] + offset
-            if name in CUBES:
-                data.joint(name).qpos[:3] = x, y, 0.02
-            else:
-                data.mocap_pos[PLATES.index(name)] = x, y, 0.004
+        xy = np.array([*LAYOUT.values()]) + initial_states(self.used_split)[self.task, state]
+        data.qpos[:14].reshape(2, 7)[:, :2] = xy[:2]      # of the cubes, which come first
+        data.mocap_pos[:, :2] = xy[2:]                    # of the plates
         self.goal = np.array([*HOME, 0.0, 0.0, 0.0])      # set point of the hand: metres, radians
         data.ctrl[:] = [*self.goal, FINGER_OPEN, FINGER_OPEN]
         data.qpos[-len(data.ctrl):] = data.ctrl           # the hand's joints are the last
