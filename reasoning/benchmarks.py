@@ -439,8 +439,7 @@ def run(s: argparse.Namespace) -> int:
             outcomes[name] = evaluate(name, source, complete, s)
             results[name] = summarise(name, outcomes[name])
             if outcomes.keys() >= {*HALVES}:
-                both = [outcome for half in HALVES for outcome in outcomes[half]]
-                results["mmmu-pro"] = summarise("mmmu-pro", both)
+                results["mmmu-pro"] = summarise("mmmu-pro", sum(map(outcomes.get, HALVES), []))
             asked = {"settings": settings(s) | {"limit": s.limit}}
             write_json(path, others | {name: asked | r for name, r in results.items()})
     except KeyboardInterrupt:

@@ -164,17 +164,16 @@ def parse_reply(text: str, form: str = "paper",
             found = decoder.raw_decode(text, start)[0]
         if "reflection" in found:
             break
-    fields = {"reflection": found.get("reflection")}
-    if form == "paper":
-        fields["think"] = found.get("think") or content
-    for name, part in fields.items():
+    found["think"] = found.get("think") or content
+    for name in ("reflection", "think") if form == "paper" else ("reflection",):
+        part = found.get(name)
         if not isinstance(part, str) or not part.strip():
             raise ValueError(f"teacher's reply: no JSON with a {name}")
         if TAG.search(part):
             raise ValueError(f"teacher's reply: tags inside the {name}")
         if data.SURROGATE.search(part):
             raise ValueError(f"teacher's reply: half a character inside the {name}")
-    return fields["reflection"].strip(), fields["think"].strip() if form == "paper" else None
+    return found["reflection"].strip(), found["think"].strip() if form == "paper" else None
 
 
 class TeacherError(RuntimeError):

@@ -575,8 +575,7 @@ def main(argv: list[str] | None = None) -> None:
         prompt = model.prompt_ids(args.instruction)
     else:
         print("no tokenizer in this checkpoint: a prompt of random tokens instead")
-        words = torch.randint(3, 30000, (20,)).tolist()
-        ids = torch.tensor([[BOS, *words, SPACE]], device=args.device)
+        ids = torch.tensor([[BOS, *torch.randint(3, 30000, (20,)), SPACE]], device=args.device)
         prompt = ids, torch.ones_like(ids)
     frame = np.random.default_rng(args.seed).integers(0, 256, (256, 256, 3), np.uint8)
     with torch.no_grad():
