@@ -78,6 +78,19 @@ def test_simulator_rollouts_have_a_frame_per_chunk_or_per_step():
         np.testing.assert_array_equal(a[-1], b[-1])
 
 
+def test_ranking_is_of_failures_within_their_group():
+    """By hand: four groups of four; the latent is where a rollout ended, 0 for a success."""
+    latents = np.array([[0, 1, 2, 3], [0, 3, 2, 1], [0, 0, 1, 2], [0] * 4], float).reshape(-1, 1)
+    success = latents[:, 0] == 0
+    progress = 1 - latents[:, 0] / 4
+    progress[4:8] = [1, 0.1, 0.3, 0.2]          # here the world model is wrong about two of three
+    within, contrast = pc.ranking(latents, success, np.zeros(16), np.arange(16) // 4, progress)
+    assert within == pytest.approx((1.0 + 0.5) / 2)     # a group of two failures does not count
+    assert contrast == 3 / 4                            # all succeed in the last
+    alone = pc.ranking(latents[:4] + 1, np.zeros(4, bool), np.zeros(4), np.zeros(4), progress[:4])
+    assert np.isnan(alone[0]) and alone[1] == 0         # no success: nothing is shaped
+
+
 # Commands
 
 
@@ -96,6 +109,26 @@ def test_compare(rollouts, capsys):
     rows = [line for line in out.splitlines() if re.match("trained|random weights|pixels", line)]
     assert len(rows) == 3 and "nan" not in out
     assert all(len(re.findall(r"-?\d+\.\d{3}", row)) == 1 + len(pc.MEASURES) for row in rows)
+
+
+@pytest.mark.slow
+def test_compare_on_a_policy_s_rollouts(capsys, monkeypatch):
+    """True progress is the ceiling; what is played is the same for a seed."""
+    play, asked = pc.policy_rollouts, []
+
+    def few(policy, suite, states, rollouts, seed):
+        asked.append((policy, suite, states, rollouts, seed))
+        return play(policy, suite, 2, rollouts, seed)
+    monkeypatch.setattr(pc, "policy_rollouts", few)
+    policy = str(wm.SHIPPED.with_name("tiny_vla"))
+    assert pc.main(["compare", "--policy", policy, "--seed", "3"]) == 0
+    out = capsys.readouterr().out
+    assert asked == [(policy, "tabletop", 8, 8, 3)] and out.startswith("64 rollouts")
+    rows = {line[:15].strip(): [float(x) for x in line[15:].split()] for line in out.splitlines()
+            if re.match("trained|random weights|pixels|last frame|true progress", line)}
+    assert len(rows) == 5 and rows["true progress"][:2] == [1, 1]
+    assert all(-1 <= row[1] < 1 for name, row in rows.items() if name != "true progress")
+    assert len(rows["trained"]) == 3 + len(pc.MEASURES) and len(rows["last frame"]) == 3
 
 
 def test_help_needs_no_torch():
@@ -119,6 +152,8 @@ def test_bad_command_lines(rollouts, tmp_path, capsys):
         (["--data", f"{tmp_path}/none"], "none: a folder of .npz files"),
         (["--data", f"{tmp_path}/bad"], "a.npz: cannot be read"),
         (["--data", rollouts, "--out", f"{tmp_path}/no/x.png"], "no such folder"),
+        (["--policy", "x"], "--policy is for compare"),
+        (["compare", "--policy", f"{tmp_path}/none"], "none"),
         (["--data", rollouts, "--model", f"{tmp_path}/none"], "neither a folder"),
     ]:
         assert message in fails(capsys, *argv)
