@@ -85,7 +85,7 @@ class Expert:
                 yield from self.place()
 
     def pick(self) -> Iterator[Move]:
-        """Hover over the grasp, descend, close. True unless something was in the way."""
+        """Hover over the grasp, descend, close; False if something was in the way."""
         while self.off >= 0.008 or abs(self.turn) >= 0.1:                       # hover
             yield Move(self.point + [0, 0, 0.12 if self.into else 0.10], free=1.0, turns=True)
         before = math.inf
@@ -100,7 +100,8 @@ class Expert:
                 break
             elif left < 20 and above > 0.03:                    # something is in the way
                 self.attempt += 1
-                return (yield move)
+                yield move
+                return False
             yield move
         for left in range(8):                                                   # close
             yield Move(self.hand, 1.0, free=0.0 if left else move.free)

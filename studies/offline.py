@@ -39,8 +39,7 @@ def record(policy_folder: Path, folder: Path, seed: int, per_task: int = ROLLOUT
     """A policy's trajectories as files, sampled at temperature 1."""
     from robots.tabletop import TASKS
     from robots.trajectories import save_episode
-    played = policy_rollouts(policy_folder, "tabletop", per_task, 1, seed)
-    for i, e in enumerate(played):
+    for i, e in enumerate(policy_rollouts(policy_folder, "tabletop", per_task, 1, seed)):
         save_episode(folder / f"{i:04d}.npz", e, TASKS["tabletop"][e.start.task])
 
 
