@@ -70,6 +70,8 @@ class Settings(SuiteSettings, OfflineSettings, RunSettings):
     world_model: str = flag(str(WEIGHTS / "vjepa_tiny"), "V-JEPA 2: folder or hub id; "
                             "pixels: mean frames instead of latents, a baseline; "
                             "oracle: the tabletop's true progress, the ceiling")
+    pool: str = flag("clip", "a latent is the mean over a clip's tokens (code); place: over "
+                     "time, for every patch", choices=["clip", "place"])
     clips: int = flag(32, "videos that the world model encodes at a time")
     video_every: int = flag(8, "env steps between the frames that the world model "
                             "sees; 8: those the policy sees anyway; 1: all (code)",
@@ -260,7 +262,8 @@ def train(run: Run, parts: Parts, before: dict) -> None:
             "tokens": sum(run.gather([int(batch.mask.sum())])),
             "workers_replaced": parts.workers.replaced} | evaluate.when_due(run, parts)
         run.log(row, f"success {row['success']:5.1%}  reward {row['reward']:.3f}  "
-                     f"groups used {row['groups_used']:2d}/{s.groups}  "
+                     f"groups used {row['groups_used']:2d}/{s.groups}, with both outcomes "
+                     f"{s.groups - row['groups_failed'] - row['groups_solved']:2d}  "
                      f"kl {row.get('old_kl', 0):.4f}  entropy {row['entropy']:.2f}")
         if step % 25 == 1:
             i = int(run.rng.integers(len(played)))
@@ -308,10 +311,14 @@ def prepare(run: Run) -> Parts:
     elif s.reward != "binary":
         pixels = s.world_model == "pixels"
         encoder = world_model.WorldModel.from_pretrained(
-            WEIGHTS / "vjepa_tiny" if pixels else s.world_model, batch_size=s.clips)
+            WEIGHTS / "vjepa_tiny" if pixels else s.world_model, batch_size=s.clips,
+            pool=s.pool)
         encoder = world_model.PixelModel(encoder) if pixels else encoder
         if s.references:
             memory = References(len(suite.instructions), s.references, encoder.width)
+        if s.data and memory:
+            print(memory.add_logged(s.data, s.camera, suite.instructions, encoder),
+                  "logged successes are the first references")
     if s.split == "all":
         policy.norm_stats[key]["split"] = "all"         # for who evaluates it
     if run.first_rank:

@@ -60,24 +60,30 @@ class WorldModel:
 
     resize "paper": shortest edge to int(crop * 256 / 224), then the centre is cropped.
     resize "exact": frames must be square, and are averaged down to crop x crop whole.
+    pool "clip": h is the mean over all tokens (code). "place": over time alone, ours:
+    every patch keeps its own, so that h says where things were; D is patches x hidden.
     dtype: autocast to it; None is bfloat16 on CUDA, else float32. Weights stay float32.
     """
 
     def __init__(self, model: VJEPA2Model, resize: str = "paper",
                  dtype: torch.dtype | None = None, device: str | None = None,
-                 batch_size: int = 8):
-        if resize not in ("paper", "exact"):
-            raise ValueError(f'resize must be "paper" or "exact", got {resize!r}')
+                 batch_size: int = 8, pool: str = "clip"):
+        if resize not in ("paper", "exact") or pool not in ("clip", "place"):
+            raise ValueError('resize must be "paper" or "exact", pool "clip" or "place", '
+                             f'got {resize!r} and {pool!r}')
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.device, half = torch.device(device), str(device).startswith("cuda")
         self.dtype = dtype or (torch.bfloat16 if half else torch.float32)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.config, self.resize, self.batch_size = model.config, resize, batch_size
-        self.width = model.config.hidden_size  # D
+        self.pool, c = pool, model.config
+        places = (c.crop_size // c.patch_size) ** 2 if pool == "place" else 1
+        self.width = places * c.hidden_size  # D
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = None,
-                        device: str | None = None, batch_size: int = 8) -> "WorldModel":
+                        device: str | None = None, batch_size: int = 8,
+                        pool: str = "clip") -> "WorldModel":
         """A folder, or a hub id such as facebook/vjepa2-vitg-fpc64-384 (D = 1408).
 
         Raises ValueError, one line that names it, for whatever is missing or damaged.
@@ -96,7 +102,7 @@ class WorldModel:
             if wrong := sorted(name for name in wrong if name.startswith("encoder.")):
                 raise ValueError(f"{wrong[0]} is missing, unknown or not finite")
             resize = config.get("frame_resize", "paper")
-            return cls(model, resize, dtype, device, batch_size)
+            return cls(model, resize, dtype, device, batch_size, pool)
         except Exception as error:  # of damaged files libraries raise a dozen kinds
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(f"cannot load world model {path}: {reason}") from error
@@ -142,7 +148,9 @@ class WorldModel:
             half = self.dtype != torch.float32
             with torch.autocast(self.device.type, self.dtype, enabled=half):
                 tokens = self.model.encoder(pixels).last_hidden_state  # (B, tokens, D)
-            latents.append(tokens.float().mean(1).cpu())  # [VLA 2], (B, D)
+            # Place: (B, times, D) of (B, times x patches, hidden)
+            parts = tokens.float().unflatten(1, (-1, self.width // tokens.shape[2]))
+            latents.append(parts.flatten(2).mean(1).cpu())  # [VLA 2], (B, D)
         return torch.cat(latents)
 
     def distances(self, videos: list, centres: np.ndarray) -> np.ndarray:

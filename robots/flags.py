@@ -40,7 +40,8 @@ def check_suite(s: SuiteSettings) -> None:
 class OfflineSettings:
     """What `vla_srpo.py offline` can be told besides; robots/offline.py."""
     stage: str = flag("", "what the command's first word says", choices=["", "offline"])
-    data: str = flag("", "logged trajectories: folder of .npz, or LeRobot's, folder or hub id")
+    data: str = flag("", "logged trajectories: folder of .npz, or LeRobot's, folder or hub id; "
+                   "with --references, not offline: their successes are the first of them")
     camera: str = flag("", "LeRobot: feature of the images (its first)")
     weights: str = flag("progress", "progress: exp(A / temperature), A from increments of "
                         "progress; outcome: A from success alone; all: behaviour cloning; "
@@ -55,8 +56,9 @@ class OfflineSettings:
 def check_offline(s) -> None:
     """ValueError, one line; without progress there is no need of a world model."""
     if not s.stage:
-        if s.data:
-            raise ValueError("--data is for: python vla_srpo.py offline --data ...")
+        if s.data and (not s.references or s.world_model == "oracle"):
+            raise ValueError("--data is for: python vla_srpo.py offline --data ..., or with "
+                             "--references")
         return
     require(s, {}, ("awr_temperature", "max_weight"))
     if not s.data:

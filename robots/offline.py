@@ -96,7 +96,7 @@ def progress(encoder, loaders: Loaders, logged: list[Logged], curves: str, folde
     """By name R (K + 1,) before each chunk and at the end, where there is a reference. Each is
     written into `folder` as it is known, and read there the next time; the file's name says of
     which encoder, curves and trajectories it is."""
-    made_of = [curves, type(encoder).__name__, str(encoder.config),
+    made_of = [curves, type(encoder).__name__, encoder.pool, str(encoder.config),
                [(x.name, x.task, x.success) for x in logged]]
     name = evaluate.fingerprint_of(encoder.model, json.dumps(made_of).encode())
     journal = Journal(folder / f"progress-{name}.jsonl", {"curves": curves})

@@ -1,13 +1,15 @@
 """What failures are measured by, beyond the paper: successes of earlier steps, and the simulator's
 own word on how far a rollout came.
 
-1. `References`: the last successes of each task. Where success is rare most batches have none.
+1. `References`: the last successes of each task; where success is rare most batches have none.
+   Demonstrations may be the first of them, which is not self-referential any more.
 2. `Oracle`: stands where a world model stands; its latent of a rollout is its true progress.
 """
 import numpy as np
 import torch
 from torch import Tensor
 
+from robots import trajectories
 from robots.suite import Episode
 
 
@@ -34,6 +36,21 @@ class References:
         for h, t in zip(torch.from_numpy(latents), task.tolist(), strict=True):
             self.last[t, self.count[t] % self.last.shape[1]] = h
             self.count[t] += 1
+
+    def add_logged(self, source: str, camera: str, instructions: tuple[str, ...], encoder) -> int:
+        """Those of logged trajectories (robots/trajectories.py), and how many they are. ValueError,
+        one line, for a damaged one, or if there is no success of these tasks."""
+        videos, success, said = trajectories.videos(source, camera)
+        logged = [i for i in np.flatnonzero(success) if said[i] in instructions]
+        if not logged:
+            raise ValueError(f"--data {source}: {len(videos)} trajectories, none of them a success "
+                             "of these tasks")
+        try:
+            latents = encoder.encode([videos[i] for i in logged])
+        except ValueError as error:             # frames of another size
+            raise ValueError(f"--data {source}: {error}") from None
+        self.add(latents.numpy(), np.array([instructions.index(said[i]) for i in logged]))
+        return len(logged)
 
     def latents(self) -> dict[int, np.ndarray]:
         """By task, (K, D); of the tasks that have any."""

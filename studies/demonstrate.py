@@ -22,6 +22,7 @@ from plumbing.flags import flag, require, script
 from robots import find_suite
 from robots.flags import SuiteSettings
 from robots.suite import CHUNK
+from robots.trajectories import Trajectory, save
 
 STILL = [0.0, 0, 0, 0, 0, 0, -1]        # after success: no motion, an open gripper
 
@@ -39,10 +40,11 @@ class Settings(SuiteSettings):
     lr: float = flag(2e-3, "learning rate, cosine")
     seed: int = flag(0, "of weights and batches")
     threads: int = flag(2, "torch threads; 0: all cores")
+    record: str = flag("", "folder that gets the demonstrations, robots/trajectories.py")
     out: str = flag("", "new folder for the policy")
 
 
-# An episode is (task, images, actions); there is an image before every so many actions
+# An episode is (task, images, actions, success); there is an image before every so many actions
 
 def tabletop_episodes(per_task: int, noise: float = 0.1, seed: int = 0,
                       suite: str = "tabletop") -> Iterator[tuple]:
@@ -60,7 +62,7 @@ def tabletop_episodes(per_task: int, noise: float = 0.1, seed: int = 0,
                 disturbed = actions[-1] + noise * np.array([*rng.standard_normal(3), 0, 0, 0, 0])
                 ended = env.advance(disturbed.clip(-1, 1))
                 images.append(env.render())
-            yield task, images[:-1], actions
+            yield task, images[:-1], actions, env.success
 
 
 def libero_episodes(s: Settings, tasks: Sequence[int], every: int) -> Iterator[tuple]:
@@ -72,15 +74,25 @@ def libero_episodes(s: Settings, tasks: Sequence[int], every: int) -> Iterator[t
     env = Libero(s.suite, split=split, size=s.size, fast=s.fast_sim, assets=s.assets)
     name = f"{s.suite}-{split}-{s.size}px{'-fast' * s.fast_sim}-every{every}"
     for episode in collect(env, tasks, s.demos, Path("cache/demos") / name, every=every):
-        yield int(episode["task"]), episode["images"], episode["intended"]
+        yield int(episode["task"]), episode["images"], episode["intended"], True
     env.close()
+
+
+def recorded(episodes: Iterable[tuple], folder: str, instructions: Sequence[str], every: int = 1
+             ) -> Iterator[tuple]:
+    """Passes them on; each becomes a file of the folder, if one is named."""
+    for number, (task, images, actions, success) in enumerate(episodes):
+        if folder:
+            save(Path(folder) / f"{number:04d}.npz", Trajectory(
+                instructions[task], success, np.stack(images), np.stack(actions), every))
+        yield task, images, actions, success
 
 
 def demonstrations(episodes: Iterable[tuple], every: int = 1) -> dict[str, np.ndarray]:
     """What is seen and the next 8 actions, a row for each image: {"image": uint8 (N, S, S, 3),
     "task": int64 (N,), "actions": float64 (N, 8, 7) in LIBERO's convention}."""
     data = {"image": [], "task": [], "actions": []}
-    for task, images, actions in episodes:
+    for task, images, actions, _ in episodes:
         padded = np.concatenate([actions, [STILL] * CHUNK])
         data["image"] += list(images)
         data["task"] += [task] * len(images)
@@ -128,9 +140,11 @@ def run(s: Settings) -> None:
         raise ValueError(f"--crop {' '.join(map(str, s.crop))}: give top, left and side")
     if s.suite.startswith("tabletop") and (s.tasks or s.crop or s.size != 64):
         raise ValueError("--tasks, --size and --crop are LIBERO's; give --suite")
-    if not s.out or Path(s.out).exists() and any(Path(s.out).iterdir()):
-        taken = f"; {s.out} is not empty" if s.out else ""
-        raise ValueError(f"--out must be a new folder for the policy{taken}")
+    for name, folder in (("out", s.out), ("record", s.record)):
+        if name == "out" and not folder or Path(folder or "-").exists() and any(
+                Path(folder).iterdir()):
+            taken = f"; {folder} is not empty" if folder else ""
+            raise ValueError(f"--{name} must be a new folder{taken}")
     import torch
 
     from robots.tiny_vla import TinyVLA
@@ -141,14 +155,15 @@ def run(s: Settings) -> None:
     Path(s.out).mkdir(parents=True, exist_ok=True)      # as is a folder
     noted = {"num_trajectories": s.demos * len(suite.tasks)}
     if s.suite.startswith("tabletop"):
-        data, key = demonstrations(tabletop_episodes(s.demos, suite=s.suite)), s.suite
+        episodes, every, key = tabletop_episodes(s.demos, suite=s.suite), 1, s.suite
         more = f" --suite {s.suite}"
     else:
-        data = demonstrations(libero_episodes(s, suite.tasks, every=2), every=2)
+        episodes, every = libero_episodes(s, suite.tasks, every=2), 2
         key, everything = f"{s.suite}_no_noops", s.split == "all"
         noted |= {"fast_sim": s.fast_sim} | ({"split": "all"} if everything else {})
         more = (f" --suite {s.suite} --tasks {' '.join(map(str, suite.tasks))}"
                 + " --fast_sim" * s.fast_sim + " --split all" * everything)
+    data = demonstrations(recorded(episodes, s.record, suite.instructions, every), every)
     policy = fine_tune(data, s, key, suite.instructions, **noted)
     policy.save_pretrained(s.out)
     print(f"wrote {s.out}; measure it: python eval.py vla --checkpoint {s.out}{more}")

@@ -698,6 +698,7 @@ class PowerCut(BaseException):
     [
         (4, PowerCut, ()),
         (5, PowerCut, ("--references", "3")),
+        (5, PowerCut, ("--pool", "place")),
         (3, KeyboardInterrupt, ()),
         (6, KeyboardInterrupt, ()),
     ],

@@ -131,6 +131,23 @@ def test_one_latent_per_rollout_not_per_group(small):
     )
 
 
+def test_pooled_by_place_every_patch_keeps_its_own_mean_over_time(small):
+    videos, c = list(squares(5)), small.config
+    place = wm.WorldModel(small.model, "exact", device="cpu", batch_size=2, pool="place")
+    tokens = small.model.encoder(small.pixels(videos)).last_hidden_state
+    side, moments = c.crop_size // c.patch_size, c.frames_per_clip // c.tubelet_size
+    naive = torch.zeros(5, side, side, c.hidden_size)
+    for t, y, x in itertools.product(range(moments), range(side), range(side)):
+        naive[:, y, x] += tokens[:, (t * side + y) * side + x] / moments
+    got = place.encode(videos)
+    assert got.shape == (5, place.width)
+    torch.testing.assert_close(got, naive.flatten(1), atol=1e-5, rtol=0)
+    mean = got.view(5, side * side, -1).mean(1)
+    torch.testing.assert_close(mean, small.encode(videos), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="pool"):
+        wm.WorldModel(small.model, "exact", device="cpu", pool="most")
+
+
 def test_batch_size_and_neighbours_do_not_matter(small):
     videos = [v[:t] for v, t in zip(squares(7), (1, 4, 8, 9, 2, 9, 5), strict=True)]
     alone = torch.cat([small.encode([v]) for v in videos])

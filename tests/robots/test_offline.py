@@ -24,7 +24,7 @@ from tests.test_vla_srpo import metrics, settings, tiny_policy
 
 class Grey:
     """A world model whose latent is the mean grey level of the last frame."""
-    model, config, batch_size = torch.nn.Linear(1, 1), "grey", 2
+    model, config, batch_size, pool = torch.nn.Linear(1, 1), "grey", 2, "clip"
     progress = vla_srpo.world_model.WorldModel.progress
     paper_progress = vla_srpo.world_model.WorldModel.paper_progress
     distances = vla_srpo.world_model.WorldModel.distances
@@ -307,6 +307,8 @@ def test_resume_is_bitwise(monkeypatch, tmp_path, data, capsys):
 @pytest.mark.parametrize("argv, words", [
     (["offline"], "offline needs --data"),
     (["--data", "x"], "--data is for: python vla_srpo.py offline"),
+    (["--data", "x", "--references", "4", "--world_model", "oracle"], "--data is for: python"),
+    (["--data", "nowhere", "--references", "4"], "--data nowhere: a folder of .npz files"),
     (["online"], "no command 'online'; there are offline"),
     (["offline", "--data", "nowhere"], "--data nowhere: a folder of .npz files"),
     (["offline", "--data", "x", "--world_model", "oracle"], "for rollouts, not for offline"),

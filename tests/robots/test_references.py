@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
 import rewards
 from robots.references import Oracle, References
 from robots.suite import Episode, Start
+from robots.trajectories import Trajectory, save
 
 
 def test_the_last_successes_of_each_task_are_kept():
@@ -35,6 +37,34 @@ def test_failures_are_measured_by_earlier_successes_as_if_they_were_of_the_batch
     assert record.fallbacks == {} and len(record.distances) == 12
     alone, record = rewards.progress_reward(h, success, task)
     assert record.fallbacks == {1: ["no_success"]} and (alone[task == 1] == 0).all()
+
+
+class Brightness:
+    """Stands where a world model stands."""
+
+    def encode(self, videos):
+        if any(len(video) > 9 for video in videos):
+            raise ValueError("videos[0] is too long")
+        return torch.tensor([[float(video.mean())] for video in videos])
+
+
+def grey(value, instruction, success=True, frames=2):
+    images = np.full((frames, 4, 4, 3), value, np.uint8)
+    return Trajectory(instruction, success, images, np.zeros((8 * frames, 7)))
+
+
+def test_logged_successes_are_the_first_references(tmp_path):
+    logged = [grey(10, "b"), grey(20, "a"), grey(30, "b"), grey(40, "a", False), grey(50, "c")]
+    for i, trajectory in enumerate(logged):
+        save(tmp_path / f"{i}.npz", trajectory)
+    memory = References(2, 8, 1)
+    assert memory.add_logged(str(tmp_path), "", ("a", "b"), Brightness()) == 3
+    assert {t: h.ravel().tolist() for t, h in memory.latents().items()} == {0: [20], 1: [10, 30]}
+    with pytest.raises(ValueError, match="5 trajectories, none of them a success of these tasks"):
+        memory.add_logged(str(tmp_path), "", ("d",), Brightness())
+    save(tmp_path / "long.npz", grey(1, "a", frames=10))
+    with pytest.raises(ValueError, match=f"--data {tmp_path}: videos.0. is too long"):
+        memory.add_logged(str(tmp_path), "", ("a",), Brightness())
 
 
 def test_the_oracle_ranks_failures_by_true_progress():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from robots import trajectories
 from robots.openvla import from_env_actions, to_env_actions
 from robots.policy import load_policy
 from robots.tabletop import TASKS, Expert, Tabletop
@@ -53,12 +54,19 @@ def test_demonstrations_and_fine_tuning():
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     argv = ["--demos", "1", "--steps", "3", "--threads", "1", "--out", "policy"]
-    assert demonstrate.main(argv) == 0
+    assert demonstrate.main([*argv, "--record", "demos"]) == 0
     assert "python eval.py vla --checkpoint policy" in capsys.readouterr().out
     assert load_policy("policy").config["size"] == 64
+    videos, success, said = trajectories.videos("demos")
+    played = list(demonstrate.tabletop_episodes(1))
+    assert said.tolist() == list(TASKS["tabletop"])
+    for (_, images, _, won), video, flagged in zip(played, videos, success, strict=True):
+        np.testing.assert_array_equal(images, video)
+        assert won == flagged
 
 
 @pytest.mark.parametrize("argv, words", [
+    ("--out x --record .", "--record must be a new folder; . is not empty"),
     ("", "--out must be a new folder"), ("--out .", ". is not empty"),
     ("--out x --demos 0", "--demos must be at least 1"),
     ("--out x --lr nan", "--lr must be positive"), ("--out x --suite libero_goal", "libero_goal"),
