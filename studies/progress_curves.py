@@ -10,6 +10,7 @@ paper   over growing windows, a success against its own whole video, a failure a
     python -m studies.progress_curves                       # the simulator's expert -> progress.png
     python -m studies.progress_curves compare               # trained, random weights, mean pixels
     python -m studies.progress_curves compare --policy weights/tiny_vla     # on its own rollouts
+    python -m studies.progress_curves compare --suite tabletop_long --policy FOLDER --data FOLDER
     python -m studies.progress_curves --curves paper --data FOLDER_OR_ID \\
         --model facebook/vjepa2-vitg-fpc64-384 --out curves.png
 
@@ -19,6 +20,7 @@ import sys
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -35,7 +37,8 @@ COMMANDS = ("draw", "compare")
 class Settings:
     stage: str = flag("draw", "draw the curves, or compare with random weights and mean pixels",
                       choices=COMMANDS)
-    data: str = flag("", "logged trajectories; without them the simulator is played")
+    data: str = flag("", "logged trajectories; without them the simulator is played; with "
+                         "--policy their successes are references, as in vla_srpo.py")
     policy: str = flag("", "compare: a folder; its sampled rollouts on the tabletop, and how "
                            "their failures are ranked")
     suite: str = flag("tabletop", "of --policy", choices=["tabletop", "tabletop_long"])
@@ -86,14 +89,15 @@ def policy_rollouts(folder: str | Path, suite: str, states: int, rollouts: int,
 
 
 def ranking(latents: np.ndarray, success: np.ndarray, task: np.ndarray, group: np.ndarray,
-            progress: np.ndarray) -> tuple[float, float]:
-    """Of the groups' rewards under a world model (latents (N, D), the others (N,)): Spearman's
-    correlation of failures' rewards with their true progress, mean over groups in which three or
-    more differ; share of groups with two different rewards."""
+            progress: np.ndarray, earlier: dict | None = None) -> tuple[float, float]:
+    """Of the groups' rewards under a world model (latents (N, D), the others (N,), earlier as in
+    rewards.py): Spearman's correlation of failures' rewards with their true progress, mean over
+    groups in which three or more differ; share of groups with two different rewards."""
     from scipy.stats import spearmanr
 
     from rewards import progress_reward
-    reward, groups = progress_reward(latents, success, task)[0], np.unique(group)
+    reward = progress_reward(latents, success, task, earlier=earlier)[0]
+    groups = np.unique(group)
     lost = [np.flatnonzero((group == g) & ~success) for g in groups]
     within = [spearmanr(reward[i], progress[i])[0] for i in lost
               if len(i) > 2 and np.ptp(reward[i]) and np.ptp(progress[i])]
@@ -129,8 +133,8 @@ def study(s: Settings) -> None:
     compare = s.stage == "compare"
     if not compare and not Path(s.out).absolute().parent.is_dir():
         raise ValueError(f"--out {s.out}: there is no such folder; make it, or choose another")
-    if s.policy and (s.data or not compare or s.curves == "paper"):
-        raise ValueError("--policy is for compare, without --data or --curves paper")
+    if s.policy and (not compare or s.curves == "paper"):
+        raise ValueError("--policy is for compare, without --curves paper")
     if s.policy:
         played = policy_rollouts(s.policy, s.suite, 8, 8, s.seed)
         videos, success = [e.clip for e in played], np.array([e.success for e in played])
@@ -145,6 +149,8 @@ def study(s: Settings) -> None:
     from transformers import VJEPA2Model
     from transformers.utils import logging
 
+    from robots.references import Oracle, References
+    from robots.tabletop import TASKS
     from world_model import SHIPPED, PixelModel, WorldModel, separation
     logging.disable_progress_bar()
     logging.set_verbosity_error()           # of a damaged checkpoint transformers prints a table
@@ -152,24 +158,34 @@ def study(s: Settings) -> None:
     models = {"trained": trained}
     if compare:
         torch.manual_seed(s.seed)
-        random = WorldModel(VJEPA2Model(trained.config), trained.resize, batch_size=32)
-        models |= {"random weights": random, "pixels": PixelModel(trained)}
-    rows = {name: (model.encode(videos).numpy(), model) for name, model in models.items()}
+        random, how = VJEPA2Model(trained.config), (trained.resize, None, None, 32)
+        models |= {"trained, places": WorldModel(trained.model, *how, "place"),
+                   "random weights": WorldModel(random, *how),
+                   "random, places": WorldModel(random, *how, "place"),
+                   "pixels": PixelModel(trained)}
     print(f"{len(videos)} rollouts, {success.sum()} successes; {s.curves} curves, means over tasks")
     columns = ["nearer", *(("within", "contrast") if s.policy else ())]
     if s.policy:
-        last = models["pixels"].encode([video[-1:] for video in videos]).numpy()
-        rows |= {"last frame": (last, None), "true progress": (progress[:, None], None)}
+        models |= {"last frame": SimpleNamespace(
+            encode=lambda videos: models["pixels"].encode([video[-1:] for video in videos]),
+            width=models["pixels"].width), "true progress": Oracle()}
         both = [len(set(success[group == g])) == 2 for g in np.unique(group)]
         print(f"groups of 8 with contrast under 0/1 rewards: {np.mean(both):.3f}")
     print(f"{'':15}" + "".join(f"{name:>9}" for name in columns)
           + "".join(f"{name:>13}" for name in MEASURES))
-    for name, (latents, model) in rows.items():
+    for name, model in models.items():
+        oracle = name == "true progress"
+        latents = (model.latents(played) if oracle else model.encode(videos)).numpy()
         numbers = [separation(latents, success, task)]
         if s.policy:
-            numbers += ranking(latents, success, task, group, progress)
+            memory = References.solved(4) if oracle else References(4, 64, model.width)
+            if s.data and not oracle:
+                memory.add_logged(s.data, s.camera, TASKS[s.suite], model)
+            earlier = memory.latents() if s.data else None
+            numbers += ranking(latents, success, task, group, progress, earlier)
         line = f"{name:15}" + "".join(f"{x:9.3f}" for x in numbers)
-        if model:
+        # nan: no task has two successes and a failure, which the curves need as well
+        if isinstance(model, WorldModel) and not (s.policy and np.isnan(numbers[0])):
             curves = progress_curves(videos, success, task, model, s.curves)
             line += "".join(f"{x:13.3f}" for x in benchmark(curves).values())
         print(line)

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import world_model as wm
+from robots.tabletop import TASKS
 from robots.trajectories import Trajectory, save
 from studies import progress_curves as pc
+from studies.demonstrate import recorded, tabletop_episodes
 from tests.test_world_model import squares
 
 
@@ -106,29 +108,38 @@ def test_draw(rollouts, tmp_path, capsys, kind):
 def test_compare(rollouts, capsys):
     assert pc.main(["compare", "--data", rollouts]) == 0
     out = capsys.readouterr().out
-    rows = [line for line in out.splitlines() if re.match("trained|random weights|pixels", line)]
-    assert len(rows) == 3 and "nan" not in out
+    rows = [line for line in out.splitlines() if re.match("trained|random|pixels", line)]
+    assert len(rows) == 5 and "nan" not in out
     assert all(len(re.findall(r"-?\d+\.\d{3}", row)) == 1 + len(pc.MEASURES) for row in rows)
 
 
 @pytest.mark.slow
-def test_compare_on_a_policy_s_rollouts(capsys, monkeypatch):
-    """True progress is the ceiling; what is played is the same for a seed."""
-    play, asked = pc.policy_rollouts, []
+def test_compare_on_a_policy_s_rollouts(capsys, monkeypatch, tmp_path):
+    """True progress is the ceiling; with demonstrations for references every group is shaped."""
+    play, asked, played = pc.policy_rollouts, [], []
 
     def few(policy, suite, states, rollouts, seed):
         asked.append((policy, suite, states, rollouts, seed))
-        return play(policy, suite, 2, rollouts, seed)
+        played.extend([] if played else play(policy, suite, 2, rollouts, seed))
+        return played
     monkeypatch.setattr(pc, "policy_rollouts", few)
     policy = str(wm.SHIPPED.with_name("tiny_vla"))
     assert pc.main(["compare", "--policy", policy, "--seed", "3"]) == 0
     out = capsys.readouterr().out
     assert asked == [(policy, "tabletop", 8, 8, 3)] and out.startswith("64 rollouts")
-    rows = {line[:15].strip(): [float(x) for x in line[15:].split()] for line in out.splitlines()
-            if re.match("trained|random weights|pixels|last frame|true progress", line)}
-    assert len(rows) == 5 and rows["true progress"][:2] == [1, 1]
+    def read(out):
+        return {line[:15].strip(): [float(x) for x in line[15:].split()]
+                for line in out.splitlines()
+                if re.match("trained|random|pixels|last frame|true progress", line)}
+    rows = read(out)
+    assert len(rows) == 7 and rows["true progress"][:2] == [1, 1]
     assert all(-1 <= row[1] < 1 for name, row in rows.items() if name != "true progress")
     assert len(rows["trained"]) == 3 + len(pc.MEASURES) and len(rows["last frame"]) == 3
+    list(recorded(tabletop_episodes(1), tmp_path, TASKS["tabletop"]))
+    assert pc.main(["compare", "--policy", policy, "--data", str(tmp_path)]) == 0
+    demonstrated = read(capsys.readouterr().out)
+    assert all(row[2] >= rows[name][2] for name, row in demonstrated.items())
+    assert demonstrated["pixels"][1] != rows["pixels"][1]
 
 
 def test_help_needs_no_torch():
