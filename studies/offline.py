@@ -51,7 +51,7 @@ def compare(vla_srpo, flags: list[str], seeds: int, jobs: int, out: Path) -> str
         argv = ["offline", "--steps", "6", "--eval_every", "0", *WEIGHTS[name][1], *flags, "--data",
                 str(out / "data" / folder), "--seed", str(seed), "--threads", "1",
                 "--workers", "1", "--out", str(here)]
-        if not runs.finished(vla_srpo, here, argv, "after.json"):
+        if not runs.finished(vla_srpo, here, argv):
             todo.append((here, argv))
     for number, (name, how) in enumerate(POLICIES.items() if todo else ()):
         folder, policy = out / "data" / name, vla_srpo.WEIGHTS / "tiny_vla"

@@ -73,7 +73,7 @@ def ablation(reflection_srpo, flags: list[str], seeds: int, jobs: int, out: Path
         jobs = [(out / f"{name}-{seed}", command(name, seed, flags, out))
                 for seed in seeds for name in names]
         return [job for job in jobs if not runs.finished(
-            reflection_srpo, *job, "after.json" if job[1][0] == "rl" else "policy")]
+            reflection_srpo, *job, "" if job[1][0] == "rl" else "policy")]
     needed = [seed for seed in range(seeds) if left(RUNS, [seed])]      # whose starts are, too
     runs.run_all(reflection_srpo, [left(["base"], needed), left(["plain_sft", "reflection_sft"],
                                                                 needed), left(RUNS, needed)], jobs)

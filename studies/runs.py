@@ -15,13 +15,15 @@ import numpy as np
 
 from plumbing.files import read_json
 from plumbing.flags import Parser, ending, read_command, require
+from plumbing.plots import read_metrics
 
 ROOT = Path(__file__).parents[1]
 
 
-def finished(script, folder: Path, argv: list[str], ended: str) -> bool:
-    """Whether a run of a script, a module, has ended: a file of this name is there. ValueError if
-    what stands in the folder was made with other settings."""
+def finished(script, folder: Path, argv: list[str], ended: str = "") -> bool:
+    """Whether a run of a script, a module, has ended: a file of this name is there, or, without a
+    name, the row of its last step. ValueError if what stands in the folder was made with other
+    settings."""
     if not (folder / "settings.json").exists():
         return False
     saved, s = read_json(folder / "settings.json"), read_command(
@@ -33,7 +35,9 @@ def finished(script, folder: Path, argv: list[str], ended: str) -> bool:
         if name not in script.FREE | {"model", "out"} and saved.get(name, value) != value:
             raise ValueError(f"{folder} was made with --{name} {saved.get(name)}, not {value}; "
                              "choose another --out")
-    return (folder / ended).exists()
+    if ended or not (folder / "metrics.jsonl").exists():
+        return bool(ended) and (folder / ended).exists()
+    return bool(rows := read_metrics(folder / "metrics.jsonl")) and rows[-1]["step"] >= s.steps
 
 
 def run_all(script, stages: list[list[tuple[Path, list[str]]]], jobs: int) -> None:
