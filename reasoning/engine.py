@@ -113,17 +113,18 @@ def engine_of(path: str | Path, processor: Processor, s) -> Engine | None:
 
 def completer(s, device: str, temperature: float = 0.0) -> Callable:
     """The model of settings s by the engine they name, for who does not train: (images, texts) ->
-    completions, as `qwen.complete`. ValueError, one line, if it cannot be loaded."""
-    if s.engine != "vllm":
+    completions, as `qwen.generate`. ValueError, one line, if it cannot be loaded."""
+    if s.engine == "vllm":
+        processor = Processor(s.model)
+        context = min(processor.context, PROMPT + s.max_new_tokens)
+        generate = Engine(s.model, processor, s, context).generate
+    else:
         model, processor = qwen.load_vlm(s.model, getattr(torch, s.dtype), device)
-        return partial(qwen.complete, model, processor, max_new_tokens=s.max_new_tokens,
-                       temperature=temperature)
-    processor = Processor(s.model)
-    engine = Engine(s.model, processor, s, min(processor.context, PROMPT + s.max_new_tokens))
+        generate = partial(qwen.generate, model, processor)
 
     def complete(images: list[list[Image.Image]], texts: list[str]) -> list[Completion]:
         prompts = [processor.prompt(*turn) for turn in zip(images, texts, strict=True)]
-        return engine.generate(prompts, s.max_new_tokens, temperature)
+        return generate(prompts, s.max_new_tokens, temperature)
     return complete
 
 

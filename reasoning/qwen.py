@@ -187,13 +187,6 @@ def generate(model, processor: Processor, prompts: list[Prompt], max_new_tokens:
             for row, text in zip(ids, texts)]
 
 
-def complete(model, processor: Processor, images: list[list[Image.Image]], texts: list[str],
-             max_new_tokens: int, temperature: float = 0.0) -> list[Completion]:
-    """`generate` from pictures and text."""
-    prompts = [processor.prompt(*turn) for turn in zip(images, texts)]
-    return generate(model, processor, prompts, max_new_tokens, temperature)
-
-
 def once(prompts: list[Prompt]) -> tuple[list[Prompt], Tensor]:
     """Every prompt once, however many completions share the object; (B,) which of them is whose."""
     number: dict[int, int] = {}

@@ -291,7 +291,8 @@ def test_both_stages_end_to_end(finished):
         and "(format" in printed
     )
     model, processor = qwen.load_vlm(out / "policy")  # a checkpoint like any other
-    assert qwen.complete(model, processor, [[]], ["to a2 in 5 plain ?"], 4)[0].tokens <= 4
+    prompt = processor.prompt([], "to a2 in 5 plain ?")
+    assert qwen.generate(model, processor, [prompt], 4)[0].tokens <= 4
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import time
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -664,13 +665,13 @@ def command(monkeypatch, tmp_path):
 
     def load_vlm(path, dtype, device):
         loaded.append((path, str(dtype), device))
-        return "model", "processor"
+        return "model", SimpleNamespace(prompt=lambda images, text: (images, text))
 
-    def complete(vlm, processor, images, prompts, max_new_tokens, temperature=0.0):
-        assert (vlm, processor, temperature) == ("model", "processor", 0.0) and max_new_tokens >= 1
-        return model(images, prompts)
+    def generate(vlm, processor, prompts, max_new_tokens, temperature):
+        assert (vlm, temperature) == ("model", 0.0) and max_new_tokens >= 1
+        return model(*zip(*prompts))
     monkeypatch.setattr(qwen, "load_vlm", load_vlm)
-    monkeypatch.setattr(qwen, "complete", complete)
+    monkeypatch.setattr(qwen, "generate", generate)
     parser = argparse.ArgumentParser()
     benchmarks.add_arguments(parser)
 
@@ -706,8 +707,8 @@ def test_run_mmmu_pro_pools_its_halves(command, tmp_path, monkeypatch):
     write_parquet(tmp_path / "hub" / "vision" / "test-0.parquet", MMMU_VISION, [row])
     write_parquet(tmp_path / "hub" / "standard (10 options)" / "test-0.parquet", MMMU_STANDARD,
                   [mmmu("test_Art_1", "Question 1? <image 1>", ["x", "y"], "A", {1: png()})])
-    monkeypatch.setattr(qwen, "complete",
-                        lambda *given, **how: [Completion("\\boxed{B}") for _ in given[3]])
+    monkeypatch.setattr(qwen, "generate",
+                        lambda *given: [Completion("\\boxed{B}") for _ in given[2]])
     command.out.mkdir()
     (command.out / "result.json").write_text('{"mathvista": {"kept": true}}')
     command("--benchmark", "mmmu-pro-standard", "mmmu-pro-vision", "--prompt", "plain",

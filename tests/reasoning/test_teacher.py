@@ -897,10 +897,10 @@ def test_command_with_a_server(base, tmp_path, monkeypatch):
     asked is rejected, and named."""
     said = qwen.Completion(torch.tensor([1]), "<think>one</think><answer>a1</answer>", False)
 
-    def complete(model, processor, images, texts, max_new_tokens, temperature):
-        return [said for turn in zip(images, texts) if processor.prompt(*turn)]
+    def generate(model, processor, prompts, max_new_tokens, temperature):
+        return [said for _ in prompts]
 
-    monkeypatch.setattr(qwen, "complete", complete)
+    monkeypatch.setattr(qwen, "generate", generate)
     arrows.main(["--out", str(tmp_path / "data"), "--rows", "4"])
     path, out = tmp_path / "data" / "rows.jsonl", tmp_path / "out"
     rows = lines(path)
