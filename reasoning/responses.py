@@ -5,7 +5,7 @@
 3. `REWARDS`: what a response earns.
 4. `behaviour`, `evaluate`, `table`: what the policy does on average, with intervals.
 """
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -52,17 +52,17 @@ def encode(rows: list[Row], s, processor: qwen.Processor) -> list[qwen.Prompt]:
             for row in rows]
 
 
-def micro_batches(batch: Batch, rows: list[int], s) -> Iterator[list[int]]:
-    """Some rows' numbers within --micro_tokens, padding included. Of these so many are in
-    completions, whose logits are what costs, as where every row is as long as a row can be."""
+def split(batch: Batch, s) -> Callable[[Tensor], Iterator[list[int]]]:
+    """Rows' numbers -> some at a time, of like lengths, within --micro_tokens, padding included. Of
+    these so many are in completions, whose logits are what costs, as where every row is as long as
+    a row can be."""
     longest, response, least = s.max_prompt + s.max_new_tokens, s.max_new_tokens, 0
     if s.stage == "sft":                    # where a row may be nearly all response
         longest, response, least = s.max_length, max(1, s.max_length - s.max_prompt), s.max_length
     budget = int(max(1.0, s.micro_tokens / longest) * response)
-    owner, lengths = batch.owner, batch.lengths
-    for part in qwen.micro_batches([owner[i] for i in rows], [lengths[i] for i in rows],
-                                   s.micro_tokens, max(budget, least)):
-        yield [rows[i] for i in part]
+    owner, lengths = torch.tensor(batch.owner), torch.tensor(batch.lengths)
+    return lambda rows: (rows[part].tolist() for part in qwen.micro_batches(
+        owner[rows].tolist(), lengths[rows].tolist(), s.micro_tokens, max(budget, least)))
 
 
 def generate(model, processor: qwen.Processor, prompts: list[qwen.Prompt], s,
@@ -91,7 +91,7 @@ def logprobs(model, processor: qwen.Processor, batch: Batch, part: list[int],
 def frozen_logprobs(model, processor: qwen.Processor, batch: Batch, s) -> list[Tensor]:
     """Log-probabilities of each response (n_i,), by a model whose weights are whole."""
     rows: list = [None] * len(batch.completions)
-    for part in micro_batches(batch, list(range(len(rows))), s):
+    for part in split(batch, s)(torch.arange(len(rows))):
         logp, _, _ = logprobs(model, processor, batch, part, s.temperature)
         for i, row in zip(part, logp):
             rows[i] = row[:len(batch.completions[i])]
@@ -106,11 +106,6 @@ def chosen_rows(prompts: list[qwen.Prompt], completions: list[qwen.Completion],
     sampled = [completions[i].logp for i in some]
     return Batch([prompts[i] for i in some], [completions[i].ids for i in some],
                  advantages[some], len(rows), None if sampled[0] is None else sampled)
-
-
-def split(batch: Batch, s):
-    """Rows -> micro-batches of like lengths, within --micro_tokens."""
-    return lambda rows: micro_batches(batch, rows.tolist(), s)
 
 
 def padded(rows: list[Tensor] | None, part: list[int]) -> Tensor | None:
