@@ -241,7 +241,8 @@ def train(run: Run, parts: Parts, rows: list[Row], heldout: list[Row],
             [tokens for _, tokens in batch.lengths[:batch.rows]]))      # of all ranks
         count = len(lengths)
         updates = s.epochs * math.ceil(count / (s.minibatch or count or 1))
-        old = r.old_logprobs(model, processor, batch, s, updates)
+        # Of the policy that sampled; one update's own serve: it starts at ratio 1
+        old = r.frozen_logprobs(model, processor, batch, s) if updates > 1 else None
         ref = r.reference_logprobs(model, parts.reference, processor, batch, s)
         for chosen in update.minibatches(
                 batch.rows, s.epochs, s.minibatch, batch.owner):

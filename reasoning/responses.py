@@ -89,12 +89,13 @@ def logprobs(model, processor: qwen.Processor, batch: Batch, part: list[int],
 
 @torch.no_grad()
 def frozen_logprobs(model, processor: qwen.Processor, batch: Batch, s) -> list[Tensor]:
-    """Log-probabilities of each response (n_i,), by a model whose weights are whole."""
+    """Log-probabilities of each response (n_i,), with whole weights on every rank."""
     rows: list = [None] * len(batch.completions)
-    for part in split(batch, s)(torch.arange(len(rows))):
-        logp, _, _ = logprobs(model, processor, batch, part, s.temperature)
-        for i, row in zip(part, logp):
-            rows[i] = row[:len(batch.completions[i])]
+    with ranks.whole_weights(model):
+        for part in split(batch, s)(torch.arange(len(rows))):
+            logp, _, _ = logprobs(model, processor, batch, part, s.temperature)
+            for i, row in zip(part, logp):
+                rows[i] = row[:len(batch.completions[i])]
     return rows
 
 
@@ -116,17 +117,9 @@ def padded(rows: list[Tensor] | None, part: list[int]) -> Tensor | None:
 def weighted(batch: Batch, part: list[int], logp: Tensor, old: Tensor | None, mask: Tensor, s
              ) -> tuple[Tensor, dict]:
     """Advantages of some rows, (B,), or (B, n) if another engine sampled them, and how far it is
-    from the trainer's (`engine.corrected`). old: as of `old_logprobs`."""
+    from the trainer's (`engine.corrected`). old: of the policy that sampled."""
     return corrected(batch.advantages[part].to(logp.device), logp if old is None else old,
                      padded(batch.sampled, part), mask, s.importance_cap)
-
-
-def old_logprobs(model, processor: qwen.Processor, batch: Batch, s, updates: float):
-    """Of the policy that sampled; None for one update, whose own serve: it starts at ratio 1."""
-    if updates <= 1:
-        return None
-    with ranks.whole_weights(model):
-        return frozen_logprobs(model, processor, batch, s)
 
 
 def reference_logprobs(model, reference, processor: qwen.Processor, batch: Batch, s):
