@@ -147,17 +147,12 @@ def paper(response: str, answer: str, processor: qwen.Processor, s,
     return record.without(*without)
 
 
-def outcome(response: str, answer: str, processor: qwen.Processor, s) -> rewards.ReflectionRecord:
-    """1 for a right final answer, nothing else."""
+def plain(form: float, right: float, response: str, answer: str, processor: qwen.Processor, s):
+    """`form` for --format's tags, `right` for a right final answer, nothing else: 0.5 and 0.5 are
+    what plain GRPO pays ("task"), 0 and 1 the "outcome"."""
     record = paper(response, answer, processor, s, without=PARTS)
-    return replace(record, accuracy=float(record.final_correct))
-
-
-def task(response: str, answer: str, processor: qwen.Processor, s) -> rewards.ReflectionRecord:
-    """What plain GRPO pays: 0.5 for --format's tags, 0.5 for a right final answer."""
-    record = paper(response, answer, processor, s, without=PARTS)
-    return replace(record, format=0.5 * rewards.format_holds(response, PATTERNS[s.format]),
-                   accuracy=0.5 * record.final_correct)
+    return replace(record, format=form * rewards.format_holds(response, PATTERNS[s.format]),
+                   accuracy=right * record.final_correct)
 
 
 def published(rule, response: str, answer: str, processor: qwen.Processor, s):
@@ -165,7 +160,7 @@ def published(rule, response: str, answer: str, processor: qwen.Processor, s):
     return rule(response, answer, verify=default_verify, count_tokens=processor.count)
 
 
-REWARDS = {"paper": paper, "outcome": outcome, "task": task,
+REWARDS = {"paper": paper, "task": partial(plain, 0.5, 0.5), "outcome": partial(plain, 0.0, 1.0),
            "openrlhf": partial(published, published_reward.openrlhf),
            "verl": partial(published, published_reward.verl),
            "no_effectiveness": partial(paper, without=("effectiveness",)),
