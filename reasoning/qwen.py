@@ -247,12 +247,6 @@ def to(device, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x.to(device) for name, x in inputs.items()}
 
 
-def completion_logits(model, inputs: dict, width: int) -> Tensor:
-    """Logits (R, W, V) at the last `width` columns, in the model's dtype; others never reach the
-    vocabulary."""
-    return model(**inputs, logits_to_keep=width, use_cache=False).logits
-
-
 def micro_batches(row: list[int], lengths: list[tuple[int, int]], budget: int,
                   completions: int | None = None) -> Iterator[list[int]]:
     """Numbers of completions in batches that `packed` makes at most `budget` tokens of, and at most

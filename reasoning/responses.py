@@ -82,7 +82,8 @@ def logprobs(model, processor: qwen.Processor, batch: Batch, part: list[int],
     """(log-probabilities, entropy, mask) of some rows' completion tokens, each (B, n)."""
     inputs, ids, place, mask = qwen.packed(
         model, processor, [batch.prompts[i] for i in part], [batch.completions[i] for i in part])
-    logits = qwen.completion_logits(model, inputs, ids.shape[1])                # (R, W, V)
+    # (R, W, V), in the model's dtype; other columns never reach the vocabulary
+    logits = model(**inputs, logits_to_keep=ids.shape[1], use_cache=False).logits
     logp, entropy = (x.flatten()[place] for x in grpo.token_logprobs(logits, ids, temperature))
     return logp, entropy, mask
 

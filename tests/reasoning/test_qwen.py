@@ -65,7 +65,7 @@ def test_packed_completions_have_the_log_probabilities_they_have_alone(loaded, p
     owners = [prompts[k] for k in (0, 2, 0, 3, 2, 1, 0)]
     inputs, ids, place, mask = vlm.packed(model, processor, owners, completions)
     assert len(ids) == 4 and mask.sum(1).tolist() == [len(c) for c in completions]
-    logits = vlm.completion_logits(model, inputs, ids.shape[1])
+    logits = model(**inputs, logits_to_keep=ids.shape[1], use_cache=False).logits
     together = grpo.token_logprobs(logits, ids)[0].flatten()[place]
     weight = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0)) * mask
     gradients = []
