@@ -151,7 +151,7 @@ from plumbing.update import Update
 from reasoning import arrows, qwen
 from reasoning import responses as r
 from reasoning import rows as data
-from reasoning.engine import engine_of
+from reasoning.engine import corrected, engine_of
 from reasoning.rows import Row
 
 ADAPTED = re.compile(r".*language_model.*\.(q|k|v|o|gate|up|down)_proj")
@@ -252,7 +252,9 @@ def train(run: Run, parts: Parts, rows: list[Row], heldout: list[Row],
                 logp, entropy, mask = r.logprobs(
                     model, processor, batch, part, s.temperature)               # (B, n)
                 old_part = r.padded(old, part)
-                weighted, gap = r.weighted(batch, part, logp, old_part, mask, s)
+                weighted, gap = corrected(
+                    batch.advantages[part], logp if old is None else old_part,
+                    r.padded(batch.sampled, part), mask, s.importance_cap)
                 loss, stats = grpo.policy_loss(
                     logp, old_part, weighted, mask, ref_logp=r.padded(ref, part),
                     clip=(s.clip_low, s.clip_high), beta=s.beta, aggregate=s.aggregate,

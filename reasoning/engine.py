@@ -135,6 +135,7 @@ def corrected(advantages: Tensor, logp: Tensor, sampled: Tensor | None, mask: Te
 
     logp (B, n): the trainer's, of the policy that sampled; sampled (B, n): the engine's, None where
     there was none, which changes nothing."""
+    advantages = advantages.to(logp.device)
     if sampled is None:
         return advantages, {}
     gap = (logp.detach() - sampled.to(logp.device)).masked_fill(~mask, 0.0)

@@ -21,7 +21,6 @@ from plumbing.flags import printable
 from plumbing.plots import PARTS, wilson
 from reasoning import published_reward, qwen
 from reasoning.answers import default_verify
-from reasoning.engine import corrected
 from reasoning.rows import PROMPTS, Row, pictures
 
 
@@ -113,14 +112,6 @@ def chosen_rows(prompts: list[qwen.Prompt], completions: list[qwen.Completion],
 def padded(rows: list[Tensor] | None, part: list[int]) -> Tensor | None:
     """Some of rows (n_i,), as (B, n)."""
     return None if rows is None else pad_sequence([rows[i] for i in part], batch_first=True)
-
-
-def weighted(batch: Batch, part: list[int], logp: Tensor, old: Tensor | None, mask: Tensor, s
-             ) -> tuple[Tensor, dict]:
-    """Advantages of some rows, (B,), or (B, n) if another engine sampled them, and how far it is
-    from the trainer's (`engine.corrected`). old: of the policy that sampled."""
-    return corrected(batch.advantages[part].to(logp.device), logp if old is None else old,
-                     padded(batch.sampled, part), mask, s.importance_cap)
 
 
 def reference_logprobs(model, reference, processor: qwen.Processor, batch: Batch, s):
