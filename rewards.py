@@ -213,11 +213,8 @@ def reflection_holds(response: str) -> bool:
 
 def inside(response: str, name: str) -> list[str]:
     """What stands in each <name>..</name>; linear, where a lazy regex is quadratic."""
-    texts, start = [], response.find(f"<{name}>")
-    while start >= 0 and (end := response.find(f"</{name}>", start)) >= 0:
-        texts.append(response[start + len(f"<{name}>"):end].strip())
-        start = response.find(f"<{name}>", end)
-    return texts
+    closed = (part.partition(f"<{name}>") for part in response.split(f"</{name}>")[:-1])
+    return [text.strip() for _, tag, text in closed if tag]
 
 
 def main() -> None:
