@@ -90,16 +90,15 @@ class _TokenLogprobs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_logp: Tensor | None, d_entropy: Tensor | None):
         logits, tokens, entropy = ctx.saved_tensors
-        if d_logp is None and d_entropy is None:
-            return None, None, None, None
+        if d_logp is None:
+            d_logp = torch.zeros_like(entropy)
         grad = torch.empty_like(logits)
         for i in range(0, len(logits), ctx.rows):
             s = slice(i, i + ctx.rows)
             z = logits[s].to(entropy.dtype) / ctx.temperature               # (rows, V)
             p = z.softmax(-1)
-            g = torch.zeros_like(p) if d_logp is None else p * -d_logp[s, None]
-            if d_logp is not None:                              # dlogp/dz = onehot - p
-                g.scatter_add_(-1, tokens[s, None], d_logp[s, None])
+            g = p * -d_logp[s, None]                            # dlogp/dz = onehot - p
+            g.scatter_add_(-1, tokens[s, None], d_logp[s, None])
             if d_entropy is not None:                           # dH/dz = -p (log p + H)
                 log_p = z.log_softmax(-1).clamp_(min=NEGATIVE)
                 g -= p * (log_p + entropy[s, None]) * d_entropy[s, None]
