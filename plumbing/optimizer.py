@@ -21,14 +21,9 @@ class MasterAdamW(torch.optim.Optimizer):
     must load the optimiser's state with them. offload: the state lives, and the step is computed,
     on the CPU; of those 112 GiB 28 stay on the GPU."""
 
-    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float,
-                 betas: tuple[float, float], offload: bool):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=1e-8))
-        self.offload = offload
-
     def home(self, p: Tensor) -> torch.device:
         """Where the state of a parameter lives."""
-        return torch.device("cpu") if self.offload else p.device
+        return torch.device("cpu") if self.defaults["offload"] else p.device
 
     @torch.no_grad()
     def step(self) -> None:
@@ -70,7 +65,8 @@ def make_optimizer(params_or_model: nn.Module | Iterable[Tensor], lr: float,
         raise ValueError("nothing to optimise: no parameter has requires_grad=True")
     if not 0 <= lr < math.inf:
         raise ValueError(f"lr must be a finite number >= 0, got {lr}")
-    return MasterAdamW(params, lr, weight_decay, betas, offload)
+    return MasterAdamW(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=1e-8,
+                                    offload=offload))
 
 
 @torch.no_grad()
