@@ -344,9 +344,15 @@ def work(run: Run) -> int:
         with whole(out / "base") as draft:
             arrows.tiny_vlm(draft)
     ranks.barrier()
-    if s.stage != "rl" and run.stage != "rl":
-        parts = load(run, base)
-        introduce(run, parts)
+    # From the folder, as a run that is resumed here: new adapters on merged weights
+    start = base if s.stage == "rl" else out / "sft"
+    cold = s.stage != "rl" and run.stage != "rl"
+    parts = load(run, base if cold else start)
+    total, trained = (sum(p.numel() for p in some) for some in (
+        parts.model.parameters(), ranks.trainable(parts.model).values()))
+    print(f"{total:,} parameters, {trained:,} of them trained, on {ranks.world_size()} "
+          f"x {parts.model.device.type}; results go to {out}/{run.where()}")
+    if cold:
         rows = (drawn(s, s.sft_rows, s.seed, s.target) if s.data in ARROWS
                 else read_rows(run, s.data, parts.processor))
         cold_start(run, parts, rows)
@@ -357,19 +363,8 @@ def work(run: Run) -> int:
         if s.stage == "sft":
             print(f"wrote {out}/policy/, {out}/sft.jsonl")
             return 0
-    # From the folder, as a run that is resumed here: new adapters on merged weights
-    start = base if s.stage == "rl" else out / "sft"
-    parts = load(run, start)
-    if run.stage == "rl" or s.stage == "rl":
-        introduce(run, parts)
+        parts = load(run, start)
     return reinforce(run, parts, start)
-
-
-def introduce(run: Run, parts: Parts) -> None:
-    total, trained = (sum(p.numel() for p in some) for some in (
-        parts.model.parameters(), ranks.trainable(parts.model).values()))
-    print(f"{total:,} parameters, {trained:,} of them trained, on {ranks.world_size()} "
-          f"x {parts.model.device.type}; results go to {run.out}/{run.where()}")
 
 
 def reinforce(run: Run, parts: Parts, start: str | Path) -> int:
