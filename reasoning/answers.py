@@ -1,8 +1,8 @@
 r"""The verifier, which is the training signal: does a response's answer equal the ground truth?
 
-By rule alone and without a clock, for training (`default_verify`) and benchmarks (`same`) alike. An
-answer is read whole or not at all: no number is picked out of a longer text, so 5\pi is not 5, nor
-are 7±1, "at least 7" and "7 or 8" 7. What is unread is wrong.
+By rule alone and without a clock, for training and benchmarks alike (`default_verify`). An answer
+is read whole or not at all: no number is picked out of a longer text, so 5\pi is not 5, nor are
+7±1, "at least 7" and "7 or 8" 7. What is unread is wrong.
   1. The answer is the last \boxed{}; without one, the whole text. Words may lead up to it ("Hence
      the area is"), without digits, negation or "or". Only a unit may follow.
   2. One spelling: $..$, text commands, LaTeX spacing, full-width characters, \dfrac, \frac12, √;
@@ -245,7 +245,7 @@ def equal(a: str, b: str) -> bool:
 @lru_cache(4096)                # a response's two answers are often one, and those of a group are
 def default_verify(prediction: str, answer: str) -> bool | None:
     r"""Whether the prediction equals the answer, as the top of this file says; None if the answer
-    is empty or NaN. What reasoning/responses.py and reasoning/teacher.py ask.
+    is empty or NaN. What responses.py, teacher.py and benchmarks.py ask.
 
     >>> [default_verify(p, "3/4") for p in (r"so $\boxed{0.75}$", r"\frac{3}{4}", "13/4", "")]
     [True, True, False, False]
@@ -259,11 +259,6 @@ def default_verify(prediction: str, answer: str) -> bool | None:
     if re.fullmatch(r"[A-Z]|\([A-Z]\)", truth):
         return truth.strip("()") in map(option, guesses)
     return any(equal(a, b) for a in guesses for b in truths if b == truth or re.search(r"\d", b))
-
-
-def same(answer: str, gold: str) -> bool:
-    """Whether an answer out of a response equals what a benchmark publishes: as in training."""
-    return default_verify(answer, gold) is True
 
 
 # Options, and answers out of a response
@@ -281,14 +276,15 @@ def option_letter(answer: str, options: list[str]) -> str | None:
     """The one option an answer names, by letter or, failing that, by text or value; None if that is
     none or several. Of options of one text, the first."""
     text = re.sub(r"^(?:option|choice) ", "", tidy(answer), flags=re.I)
-    names = tuple(normalise(str(each)) for each in options)
+    options = list(map(str, options))
+    names = tuple(map(normalise, options))
     letter = option(text, names)
     if letter and not (text.islower() and normalise(text) in names):
         names = names or LETTERS[:10]
         index = LETTERS.index(letter)
         return LETTERS[names.index(names[index])] if index < len(names) else None
     hits = {normalise(text)} & {*names} - {""} or {
-        name for name, each in zip(names, options, strict=True) if same(text, str(each))}
+        name for name, each in zip(names, options, strict=True) if default_verify(text, each)}
     return LETTERS[names.index(*hits)] if len(hits) == 1 else None
 
 

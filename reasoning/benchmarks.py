@@ -36,7 +36,7 @@ from plumbing.files import Journal, read_json, write_json
 from plumbing.flags import add_flags
 from plumbing.plots import wilson
 from reasoning import rows
-from reasoning.answers import LETTERS, extract, option_letter, quantity, same, tidy
+from reasoning.answers import LETTERS, default_verify, extract, option_letter, quantity, tidy
 from reasoning.flags import EngineSettings, check_engine
 
 # Those of training, "tagged" of its --prompt plain; "plain" is for models that know no tags
@@ -266,13 +266,13 @@ def is_right(question: Question, answer: str | None) -> bool:
         try:
             given, gold = (ast.literal_eval(text if text.startswith("[") else f"[{text}]")
                            for text in map(tidy, (answer, question.answer)))
-            return all(same(str(a), str(b)) for a, b in zip(given, gold, strict=True))
+            return all(default_verify(str(a), str(b)) for a, b in zip(given, gold, strict=True))
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             return False
     if question.kind == "float" and question.precision is not None and (read := quantity(answer)):
         # MathVista rounds to the truth's decimals. Its code also truncates for integers; not ours.
         answer = f"{round(float(read[0]), question.precision)} {read[1]}"
-    return same(answer, question.answer)
+    return bool(default_verify(answer, question.answer))
 
 
 # Running
