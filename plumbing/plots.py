@@ -147,11 +147,11 @@ def draw_panels(runs: dict[str, list[list[dict]]], out: str | Path,
                 panels: list[tuple[str, str, int]], columns: int = 2) -> None:
     """Panels (key of a row, title, steps to average over) against the step; a line and a band for
     each label: mean and range of its seeds."""
-    import matplotlib.pyplot as plt
-    plt.switch_backend("Agg")
+    from matplotlib.figure import Figure
     down = math.ceil(len(panels) / columns)
     size = (max(10, 3.4 * columns), 3.6 if columns == 2 else 2.8 * down)
-    figure, axes = plt.subplots(down, columns, figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(down, columns, squeeze=False)
     for panel, (key, title, window) in zip(axes.flat, panels):
         for i, (label, seeds) in enumerate(runs.items()):
             _draw(panel, seeds, key, window, f"C{i}", label)
@@ -164,7 +164,6 @@ def draw_panels(runs: dict[str, list[list[dict]]], out: str | Path,
     lines = axes.flat[0].get_legend_handles_labels()
     figure.legend(*lines, loc="outside upper center", ncols=len(runs), fontsize=8)
     figure.savefig(out, dpi=110)
-    plt.close(figure)
 
 
 def _draw(panel, seeds: list[list[dict]], key: str, window: int, color, label: str) -> None:

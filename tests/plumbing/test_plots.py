@@ -182,9 +182,19 @@ def test_mutations_are_one_line_or_harmless(tmp_path):
 # Curves
 
 
-def test_draw_curves(tmp_path, monkeypatch):
-    import matplotlib.pyplot as plt
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """The figures that are saved."""
+    from matplotlib.figure import Figure
 
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *out, **how: figures.append(self) or save(self, *out, **how)
+    )
+    return figures
+
+
+def test_draw_curves(tmp_path, drawn):
     rng = np.random.default_rng(0)
     seeds = []
     for n in (12, 12, 9):  # the third run is not finished
@@ -195,8 +205,6 @@ def test_draw_curves(tmp_path, monkeypatch):
                 rows[-1]["heldout"] = rng.random()
         seeds.append(rows)
     seeds[0][5]["success"] = None  # JSON's NaN
-    drawn = []
-    monkeypatch.setattr(plt, "close", drawn.append)
     runs = {"srpo": seeds, "binary": seeds[:1], "empty": [[{"step": 0}]]}
     plots.draw_curves(runs, tmp_path / "curve.png")
     with Image.open(tmp_path / "curve.png") as image:
@@ -216,16 +224,10 @@ def test_draw_curves(tmp_path, monkeypatch):
     np.testing.assert_allclose(success.lines[0].get_ydata(), smooth)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["srpo (3 seeds)", "binary (1 seed)"]
-    monkeypatch.undo()
-    plt.close(figure)
 
 
-def test_draw_reflection_curves(tmp_path, monkeypatch):
+def test_draw_reflection_curves(tmp_path, drawn):
     """A panel for each thing that the policy does, and each part of what it is paid."""
-    import matplotlib.pyplot as plt
-
-    drawn = []
-    monkeypatch.setattr(plt, "close", drawn.append)
     rows = [{f"heldout_{k}": 0.5 for k in plots.REFLECTION} | {"step": t} for t in (0, 1)]
     rows[1] |= {"reward": 1.0} | {f"part_{k}": 0.1 for k in plots.PARTS}
     plots.draw_reflection_curves({"paper": [rows]}, tmp_path / "curves.png")
@@ -234,8 +236,6 @@ def test_draw_reflection_curves(tmp_path, monkeypatch):
     assert len(panels) == len(plots.REFLECTION) + 1 + len(plots.PARTS) == 12
     assert panels["fix rate, held-out, greedy"].get_ylim() == (0, 1.02)
     assert panels["tokens, held-out, greedy"].get_ylim() != (0, 1.02)
-    monkeypatch.undo()
-    plt.close(figure)
 
 
 def test_no_torch_for_a_table():
