@@ -431,9 +431,8 @@ def run(s: argparse.Namespace) -> int:
     out, outcomes, results = Path(s.out), {}, {}
     path = out / "result.json"
     others = read_json(path) if path.exists() else {}
-    from plumbing import ranks
     from reasoning.engine import completer
-    complete = completer(s, s.device or ranks.device())
+    complete = completer(s, s.device)
     try:
         for name, source in zip(s.benchmark, data):
             outcomes[name] = evaluate(name, source, complete, s)

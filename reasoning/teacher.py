@@ -422,10 +422,9 @@ def load_model(s: Settings) -> Generate:
     texts are `Cut` where no end token came."""
     @cache
     def load() -> Callable:
-        from plumbing import ranks
         from reasoning.engine import completer
         try:
-            return completer(s, ranks.device(), s.temperature)
+            return completer(s, temperature=s.temperature)
         except ValueError as error:
             raise RuntimeError(error) from None         # no row is at fault
 
