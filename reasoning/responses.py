@@ -192,14 +192,13 @@ def behaviour(records: list[rewards.ReflectionRecord], completions: list[qwen.Co
 
 def evaluate(model, processor: qwen.Processor, rows: list[Row], s, engine=None) -> dict:
     """Greedy decoding of every row -> `behaviour`, with Wilson intervals of both accuracies."""
-    rows, records, completions = ranks.share(rows), [], []
+    rows, completions = ranks.share(rows), []
     for i in range(0, len(rows), s.rollout_batch):          # not all pictures in memory at once
-        some = rows[i:i + s.rollout_batch]
-        answers = generate(model, processor, encode(some, s, processor), s, 0.0, engine)
-        records += [REWARDS[s.reward](c.text, row.answer, processor, s)
-                    for c, row in zip(answers, some)]
-        completions += answers
-    records, completions = ranks.gather(records), ranks.gather(completions)
+        prompts = encode(rows[i:i + s.rollout_batch], s, processor)
+        completions += generate(model, processor, prompts, s, 0.0, engine)
+    records = ranks.gather([REWARDS[s.reward](c.text, row.answer, processor, s)
+                            for c, row in zip(completions, rows)])
+    completions = ranks.gather(completions)
     result, n = behaviour(records, completions, PATTERNS[s.format]), len(records)
     return result | {"rows": n} | {
         f"{name}_interval": wilson(round(result[f"{name}_accuracy"] * n), n)
