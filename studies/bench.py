@@ -67,7 +67,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 import grpo
 import reflection_srpo
 import vla_srpo
-from plumbing import adapters, plan, ranks
+from plumbing import plan, ranks
 from plumbing.files import Journal
 from plumbing.optimizer import make_optimizer
 from plumbing.update import Update
@@ -126,33 +126,24 @@ def build(case: Case, device: str, half: bool | None = None):
     weights in bf16; none: but on a CPU."""
     half = device != "cpu" if half is None else half
     torch.set_default_dtype(torch.bfloat16 if half and case.model not in VJEPA else torch.float32)
+    s = None
+    how = dict(lora_rank=case.lora_rank, gradient_checkpointing=case.gradient_checkpointing)
     with torch.device(device):
         if case.model in OPENVLA:
-            s = vla_srpo.Settings(minibatch=case.rows, micro_batch=case.rows,
-                                  lora_rank=case.lora_rank)
+            s, ready = vla_srpo.Settings(micro_batch=case.rows, **how), vla_srpo.ready
             text, dino, siglip = OPENVLA[case.model]
             text = {"vocab_size": 32064, "pad_token_id": openvla.PAD, **text}
             model = openvla.OpenVLA(openvla.TINY | {"text_config": text}, dino, siglip)
         elif case.model in QWEN:
             s = reflection_srpo.Settings(
-                max_prompt=320, max_new_tokens=case.length, rollout_batch=case.rows,
-                lora_rank=case.lora_rank, micro_tokens=case.rows * (320 + case.length))
-            config = qwen_config(*QWEN[case.model])
+                max_new_tokens=case.length, rollout_batch=case.rows, freeze_vision=True,
+                micro_tokens=10**9, **how)
+            config, ready = qwen_config(*QWEN[case.model]), reflection_srpo.ready
             model = transformers.Qwen2_5_VLForConditionalGeneration(config)
-            model.model.visual.requires_grad_(False)
         else:
-            config = transformers.VJEPA2Config(**VJEPA[case.model])
-            s, model = None, transformers.VJEPA2Model(config)
+            model = transformers.VJEPA2Model(transformers.VJEPA2Config(**VJEPA[case.model]))
     torch.set_default_dtype(torch.float32)
-    if case.lora_rank:          # all linear layers that train, but the head
-        layers = [name for name, m in model.named_modules() if "lm_head" not in name
-                  and isinstance(m, torch.nn.Linear) and m.weight.requires_grad]
-        adapters.add_adapters(model, layers, case.lora_rank, seed=0)
-    if case.gradient_checkpointing and case.model in OPENVLA:
-        model.set_gradient_checkpointing(True)
-    elif case.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return s, model
+    return s, model if s is None else ready(model, s)
 
 
 def qwen_config(text: dict, vision: dict):
