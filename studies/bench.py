@@ -56,6 +56,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from multiprocessing import active_children, get_context
 
 import numpy as np
@@ -112,11 +113,10 @@ class Work:
     """What is measured of a case. Each rollout and update is of n units."""
     rollout: Callable
     update: Callable | None     # None: nothing is trained
-    forward: Callable           # one pass, whose FLOPs are counted
+    forward: Callable           # one pass, whose FLOPs are counted; the loss, as policy_loss's
     frozen: Callable | None     # the part of it that has no backward pass
     unit: str
     n: int
-    loss: Callable | None = None    # of all of them in one pass
 
 
 # Models of random weights, on the device, in bf16 on a GPU and fp32 on the CPU
@@ -130,14 +130,13 @@ def build(case: Case, device: str, half: bool | None = None):
     how = dict(lora_rank=case.lora_rank, gradient_checkpointing=case.gradient_checkpointing)
     with torch.device(device):
         if case.model in OPENVLA:
-            s, ready = vla_srpo.Settings(micro_batch=case.rows, **how), vla_srpo.ready
+            s, ready = vla_srpo.Settings(**how), vla_srpo.ready
             text, dino, siglip = OPENVLA[case.model]
             text = {"vocab_size": 32064, "pad_token_id": openvla.PAD, **text}
             model = openvla.OpenVLA(openvla.TINY | {"text_config": text}, dino, siglip)
         elif case.model in QWEN:
             s = reflection_srpo.Settings(
-                max_new_tokens=case.length, rollout_batch=case.rows, freeze_vision=True,
-                micro_tokens=10**9, **how)
+                max_new_tokens=case.length, rollout_batch=case.rows, freeze_vision=True, **how)
             config, ready = qwen_config(*QWEN[case.model]), reflection_srpo.ready
             model = transformers.Qwen2_5_VLForConditionalGeneration(config)
         else:
@@ -176,28 +175,19 @@ def openvla_work(case: Case, s, policy) -> Work:
     act = policies.sampler(policy, s.temperature, "unit")
 
     def loss():
-        logp = policies.logprobs(policy, batch, torch.arange(n), s.temperature)
+        logp = policies.logprobs(policy, batch, torch.arange(n), s.temperature)     # (n, 56)
         return grpo.policy_loss(logp, *(x.to(logp.device) for x in (
-            batch.logp, batch.advantage, batch.mask)))[0]
+            batch.logp, batch.advantage, batch.mask)), clip=(s.clip_low, s.clip_high))
     return Work(lambda: act(frames.numpy(), batch.instructions),
-                lambda: update_policy(policy, optimizer, batch, s),
-                lambda: policy(*prompts, policy.pixel_values(batch.frames)), None, "chunks", n,
-                loss)
+                lambda: update(policy, optimizer, n, loss, s.max_norm), loss, None, "chunks", n)
 
 
-def update_policy(policy, optimizer, batch: policies.Batch, s) -> dict:
-    """One pass over a batch, as in step 4 of vla_srpo.py."""
-    update = Update(policy, optimizer, grpo.merge_stats, s.max_norm)
-    weight = grpo.trajectory_weights(batch.mask, batch.trajectory)
-    normalizer = grpo.loss_normalizer(batch.mask, "sequence", row_weight=weight)
-    for chosen in update.minibatches(batch.rows, 1, s.minibatch):
-        for part in update.micro_batches(chosen, torch.split, s.micro_batch):
-            logp = policies.logprobs(policy, batch, part, s.temperature)            # (B, 56)
-            old, advantage, mask, of_rollout = (x[part].to(logp.device) for x in (
-                batch.logp, batch.advantage, batch.mask, weight))
-            update.backward(*grpo.policy_loss(
-                logp, old, advantage, mask, clip=(s.clip_low, s.clip_high), aggregate="sequence",
-                row_weight=of_rollout, normalizer=normalizer))
+def update(model, optimizer, rows: int, loss: Callable, max_norm: float) -> dict:
+    """One on a batch in a single pass, as in step 4 of the scripts that train."""
+    update = Update(model, optimizer, grpo.merge_stats, max_norm)
+    for chosen in update.minibatches(rows, 1, 0):
+        for _ in update.micro_batches(chosen, lambda own: [own]):
+            update.backward(*loss())
         update.step()
     return update.summary()
 
@@ -219,44 +209,27 @@ def qwen_work(case: Case, s, model) -> Work:
     vocabulary = model.config.text_config.vocab_size
     completions = [torch.randint(50, vocabulary, (case.length,)) for _ in prompts]
     batch = responses.Batch(prompts, completions, torch.randn(case.rows), case.rows)
-    optimizer = make_optimizer(model, 1e-6)
-
-    def loss():
-        logp, _, mask = responses.logprobs(model, processor, batch, range(case.rows))
-        return grpo.policy_loss(logp, None, batch.advantages.to(logp.device), mask)[0]
+    optimizer, loss = make_optimizer(model, 1e-6), partial(loss_of, model, processor, batch, s)
 
     def tower():
         x = qwen.to(model.device, processor.batch(asked))
         model.model.get_image_features(x["pixel_values"], x["image_grid_thw"])
     return Work(lambda: responses.generate(model, processor, prompts, s, 1.0),
-                lambda: update_model(model, processor, optimizer, batch, s),
-                lambda: responses.logprobs(model, processor, batch, range(case.rows)), tower,
-                "response tokens", case.rows * case.length, loss)
+                lambda: update(model, optimizer, case.rows, loss, s.max_norm), loss, tower,
+                "response tokens", case.rows * case.length)
 
 
-def update_model(model, processor, optimizer, batch: responses.Batch, s) -> dict:
-    """One update on a batch, as in step 4 of reflection_srpo.py."""
-    update = Update(model, optimizer, grpo.merge_stats, s.max_norm)
-    lengths = torch.tensor([n for _, n in batch.lengths])
-    valid = torch.arange(int(lengths.max())) < lengths[:, None]
-    normalizer = grpo.loss_normalizer(valid, s.aggregate, s.max_new_tokens)
-    for chosen in update.minibatches(batch.rows, 1, 0):
-        for part in update.micro_batches(chosen, responses.split(batch, s)):
-            logp, _, mask = responses.logprobs(model, processor, batch, part, s.temperature)
-            update.backward(*grpo.policy_loss(
-                logp, None, batch.advantages[part].to(logp.device), mask, aggregate=s.aggregate,
-                clip=(s.clip_low, s.clip_high), normalizer=normalizer))
-        update.step()
-    return update.summary()
+def loss_of(model, processor, batch: responses.Batch, s):
+    """Of responses, all in one pass, as in step 4 of reflection_srpo.py."""
+    logp, _, mask = responses.logprobs(model, processor, batch, range(batch.rows), s.temperature)
+    return grpo.policy_loss(logp, None, batch.advantages.to(logp.device), mask,
+                            clip=(s.clip_low, s.clip_high), aggregate=s.aggregate)
 
 
 def vjepa_work(case: Case, s, model) -> Work:
-    encoder = WorldModel(model, batch_size=case.rows)
     videos = [np.random.default_rng(i).integers(0, 256, (80, 256, 256, 3), np.uint8)
               for i in range(case.rows)]
-
-    def encode():
-        encoder.encode(videos)
+    encode = partial(WorldModel(model, batch_size=case.rows).encode, videos)
     return Work(encode, None, encode, None, "clips", case.rows)
 
 
@@ -328,7 +301,7 @@ def work_of(case: Case, s, model) -> Work:
 def planned(case: Case, s) -> float:
     """GiB of an update by --plan's reckoning, without its 5%."""
     job = plan.Job(case.model, lambda s: build(case, "meta", torch.cuda.is_available())[1],
-                   lambda model, s: None, lambda model, s: work_of(case, s, model).loss())
+                   lambda model, s: None, lambda model, s: work_of(case, s, model).forward()[0])
     return plan.measure(s, job).update / GiB
 
 

@@ -45,6 +45,7 @@ import tempfile
 import time
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -95,7 +96,7 @@ class Ours:
 
     def __init__(self, case: Case, folder: Path):
         self.case, self.s = case, reflection_srpo.Settings(
-            max_new_tokens=case.length, rollout_batch=case.rows, micro_tokens=10**9)
+            max_new_tokens=case.length, rollout_batch=case.rows)
         self.model, self.processor = reflection_srpo.prepared(folder, self.s)
         self.model.generation_config.eos_token_id = 10**9          # is never drawn
         self.model.lm_head.register_forward_hook(unsaid)
@@ -108,7 +109,8 @@ class Ours:
         advantages = grpo.group_advantages(reward, scale=False).flatten()
         batch = responses.Batch(self.prompts, completions, advantages, len(completions))
         self.model.train()
-        return bench.update_model(self.model, self.processor, self.optimizer, batch, self.s)
+        loss = partial(bench.loss_of, self.model, self.processor, batch, self.s)
+        return bench.update(self.model, self.optimizer, batch.rows, loss, self.s.max_norm)
 
     def steps(self) -> tuple[list[Clock], list[int], list[int]]:
         """Of each step: its clock, tokens generated, tokens trained on, which `agreement` shows."""
