@@ -64,19 +64,15 @@ from reasoning import arrows, responses
 from studies import bench
 from studies.bench import Case, Clock, GiB
 
-
-def sampling(case: Case) -> dict:
-    """Every response has the full length. A picture's place holder is not drawn: TRL's loss shows
-    it to the model as it is, ours as padding."""
-    return {"min_new_tokens": case.length,
-            "suppress_tokens": [arrows.WORDS.index("<|image_pad|>")]}
+# Every response has the full length. A picture's place holder is not drawn: TRL's loss shows it to
+# the model as it is, ours as padding.
+UNSAID = [arrows.WORDS.index(word) for word in ("<|image_pad|>", "<|im_end|>")]
 
 
 def unsaid(head, given, logits: torch.Tensor) -> torch.Tensor | None:
-    """Of ours, while it samples: the words that `sampling` keeps from being drawn."""
-    words = [arrows.WORDS.index(word) for word in ("<|image_pad|>", "<|im_end|>")]
+    """Of ours, while it samples: keeps these words from being drawn."""
     return None if torch.is_grad_enabled() else logits.index_fill(
-        -1, torch.tensor(words, device=logits.device), -torch.inf)
+        -1, torch.tensor(UNSAID, device=logits.device), -torch.inf)
 
 
 def questions(case: Case) -> list[str]:
@@ -170,9 +166,9 @@ def trl_steps(case: Case, folder: Path) -> tuple[list[Clock], list[int], list[in
         str(folder / "trl"), per_device_train_batch_size=case.rows, num_generations=GROUP,
         max_completion_length=case.length, max_steps=1 + case.repeats, learning_rate=LR,
         lr_scheduler_type="constant", adam_beta2=0.99, beta=0.0, loss_type="grpo",
-        scale_rewards="none", temperature=1.0, generation_kwargs=sampling(case), bf16=False,
-        gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to="none",
-        disable_tqdm=True)
+        scale_rewards="none", temperature=1.0, generation_kwargs={"suppress_tokens": UNSAID},
+        bf16=False, gradient_checkpointing=False, logging_steps=1, save_strategy="no",
+        report_to="none", disable_tqdm=True)
     data = Dataset.from_dict({"prompt": [[{"role": "user", "content": text}]
                                          for text in questions(case)]})
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
