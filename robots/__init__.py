@@ -1,6 +1,6 @@
 """What paper 2 needs besides the algorithm. A policy or a simulator is one class or function in a
 file of its own, and one line here."""
-from importlib import import_module
+from pkgutil import resolve_name
 
 from robots.suite import Suite, SuiteOptions
 
@@ -10,16 +10,11 @@ SUITES = {"tabletop": "robots.tabletop:suite",          # by the name's first wo
           "libero": "robots.libero:suite"}
 
 
-def _named(path: str):
-    module, _, name = path.partition(":")
-    return getattr(import_module(module), name)
-
-
 def policy_class(model_type: str):
     """ValueError, one line, for an unknown one."""
     if model_type not in list(POLICIES):                # a damaged file may hold a list there
         raise ValueError(f"{model_type!r:.60} is no policy here; there are {', '.join(POLICIES)}")
-    return _named(POLICIES[model_type])
+    return resolve_name(POLICIES[model_type])
 
 
 def find_suite(name: str, tasks: tuple[int, ...] = (),
@@ -29,4 +24,4 @@ def find_suite(name: str, tasks: tuple[int, ...] = (),
         raise ValueError(f"--tasks {' '.join(map(str, tasks))}: each once")
     if (kind := name.partition("_")[0]) not in SUITES:
         raise ValueError(f"no suite {name!r}; names begin with {' or '.join(SUITES)}, see --help")
-    return _named(SUITES[kind])(name, tasks, options or SuiteOptions())
+    return resolve_name(SUITES[kind])(name, tasks, options or SuiteOptions())
