@@ -6,7 +6,7 @@
    bidirectional attention; one pass gives the logits of all action tokens: 8 future steps x 7
    dimensions, 256 bins each.
 3. Bins become numbers in [-1, 1], and those become actions by the quantiles of the demonstrations.
-4. The published evaluation's image pipeline (rotate, JPEG, lanczos3, crop) is Pillow and numpy.
+4. The published evaluation's image pipeline (rotate, JPEG, lanczos3, crop) is Pillow and PyTorch.
 
 Modules carry the names of the published checkpoints' tensors, so these load as they are. Left out:
 proprioception, FiLM, diffusion and L1-regression heads (no checkpoint of the paper uses them);
@@ -149,13 +149,10 @@ def resize(frame: np.ndarray) -> np.ndarray:
 
 def centre_crop(frame: np.ndarray) -> np.ndarray:
     """The central 0.9 of the AREA, bilinear back to (224, 224, 3); training cropped at random."""
-    side = 0.9 ** 0.5
-    at = (IMAGE - 1) * ((1 - side) / 2 + side * np.arange(IMAGE) / (IMAGE - 1))     # (224,) pixels
-    low = at.astype(int)
-    weight = (at - low)[:, None, None]
-    rows = frame[low] * (1 - weight) + frame[low + 1] * weight                  # (224, 224, 3)
-    out = rows[:, low] * (1 - weight[:, 0]) + rows[:, low + 1] * weight[:, 0]
-    return (out * (255.5 / 255)).clip(0, 255).astype(np.uint8)      # tensorflow's rounding
+    image, side = torch.tensor(frame).permute(2, 0, 1)[None].double(), 0.9 ** 0.5
+    grid = F.affine_grid(side * torch.eye(2, 3).double()[None], image.shape, align_corners=True)
+    out = F.grid_sample(image, grid, align_corners=True)[0].permute(1, 2, 0)    # (224, 224, 3)
+    return (out * (255.5 / 255)).clamp(0, 255).byte().numpy()       # tensorflow's rounding
 
 
 # Vision towers
