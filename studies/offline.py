@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 
 from plumbing.files import read_json
+from robots.trajectories import save_episode
 from studies import runs
 from studies.progress_curves import policy_rollouts
 
@@ -35,16 +36,9 @@ DATA = {"all three": "", "middling": "middling", "weak": "weak", "good": "good"}
 ROLLOUTS = 40           # of each policy and task
 
 
-def record(policy_folder: Path, folder: Path, seed: int, per_task: int = ROLLOUTS) -> None:
-    """A policy's trajectories as files, sampled at temperature 1."""
-    from robots.tabletop import TASKS
-    from robots.trajectories import save_episode
-    for i, e in enumerate(policy_rollouts(policy_folder, "tabletop", per_task, 1, seed)):
-        save_episode(folder / f"{i:04d}.npz", e, TASKS["tabletop"][e.start.task])
-
-
 def compare(vla_srpo, flags: list[str], seeds: int, jobs: int, out: Path) -> str:
-    """Trajectories, all runs, their table."""
+    """Trajectories, sampled at temperature 1 and written as files, all runs, their table."""
+    from robots.tabletop import TASKS
     todo = []
     for (data, folder), seed, name in product(DATA.items(), range(seeds), WEIGHTS):
         here = run_folder(out, data, name, seed)
@@ -59,7 +53,8 @@ def compare(vla_srpo, flags: list[str], seeds: int, jobs: int, out: Path) -> str
             subprocess.run([sys.executable, "-m", "studies.demonstrate", *how, "--threads", "1",
                             "--out", str(policy.resolve())], check=True, cwd=runs.ROOT)
         if len(list(folder.glob("*.npz"))) < 4 * ROLLOUTS:
-            record(policy, folder, number)
+            for i, e in enumerate(policy_rollouts(policy, "tabletop", ROLLOUTS, 1, number)):
+                save_episode(folder / f"{i:04d}.npz", e, TASKS["tabletop"][e.start.task])
     runs.run_all(vla_srpo, [todo], jobs)
     return table(out, seeds)
 

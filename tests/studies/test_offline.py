@@ -16,8 +16,6 @@ def test_trajectories_play_again_and_runs_are_made_once(tmp_path, capsys, monkey
     monkeypatch.setattr(offline, "DATA", {"all three": "", "good": "good"})
     monkeypatch.setattr(offline, "WEIGHTS", {name: offline.WEIGHTS[name] for name in (
         "all", "outcome")})
-    record = offline.record
-    monkeypatch.setattr(offline, "record", lambda *a: record(*a, per_task=1))
     arguments = ["--out", str(tmp_path), "--seeds", "1", "--steps", "1"]
     assert offline.main(arguments) == 0
     out = capsys.readouterr().out
