@@ -12,9 +12,10 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,7 @@ def find(source: str, camera: str = "") -> tuple[Path, Loaders]:
                              f"({' '.join(str(error).split())[:100]})") from None
     if (folder / "meta/info.json").exists():
         try:
-            return folder, dict(lerobot(folder, camera))
+            return folder, lerobot(folder, camera)
         except (KeyError, TypeError, AttributeError, OSError, ArithmeticError) as error:
             raise ValueError(f"{folder}/meta is not LeRobot's, or damaged ({error!r:.100}); take "
                              "the whole data set") from None
@@ -141,15 +142,15 @@ def read_npz(file: Path) -> Trajectory:
 
 # LeRobot
 
-def lerobot(folder: Path, camera: str) -> Iterator[tuple[str, Callable[[], Trajectory]]]:
-    """(name, reader) of each episode of a folder."""
+def lerobot(folder: Path, camera: str) -> Loaders:
+    """Of each episode of a folder."""
     info = read_json(folder / "meta/info.json")
-    cameras = {name: feature["dtype"] for name, feature in info.get("features", {}).items()
-               if feature.get("dtype") in ("video", "image")}
+    cameras = [name for name, feature in info.get("features", {}).items()
+               if feature.get("dtype") in ("video", "image")]
     if not cameras or camera and camera not in cameras:
         raise ValueError(f"--camera {camera or '(the first)'}: {folder} has "
                          f"{', '.join(cameras) or 'no images'}")
-    camera = camera or next(iter(cameras))
+    camera = camera or cameras[0]
     lines = folder / "meta/episodes.jsonl"              # version 2
     try:
         if lines.exists():
@@ -163,13 +164,11 @@ def lerobot(folder: Path, camera: str) -> Iterator[tuple[str, Callable[[], Traje
                          f"({' '.join(str(error).split())[:100]}); take another copy") from None
     if not episodes:
         raise ValueError(f"{folder}/meta lists no episodes; take the whole data set")
-    for episode in episodes:
-        yield f"episode {episode['episode_index']}", partial(
-            read_episode, folder, info, episode, camera, cameras[camera] == "video")
+    return {f"episode {episode['episode_index']}": partial(
+        read_episode, folder, info, episode, camera) for episode in episodes}
 
 
-def read_episode(folder: Path, info: dict, episode: dict, camera: str, is_video: bool
-                 ) -> Trajectory:
+def read_episode(folder: Path, info: dict, episode: dict, camera: str) -> Trajectory:
     """One of LeRobot's, an image before every action."""
     from pyarrow.parquet import read_table
     index = episode["episode_index"]
@@ -185,7 +184,7 @@ def read_episode(folder: Path, info: dict, episode: dict, camera: str, is_video:
         actions = np.array(rows["action"].to_pylist())
         flags = [rows[name].to_pylist() for name in SUCCESS if name in rows.column_names]
         flags += [[episode[name]] for name in SUCCESS if name in episode]
-        if is_video:
+        if info["features"][camera]["dtype"] == "video":
             start = episode.get(f"videos/{camera}/from_timestamp") or 0.0
             images = decode(file_of("video_path", f"videos/{camera}"), start, len(actions))
         else:
@@ -204,14 +203,12 @@ def read_episode(folder: Path, info: dict, episode: dict, camera: str, is_video:
 def decode(file: Path, start: float, count: int) -> np.ndarray:
     """`count` frames of a video from `start`, in seconds: uint8 (count, H, W, 3)."""
     import av
-    frames = []
     with av.open(str(file)) as container:
         stream = container.streams.video[0]
         half = 0.5 / float(stream.average_rate)
         container.seek(int(start / stream.time_base), stream=stream)    # a key frame before it
-        for frame in container.decode(stream):
-            if frame.time > start - half:
-                frames.append(frame.to_ndarray(format="rgb24"))
-            if len(frames) == count:
-                return np.stack(frames)
-    raise ValueError(f"{len(frames)} frames for {count} actions")
+        later = (x for x in container.decode(stream) if x.time > start - half)
+        frames = [frame.to_ndarray(format="rgb24") for frame in islice(later, count)]
+    if len(frames) < count:
+        raise ValueError(f"{len(frames)} frames for {count} actions")
+    return np.stack(frames)
