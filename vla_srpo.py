@@ -71,7 +71,8 @@ class Settings(SuiteSettings, OfflineSettings, RunSettings):
                             "pixels: mean frames instead of latents, a baseline; "
                             "oracle: the tabletop's true progress, the ceiling")
     pool: str = flag("clip", "a latent is the mean over a clip's tokens (code); place: over "
-                     "time, for every patch", choices=["clip", "place"])
+                     "time, for every patch or pixel; max: and the largest over time",
+                     choices=["clip", "place", "max"])
     clips: int = flag(32, "videos that the world model encodes at a time")
     video_every: int = flag(8, "env steps between the frames that the world model "
                             "sees; 8: those the policy sees anyway; 1: all (code)",
@@ -157,13 +158,8 @@ class Parts:
         return self.policy if self.average is None else self.average.module
 
 
-def official(latents, success, task, alpha):
-    """The published code's formula, which has 0.6 in alpha's place."""
-    return published_reward.progress_reward(latents, success, task)
-
-
 # Step 2: latents (N, D), success (N,), task ids (N,), alpha -> rewards (N,), the record
-REWARDS = {"srpo": rewards.progress_reward, "official": official}
+REWARDS = {"srpo": rewards.progress_reward, "official": published_reward.progress_reward}
 
 
 def score(run: Run, episodes: list[Episode], encoder,
@@ -172,18 +168,16 @@ def score(run: Run, episodes: list[Episode], encoder,
     s, success = run.s, np.array(run.gather([e.success for e in episodes]))
     if encoder is None:
         return success.astype(float), None
-    if isinstance(encoder, Oracle):
-        latents = encoder.latents(episodes)
-    else:
-        latents = encoder.encode([e.clip for e in episodes])        # one per ROLLOUT
+    oracle = isinstance(encoder, Oracle)        # a latent per ROLLOUT:
+    latents = encoder.encode(episodes if oracle else [e.clip for e in episodes])
     latents = np.stack(run.gather(list(latents.numpy())))                   # (N, D)
     task = np.array(run.gather([e.start.task for e in episodes]))           # (N,)
     kept = kept_by_rate(success, s)
     if not kept.any():
         return success.astype(float), None
-    earlier = {"earlier": memory.latents()} if memory else {}
     shaped, record = REWARDS[s.reward](
-        latents[kept], success[kept], task[kept], alpha=s.alpha, **earlier)
+        latents[kept], success[kept], task[kept], alpha=s.alpha,
+        earlier=memory and memory.latents())
     if memory:
         memory.add(latents[success], task[success])
     reward, distances = success.astype(float), np.full(len(success), np.nan)
@@ -310,15 +304,14 @@ def prepare(run: Run) -> Parts:
         encoder, memory = Oracle(), References.solved(len(suite.instructions))
     elif s.reward != "binary":
         pixels = s.world_model == "pixels"
-        encoder = world_model.WorldModel.from_pretrained(
-            WEIGHTS / "vjepa_tiny" if pixels else s.world_model, batch_size=s.clips,
-            pool=s.pool)
-        encoder = world_model.PixelModel(encoder) if pixels else encoder
+        kind = world_model.PixelModel if pixels else world_model.WorldModel
+        encoder = kind.from_pretrained(WEIGHTS / "vjepa_tiny" if pixels else s.world_model,
+                                       batch_size=s.clips, pool=s.pool)
         if s.references:
             memory = References(len(suite.instructions), s.references, encoder.width)
         if s.data and memory:
-            print(memory.add_logged(s.data, s.camera, suite.instructions, encoder),
-                  "logged successes are the first references")
+            count = memory.add_logged(s.data, s.camera, suite.instructions, encoder)
+            run.say(f"{count} logged successes are the first references")
     if s.split == "all":
         policy.norm_stats[key]["split"] = "all"         # for who evaluates it
     if run.first_rank:
@@ -347,8 +340,7 @@ def work(run: Run) -> int:
           f"results go to {out}/{run.where()}\n{parts.suite.protocol}".rstrip())
     try:
         before = run.once("before.json", lambda: evaluate.of_run(run, parts, "before"))
-        print(f"before: {before['success']:.1%} of the {states} solved "
-              "(greedy)")
+        print(f"before: {before['success']:.1%} of the {states} solved (greedy)")
         if run.fresh:
             evaluate.film_run(run, parts, "before.gif")
         (offline.train if s.stage == "offline" else train)(run, parts, before)

@@ -60,25 +60,26 @@ class WorldModel:
 
     resize "paper": shortest edge to int(crop * 256 / 224), then the centre is cropped.
     resize "exact": frames must be square, and are averaged down to crop x crop whole.
-    pool "clip": h is the mean over all tokens (code). "place": over time alone, ours:
-    every patch keeps its own, so that h says where things were; D is patches x hidden.
+    pool "clip": h is the mean over all tokens (code). Ours, so that h says where things
+    were: "place", the mean over time alone, for every patch; "max", that and the largest
+    value over time, which also says where something passed.
     dtype: autocast to it; None is bfloat16 on CUDA, else float32. Weights stay float32.
     """
 
     def __init__(self, model: VJEPA2Model, resize: str = "paper",
                  dtype: torch.dtype | None = None, device: str | None = None,
                  batch_size: int = 8, pool: str = "clip"):
-        if resize not in ("paper", "exact") or pool not in ("clip", "place"):
-            raise ValueError('resize must be "paper" or "exact", pool "clip" or "place", '
-                             f'got {resize!r} and {pool!r}')
+        if resize not in ("paper", "exact") or pool not in ("clip", "place", "max"):
+            raise ValueError('resize must be "paper" or "exact", pool "clip", "place" or '
+                             f'"max", got {resize!r} and {pool!r}')
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.device, half = torch.device(device), str(device).startswith("cuda")
         self.dtype = dtype or (torch.bfloat16 if half else torch.float32)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.config, self.resize, self.batch_size = model.config, resize, batch_size
         self.pool, c = pool, model.config
-        places = (c.crop_size // c.patch_size) ** 2 if pool == "place" else 1
-        self.width = places * c.hidden_size  # D
+        self.places = 1 if pool == "clip" else (c.crop_size // c.patch_size) ** 2
+        self.width = self.places * c.hidden_size * (1 + (pool == "max"))  # D
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = None,
@@ -148,10 +149,14 @@ class WorldModel:
             half = self.dtype != torch.float32
             with torch.autocast(self.device.type, self.dtype, enabled=half):
                 tokens = self.model.encoder(pixels).last_hidden_state  # (B, tokens, D)
-            # Place: (B, times, D) of (B, times x patches, hidden)
-            parts = tokens.float().unflatten(1, (-1, self.width // tokens.shape[2]))
-            latents.append(parts.flatten(2).mean(1).cpu())  # [VLA 2], (B, D)
+            parts = tokens.float().unflatten(1, (-1, self.places)).flatten(2)
+            latents.append(self.summary(parts))
         return torch.cat(latents)
+
+    def summary(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, times, W) -> (B, D)."""
+        h = x.mean(1)  # [VLA 2]
+        return (torch.cat([h, x.amax(1)], 1) if self.pool == "max" else h).cpu()
 
     def distances(self, videos: list, centres: np.ndarray) -> np.ndarray:
         """L2 distance (N,) of videos to the nearest centre (C, D); squared, [VLA 4]."""
@@ -200,16 +205,16 @@ def check_config(config: dict) -> None:
 
 
 class PixelModel(WorldModel):
-    """The benchmark's baseline: h is the mean preprocessed frame (3 * crop * crop,)."""
+    """The benchmark's baseline: h is the mean preprocessed frame (3 * crop * crop,), with
+    pool "max" its largest values over time, too."""
 
-    def __init__(self, like: WorldModel):
-        super().__init__(like.model, like.resize, like.dtype, str(like.device),
-                         like.batch_size)
-        self.width = 3 * self.config.crop_size ** 2
+    def __init__(self, *how, **named):
+        super().__init__(*how, **named)
+        self.width = 3 * self.config.crop_size ** 2 * (1 + (self.pool == "max"))
 
     def encode(self, videos: list) -> torch.Tensor:
         each = (self.pixels([video], i) for i, video in enumerate(videos))
-        return torch.cat([clip.mean(1).flatten(1).cpu() for clip in each])
+        return torch.cat([self.summary(clip.flatten(2)) for clip in each])
 
 
 def progress_metrics(curves: list, success: list) -> dict[str, float]:
@@ -256,18 +261,3 @@ def progress_metrics(curves: list, success: list) -> dict[str, float]:
         "js": jensenshannon(*bins) ** 2,  # [VLA 13]
         "smd": gap / std if std else math.copysign(math.inf, gap) if gap else 0.0}
     return {name: float(score) for name, score in scores.items()}
-
-
-def separation(latents: np.ndarray, success: np.ndarray, task: np.ndarray) -> float:
-    """Share of pairs in which a success lies nearer to the mean of its task's (other)
-    successes than a failure does: 0.5 is blind. latents (N, D), success (N,) bool, task
-    (N,). Mean over tasks with two successes and a failure; nan if there is none."""
-    latents, scores = np.asarray(latents, dtype=np.float64), []
-    for name in np.unique(task):
-        s, f = latents[(task == name) & success], latents[(task == name) & ~success]
-        if len(s) >= 2 and len(f):
-            others = (s.sum(0) - s) / (len(s) - 1)  # or it would pull its own mean
-            near = np.linalg.norm(s - others, axis=1)[:, None]  # (successes, 1)
-            far = np.linalg.norm(f - s.mean(0), axis=1)  # (failures,)
-            scores.append(((near < far) + 0.5 * (near == far)).mean())
-    return float(np.mean(scores)) if scores else math.nan

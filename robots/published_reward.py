@@ -14,9 +14,9 @@ import numpy as np
 from rewards import ProgressRecord
 
 
-def progress_reward(latents: np.ndarray, success: np.ndarray,
-                    task: np.ndarray) -> tuple[np.ndarray, ProgressRecord]:
-    """As rewards.progress_reward, which see, with 0.6 in alpha's place and other fallbacks:
+def progress_reward(latents: np.ndarray, success: np.ndarray, task: np.ndarray,
+                    alpha: float = 0.6, earlier: None = None) -> tuple[np.ndarray, ProgressRecord]:
+    """As rewards.progress_reward, which see, with 0.6 whatever alpha is and other fallbacks:
 
     no_cluster        the mean of the successes is the centre
     equal_distances   a single failure, or a range below 1e-6: they get 0.3

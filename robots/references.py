@@ -60,6 +60,6 @@ class References:
 class Oracle:
     """The ceiling of the method: no world model ranks failures better."""
 
-    def latents(self, episodes: list[Episode]) -> Tensor:
+    def encode(self, episodes: list[Episode]) -> Tensor:
         """(N, 1) float32; 1 for successes."""
         return torch.tensor([[e.progress] for e in episodes], dtype=torch.float32)

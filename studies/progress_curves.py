@@ -88,6 +88,22 @@ def policy_rollouts(folder: str | Path, suite: str, states: int, rollouts: int,
                     clip=lambda video: video)
 
 
+def separation(latents: np.ndarray, success: np.ndarray, task: np.ndarray) -> float:
+    """Share of pairs in which a success lies nearer to the mean of its task's (other) successes
+    than a failure does: 0.5 is blind. latents (N, D), success (N,) bool, task (N,). Mean over tasks
+    with two successes and a failure; nan if there is none."""
+    from sklearn.metrics import roc_auc_score
+    latents, scores = np.asarray(latents, dtype=np.float64), []
+    for name in np.unique(task):
+        s, f = latents[(task == name) & success], latents[(task == name) & ~success]
+        if len(s) >= 2 and len(f):
+            others = (s.sum(0) - s) / (len(s) - 1)      # or it would pull its own mean
+            gaps = np.concatenate([s - others, f - s.mean(0)])
+            failed = np.arange(len(gaps)) >= len(s)
+            scores.append(roc_auc_score(failed, np.linalg.norm(gaps, axis=1)))
+    return float(np.mean(scores)) if scores else np.nan
+
+
 def ranking(latents: np.ndarray, success: np.ndarray, task: np.ndarray, group: np.ndarray,
             progress: np.ndarray, earlier: dict | None = None) -> tuple[float, float]:
     """Of the groups' rewards under a world model (latents (N, D), the others (N,), earlier as in
@@ -151,7 +167,7 @@ def study(s: Settings) -> None:
 
     from robots.references import Oracle, References
     from robots.tabletop import TASKS
-    from world_model import SHIPPED, PixelModel, WorldModel, separation
+    from world_model import SHIPPED, PixelModel, WorldModel
     logging.disable_progress_bar()
     logging.set_verbosity_error()           # of a damaged checkpoint transformers prints a table
     trained = WorldModel.from_pretrained(s.model or SHIPPED, batch_size=32)
@@ -162,7 +178,8 @@ def study(s: Settings) -> None:
         models |= {"trained, places": WorldModel(trained.model, *how, "place"),
                    "random weights": WorldModel(random, *how),
                    "random, places": WorldModel(random, *how, "place"),
-                   "pixels": PixelModel(trained)}
+                   "pixels": PixelModel(random, *how),
+                   "pixels, max": PixelModel(random, *how, "max")}
     print(f"{len(videos)} rollouts, {success.sum()} successes; {s.curves} curves, means over tasks")
     columns = ["nearer", *(("within", "contrast") if s.policy else ())]
     if s.policy:
@@ -175,7 +192,7 @@ def study(s: Settings) -> None:
           + "".join(f"{name:>13}" for name in MEASURES))
     for name, model in models.items():
         oracle = name == "true progress"
-        latents = (model.latents(played) if oracle else model.encode(videos)).numpy()
+        latents = model.encode(played if oracle else videos).numpy()
         numbers = [separation(latents, success, task)]
         if s.policy:
             memory = References.solved(4) if oracle else References(4, 64, model.width)

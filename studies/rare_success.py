@@ -25,11 +25,12 @@ SUITE = ["--suite", "tabletop_long"]
 START = ["--demos", "6", "--steps", "800", "--threads", "1"]
 COMMON = [*SUITE, "--steps", "100", "--groups", "12", "--tables", "96", "--temperature", "1.0",
           "--temperature_end", "0.7", "--eval_every", "20", "--workers", "1", "--threads", "1"]
+DEMOS = ["--references", "64", "--data"]        # and a folder
 # A title, flags, and how many seeds are enough
-ARMS = {"grpo": ("plain GRPO", ["--reward", "binary"], 99),
-        "place": ("SRPO, V-JEPA by place", ["--pool", "place"], 3),
-        "pixels": ("SRPO, mean pixels", ["--world_model", "pixels"], 99),
-        "oracle": ("SRPO, true progress", ["--world_model", "oracle"], 99)}
+ARMS = {"grpo": ("plain GRPO", ["--reward", "binary"], 8),
+        "pixels": ("SRPO, mean pixels", ["--world_model", "pixels", *DEMOS], 3),
+        "max": ("SRPO, pixels, max", ["--world_model", "pixels", "--pool", "max", *DEMOS], 8),
+        "oracle": ("SRPO, true progress", ["--world_model", "oracle"], 1)}
 
 
 def compare(vla_srpo, flags: list[str], seeds: int, jobs: int, out: Path) -> str:
@@ -55,8 +56,8 @@ def compare(vla_srpo, flags: list[str], seeds: int, jobs: int, out: Path) -> str
 def command(name: str, seed: int, flags: list[str], out: Path) -> list[str]:
     """Arguments of vla_srpo.py for one run."""
     own = ARMS[name][1]
-    if name in ("place", "pixels"):
-        own = [*own, "--references", "64", "--data", str(out / "demos")]
+    if "--data" in own:
+        own = [*own, str(out / "demos")]
     return [*COMMON, *own, *flags, "--model", str(out / "start"), "--seed", str(seed), "--out",
             str(out / f"{name}-{seed}")]
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from plumbing.flags import flag, require, script
 from robots import trajectories
-from studies.progress_curves import simulator_rollouts
+from studies.progress_curves import separation, simulator_rollouts
 
 if TYPE_CHECKING:       # imported by the functions: --help answers at once
     import torch
@@ -162,7 +162,6 @@ def study(s: Settings) -> None:
         raise ValueError(f"--out {s.out}: there is no such folder; make it, or choose another")
     videos, success, task = (trajectories.videos(s.data, s.camera) if s.data
                              else simulator_rollouts(800))
-    from world_model import separation
     began = time.time()
 
     def report(step, numbers, model):

@@ -141,6 +141,10 @@ def test_pooled_by_place_every_patch_keeps_its_own_mean_over_time(small):
         naive[:, y, x] += tokens[:, (t * side + y) * side + x] / moments
     got = place.encode(videos)
     assert got.shape == (5, place.width)
+    most = wm.WorldModel(small.model, "exact", device="cpu", pool="max")
+    both = tokens.unflatten(1, (moments, -1)).amax(1).flatten(1)
+    torch.testing.assert_close(most.encode(videos), torch.cat([got, both], 1), atol=1e-5, rtol=0)
+    assert most.width == 2 * place.width
     torch.testing.assert_close(got, naive.flatten(1), atol=1e-5, rtol=0)
     mean = got.view(5, side * side, -1).mean(1)
     torch.testing.assert_close(mean, small.encode(videos), atol=1e-5, rtol=0)
@@ -264,11 +268,14 @@ def test_pixel_baseline_is_the_mean_normalised_frame(small):
     video = squares(1)[0]
     clip = video[wm.sample_frames(len(video), 8)] / 255
     expected = ((clip - wm.MEAN) / wm.STD).mean(0).transpose(2, 0, 1).ravel()
-    pixels = wm.PixelModel(small)
+    pixels = wm.PixelModel(small.model, "exact", device="cpu")
     torch.testing.assert_close(
         pixels.encode([video])[0], torch.tensor(expected, dtype=torch.float32), atol=1e-5, rtol=1e-5
     )
     assert pixels.progress(video, pixels.encode([video]).numpy())[1][-1] == pytest.approx(1)
+    both = wm.PixelModel(small.model, "exact", device="cpu", pool="max").encode([video])[0]
+    largest = ((clip - wm.MEAN) / wm.STD).max(0).transpose(2, 0, 1).ravel()
+    np.testing.assert_allclose(both, np.concatenate([expected, largest]), atol=1e-5)
 
 
 def test_metrics_against_naive_loops():
@@ -299,15 +306,6 @@ def test_metrics_by_hand():
     bent = wm.progress_metrics([[0, 0.1, 1], [0, 0]], [1, 0])  # ranks rise as time does
     assert bent["spearman"] == 1 > bent["pearson"]
     assert bent["pearson"] == pytest.approx(1 / math.sqrt(2 * (1.01 - 1.1**2 / 3)))
-
-
-def test_separation_by_hand():
-    latents, task = np.array([[0.0], [1.0], [2.0], [9.0], [1.0]]), np.zeros(5, int)
-    won = np.array([True, True, True, False, False])
-    # distances of successes (leave-one-out) 1.5, 0, 1.5, of failures 8, 0:
-    # won 3 of 3 against 8, half a tie against 0
-    assert wm.separation(latents, won, task) == pytest.approx((3 + 0.5) / 6)
-    assert math.isnan(wm.separation(latents, np.ones(5, bool), task))
 
 
 # Bad input

@@ -70,7 +70,7 @@ def test_logged_successes_are_the_first_references(tmp_path):
 def test_the_oracle_ranks_failures_by_true_progress():
     progress = [0.9, 0.1, 1.0, 0.5]
     episodes = [Episode(Start(0, 0), [None], [8], p == 1, progress=p) for p in progress]
-    latents = Oracle().latents(episodes)
+    latents = Oracle().encode(episodes)
     assert latents.shape == (4, 1)
     success, task = np.array([e.success for e in episodes]), np.zeros(4, int)
     reward, record = rewards.progress_reward(

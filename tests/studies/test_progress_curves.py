@@ -80,6 +80,15 @@ def test_simulator_rollouts_have_a_frame_per_chunk_or_per_step():
         np.testing.assert_array_equal(a[-1], b[-1])
 
 
+def test_separation_by_hand():
+    latents, task = np.array([[0.0], [1.0], [2.0], [9.0], [1.0]]), np.zeros(5, int)
+    won = np.array([True, True, True, False, False])
+    # distances of successes (leave-one-out) 1.5, 0, 1.5, of failures 8, 0:
+    # won 3 of 3 against 8, half a tie against 0
+    assert pc.separation(latents, won, task) == pytest.approx((3 + 0.5) / 6)
+    assert np.isnan(pc.separation(latents, np.ones(5, bool), task))
+
+
 def test_ranking_is_of_failures_within_their_group():
     """By hand: four groups of four; the latent is where a rollout ended, 0 for a success."""
     latents = np.array([[0, 1, 2, 3], [0, 3, 2, 1], [0, 0, 1, 2], [0] * 4], float).reshape(-1, 1)
@@ -109,7 +118,7 @@ def test_compare(rollouts, capsys):
     assert pc.main(["compare", "--data", rollouts]) == 0
     out = capsys.readouterr().out
     rows = [line for line in out.splitlines() if re.match("trained|random|pixels", line)]
-    assert len(rows) == 5 and "nan" not in out
+    assert len(rows) == 6 and "nan" not in out
     assert all(len(re.findall(r"-?\d+\.\d{3}", row)) == 1 + len(pc.MEASURES) for row in rows)
 
 
@@ -132,7 +141,7 @@ def test_compare_on_a_policy_s_rollouts(capsys, monkeypatch, tmp_path):
                 for line in out.splitlines()
                 if re.match("trained|random|pixels|last frame|true progress", line)}
     rows = read(out)
-    assert len(rows) == 7 and rows["true progress"][:2] == [1, 1]
+    assert len(rows) == 8 and rows["true progress"][:2] == [1, 1]
     assert all(-1 <= row[1] < 1 for name, row in rows.items() if name != "true progress")
     assert len(rows["trained"]) == 3 + len(pc.MEASURES) and len(rows["last frame"]) == 3
     list(recorded(tabletop_episodes(1), tmp_path, TASKS["tabletop"]))
