@@ -44,8 +44,7 @@ def save(path: str | Path, tensors: dict[str, Tensor], optimizer: torch.optim.Op
     path, trainer = Path(path), optimizers.optimizer_tensors(optimizer)
     if path.exists() and not (path / "state.json").is_file():
         raise ValueError(f"{path} exists and is not a checkpoint folder; choose another --out")
-    drafted = nullcontext(path.absolute().with_name(path.name + ".tmp"))    # by the first rank
-    with whole(path) if ranks.rank() == 0 else drafted as draft:
+    with whole(path) if ranks.rank() == 0 else nullcontext() as draft:
         if ranks.rank() == 0:
             draft.mkdir()
             (draft / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False))
@@ -53,7 +52,7 @@ def save(path: str | Path, tensors: dict[str, Tensor], optimizer: torch.optim.Op
             save_file(_untied(tensors), draft / "model.safetensors")
             save_file(_untied(trainer), draft / "trainer.safetensors")
         else:
-            ranks.barrier()
+            draft = ranks.first(lambda: draft)
             try:
                 dcp.save(tensors | trainer, checkpoint_id=draft)    # ends when all ranks' files do
             except CheckpointException as error:
@@ -63,13 +62,9 @@ def save(path: str | Path, tensors: dict[str, Tensor], optimizer: torch.optim.Op
 
 def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """On the CPU, and each with memory of its own: safetensors refuses what is shared."""
-    plain, seen = {}, set()
-    for name, x in tensors.items():
-        x = x.detach().cpu().contiguous()
-        memory = x.untyped_storage().data_ptr()
-        plain[name] = x.clone() if memory in seen else x
-        seen.add(memory)
-    return plain
+    plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    owners = set({x.untyped_storage().data_ptr(): name for name, x in plain.items()}.values())
+    return {name: x if name in owners else x.clone() for name, x in plain.items()}
 
 
 @torch.no_grad()
@@ -85,8 +80,7 @@ def load(path: str | Path, tensors: dict[str, Tensor], optimizer: torch.optim.Op
             if not ranks.local(x).isfinite().all():
                 raise ValueError(f"{name} holds a number that is not finite")
         for name, x in tensors.items():
-            if found[name] is not x:
-                x.copy_(ranks.divided(found[name], x))
+            x.copy_(ranks.divided(found[name], x))
         optimizers.load_optimizer_tensors(optimizer, found)
     except ValueError as error:
         raise ValueError(f"{path} cannot be loaded ({error}); use another checkpoint") from None
