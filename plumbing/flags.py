@@ -86,17 +86,16 @@ def add_flags(parser: argparse.ArgumentParser, settings: type, **defaults) -> No
         default = f.default_factory() if f.default is MISSING else f.default
         default = defaults.get(f.name, default)
         names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
-        how = {"default": default, "dest": f.name, "choices": f.metadata.get("choices")}
         shown = "none" if default in ("", []) else default
-        text = f"{f.metadata['help']} (default: {shown})".replace("%", "%%")
+        how = {**f.metadata, "default": default, "dest": f.name, "type": f.type}
+        how["help"] = f"{f.metadata['help']} (default: {shown})".replace("%", "%%")
         if f.type is bool:
-            parser.add_argument(*names, **how, type=_truth, nargs="?", const=True, help=text)
+            how |= {"type": _truth, "nargs": "?", "const": True}
             parser.add_argument(f"--no_{f.name}", f"--no-{f.name.replace('_', '-')}", dest=f.name,
                                 action="store_false", default=default, help=argparse.SUPPRESS)
         elif isinstance(f.type, GenericAlias):                          # list[int], list[str]
-            parser.add_argument(*names, **how, type=f.type.__args__[0], nargs="*", help=text)
-        else:
-            parser.add_argument(*names, **how, type=f.type, help=text)
+            how |= {"type": f.type.__args__[0], "nargs": "*"}
+        parser.add_argument(*names, **how)
 
 
 def read_command(settings: type, argv: list[str] | None = None, *, paper: dict | None = None,
