@@ -14,7 +14,8 @@ import os
 import shutil
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest.mock import patch
@@ -23,7 +24,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from plumbing import ranks
 from plumbing.optimizer import clip_and_step, make_optimizer
@@ -58,7 +59,7 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        tensors = _tensors((*args, *kwargs.values()))
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         empty = [x.device == META for x in tensors]
         if any(empty) and op in (aten._local_scalar_dense.default, aten.is_nonzero.default):
             return 1.0 if tensors[0].is_floating_point() else 1
@@ -69,16 +70,13 @@ class Meter(TorchDispatchMode):
             kwargs |= {"device": META} if kwargs.get("device") else {}
             if not all(empty):
                 args, kwargs = tree_map_only(Tensor, lambda x: x.to(META), (args, kwargs))
-        elif kwargs.get("device") == META:
-            whole = (not tensors[0].is_floating_point() if tensors
-                     else not op(*args, **kwargs).is_floating_point())
-            if whole and not (kwargs.get("dtype") or torch.int64).is_floating_point:
-                kwargs["device"] = torch.device("cpu")
+        elif kwargs.get("device") == META and not op(*args, **kwargs).is_floating_point():
+            kwargs["device"] = torch.device("cpu")
         return self._count(op(*args, **kwargs))
 
     def _count(self, out):
-        for x in _tensors([out]):
-            if x.device == META:
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.device == META:
                 storage = x.untyped_storage()
                 key, size = storage._cdata, storage.nbytes()
                 if key not in self.held:
@@ -96,12 +94,6 @@ class Meter(TorchDispatchMode):
         self.peak = self.now
         work()
         return self.peak
-
-
-def _tensors(values: Iterable) -> list[Tensor]:
-    """Also those in lists, which is as deep as operators' arguments go."""
-    each = (x if isinstance(x, (list, tuple)) else (x,) for x in values)
-    return [x for some in each for x in some if isinstance(x, Tensor)]
 
 
 def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None,
@@ -201,12 +193,10 @@ def savings(s, job: Job, n: int, needs: Needs, free: float) -> tuple[dict, Needs
             break
         if all(getattr(s, name) == x for name, x in more.items()):
             continue
-        try:
+        with suppress(ValueError):                      # not of this model, or not with ranks
             tried = measure(replace(s, **changes | more), job, n)
-        except ValueError:                              # not of this model, or not with ranks
-            continue
-        if tried.peak < 0.99 * needs.peak:
-            changes, needs = changes | more, tried
+            if tried.peak < 0.99 * needs.peak:
+                changes, needs = changes | more, tried
     return changes, needs
 
 
@@ -237,10 +227,9 @@ def report(s, job: Job) -> tuple[str, list[str]]:
                         + ", with fewer --groups" * bool(images) + ", or take more GPUs")
     lines = [f"plan for {job.name}: {needs.parameters:,} parameters, {needs.trained:,} trained, "
              f"{n} rank(s); GiB each"]
-    lines += [f"  {name:20} {x / GiB:9.2f}" for name, x in (
-        ("weights", needs.weights), ("gradients", needs.gradients),
-        ("optimizer", needs.optimizer), ("peak of the rollout", needs.rollout),
-        ("peak of the reward", needs.reward), ("peak of the update", needs.update))]
+    phases = [f"peak of the {phase}" for phase in ("rollout", "reward", "update")]
+    lines += [f"  {title:20} {getattr(needs, title.split()[-1]) / GiB:9.2f}"
+              for title in ("weights", "gradients", "optimizer", *phases)]
     return "\n".join([*lines, f"  needed with 5% for the allocator {needs.peak / GiB:.2f}, "
                       f"{free / GiB:.2f} free ({of}); RAM {ram / GiB:.2f}, "
                       f"{images / GiB:.2f} of it images; disk {disk / GiB:.2f}"]), problems
