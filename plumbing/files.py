@@ -92,7 +92,17 @@ class Journal:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         found = self.path.read_text(errors="replace") if self.path.exists() else ""
-        rows, self.new = _rows(self.path, found.split("\n")), not found
+        rows, lines, self.new = [], found.split("\n"), not found
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict):
+                rows.append(row)
+            elif number < len(lines):       # what a kill has cut off is not ended by a newline
+                raise ValueError(f"{self.path} line {number} is not a row: {line[:60]!r}; "
+                                 "delete that line")
         head = [] if settings is None else [jsonable(settings)]
         if head and rows and (begun := rows.pop(0)) != head[0]:
             other = [f"{name} {begun.get(name)!r}, not {settings.get(name)!r}"
@@ -116,17 +126,3 @@ class Journal:
 
 def _line(row: dict) -> str:
     return json.dumps(jsonable(row), allow_nan=False) + "\n"
-
-
-def _rows(path: Path, lines: list[str]) -> list[dict]:
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        elif number < len(lines):           # what a kill has cut off is not ended by a newline
-            raise ValueError(f"{path} line {number} is not a row: {line[:60]!r}; delete that line")
-    return rows
