@@ -192,15 +192,14 @@ class Teacher:
     openai package or if nothing listens, TeacherError when a row gets no reply; messages are
     printable and without key and password."""
 
-    def __init__(self, url: str, model: str, key: str | None = None, *, retries: int = 5,
-                 timeout: float = 120, max_tokens: int = 8192):
+    def __init__(self, s: Settings, key: str | None):
         try:
             import openai
         except ImportError:
             raise RuntimeError("a teacher behind a URL needs: pip install openai") from None
-        self.model, self.timeout, self.max_tokens = model, timeout, max_tokens
+        self.s = s
         try:
-            parts, key = urlsplit(url), (key or "none").strip()
+            parts, key = urlsplit(s.teacher_url), (key or "none").strip()
             name, password = (unquote(part or "") for part in (parts.username, parts.password))
             secrets = (re.escape(secret) for secret in (key, password) if len(secret) > 4)
             self.secrets = re.compile("|".join(secrets) or "(?!)")      # (?!) is nowhere
@@ -210,9 +209,9 @@ class Teacher:
                 raise ValueError
             http = openai.DefaultHttpxClient(follow_redirects=False,    # to another host, with key
                                              auth=(name, password) if name else None)
-            http.send = in_time(http, timeout)
-            self.client = openai.OpenAI(base_url=self.url, api_key=key, max_retries=retries,
-                                        timeout=timeout, http_client=http)
+            http.send = in_time(http, s.timeout)
+            self.client = openai.OpenAI(base_url=self.url, api_key=key, timeout=s.timeout,
+                                        max_retries=s.retries, http_client=http)
         except Exception:               # whose text may hold the password
             raise ValueError("--teacher-url must be http://HOST:PORT/v1 or https://HOST/v1, with "
                              "what is special in a password in percent code, and the key that "
@@ -238,8 +237,8 @@ class Teacher:
         content.append({"type": "text", "text": prompt})
         try:        # no temperature, which reasoning models refuse; not all know response_format
             reply = self.client.chat.completions.create(
-                model=self.model, messages=[{"role": "user", "content": content}],
-                max_completion_tokens=self.max_tokens)
+                model=self.s.teacher_model, messages=[{"role": "user", "content": content}],
+                max_completion_tokens=self.s.teacher_tokens)
             if fault := getattr(reply, "error", None):
                 raise TeacherError(f"an error in place of a reply: {self.say(fault)}")
             choice = reply.choices[0]
@@ -249,7 +248,7 @@ class Teacher:
             text = "".join(part["text"] for part in parts if part["type"] == "text")
             return [Cut(text) if choice.finish_reason == "length" else text]
         except openai.APITimeoutError:
-            raise TeacherError(f"no reply within {self.timeout:g} s") from None
+            raise TeacherError(f"no reply within {self.s.timeout:g} s") from None
         except openai.APIConnectionError as error:
             cause = self.say(error.__cause__)
             raise TeacherError(f"cannot be reached ({cause})", down=True) from None
@@ -441,9 +440,7 @@ def main(argv: list[str] | None = None) -> int:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("this runs as one process; start it without torchrun")
     model = load_model(s)
-    teacher = model if not s.teacher_url else Teacher(
-        s.teacher_url, s.teacher_model, os.environ.get(s.teacher_key), retries=s.retries,
-        timeout=s.timeout, max_tokens=s.teacher_tokens)
+    teacher = Teacher(s, os.environ.get(s.teacher_key)) if s.teacher_url else model
     work = Work(s, model, teacher)
     work.run(*data.read_rows(s.rows, s.images, s.columns))
     kept, refused = work.kept, work.rejections.seen

@@ -61,7 +61,8 @@ def build(rows, firsts, teacher, out, rejected=None, **options):
     return work.kept, work.rejections.seen
 
 
-Teacher = t.Teacher
+def Teacher(url, model, key=None, **options) -> t.Teacher:
+    return t.Teacher(t.Settings(teacher_url=url, teacher_model=model, **options), key)
 
 
 # Prompts, targets, replies
@@ -1026,7 +1027,7 @@ def test_transformers_serve(tmp_path):
     save_tiny_model(tmp_path / "tiny")
     rows, _ = read_rows(write_rows(tmp_path, 6))
     with served(tmp_path / "tiny", tmp_path / "log") as url:
-        teacher = Teacher(url, str(tmp_path / "tiny"), max_tokens=8)
+        teacher = Teacher(url, str(tmp_path / "tiny"), teacher_tokens=8)
         build(rows, answer, teacher, tmp_path / "out", in_flight=3)
         kept = lines(tmp_path / "out" / "reflections.jsonl")
         assert sorted(line["answer"] for line in kept) == list("012345")
@@ -1035,7 +1036,7 @@ def test_transformers_serve(tmp_path):
 
         def tokens(*content) -> int:
             return teacher.client.chat.completions.create(
-                model=teacher.model, max_completion_tokens=8,
+                model=teacher.s.teacher_model, max_completion_tokens=8,
                 messages=[{"role": "user", "content": content}]).usage.prompt_tokens
 
         text = {"type": "text", "text": "q"}
@@ -1044,5 +1045,5 @@ def test_transformers_serve(tmp_path):
         assert tokens(image, text) - tokens(text) == 4      # the model sees it: 2 x 2 patches
         # The server knows no such model
         with pytest.raises(RuntimeError, match="HTTP 400 .*no reply for rows.jsonl"):
-            build(rows, answer, Teacher(url, "other", max_tokens=8), tmp_path / "other")
+            build(rows, answer, Teacher(url, "other", teacher_tokens=8), tmp_path / "other")
         assert not (tmp_path / "other" / "rejected.jsonl").exists()
