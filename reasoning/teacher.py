@@ -310,8 +310,23 @@ class Work:
         those are not rejected, the next run tries them."""
         for where, reason in rejected.items():
             self.rejections.add(where, where, reason)
-        self.ask_model(rows)
-        self.ask_teacher(self.judged(rows))
+        new = [row for row in rows if not self.done(row) and row.id not in self.first]
+        for i in tqdm(range(0, len(new), self.s.batch), "first answers", disable=None):
+            some = new[i:i + self.s.batch]
+            prompts = [data.first_prompt(row.query) for row in some]
+            for row, response in self.ask(self.model, some, prompts):
+                self.answers.add({"id": row.id, "response": response})
+                self.first[row.id] = response
+        rows = self.judged(rows)
+        size, workers = (1, self.s.in_flight) if isinstance(self.teacher, Teacher) else (
+            self.s.batch, 1)
+        chunks = [rows[i:i + size] for i in range(0, len(rows), size)]
+        with ThreadPoolExecutor(workers) as pool:       # it waits for what is under way
+            list(tqdm(pool.map(self.reflect, chunks), "reflections", len(chunks), disable=None))
+        if self.left:
+            raise RuntimeError(
+                f"teacher {self.teacher.url}: {self.left[-1]}; {len(self.kept)} reflections are "
+                f"kept in {self.out}, the same command again goes on")
 
     def refuse(self, row: Row, reason: object, response: str = "") -> None:
         if row.id not in self.kept:
@@ -343,15 +358,6 @@ class Work:
                 self.left.append(f"{error}; no reply for {rows[0].source}")
         return []
 
-    def ask_model(self, rows: list[Row]) -> None:
-        new = [row for row in rows if not self.done(row) and row.id not in self.first]
-        for i in tqdm(range(0, len(new), self.s.batch), "first answers", disable=None):
-            some = new[i:i + self.s.batch]
-            prompts = [data.first_prompt(row.query) for row in some]
-            for row, response in self.ask(self.model, some, prompts):
-                self.answers.add({"id": row.id, "response": response})
-                self.first[row.id] = response
-
     def judged(self, rows: list[Row]) -> list[Row]:
         """What is to be reflected on. Rows that are done count for the share of right answers too,
         or what is left of a stopped run would be balanced by itself."""
@@ -367,17 +373,6 @@ class Work:
             for row in right[most:]:
                 self.refuse(row, f"surplus: right first answers make up {share:g} without it")
         return [row for row in rows if row.id in self.right and not self.done(row)]
-
-    def ask_teacher(self, rows: list[Row]) -> None:
-        size, workers = (1, self.s.in_flight) if isinstance(self.teacher, Teacher) else (
-            self.s.batch, 1)
-        chunks = [rows[i:i + size] for i in range(0, len(rows), size)]
-        with ThreadPoolExecutor(workers) as pool:       # it waits for what is under way
-            list(tqdm(pool.map(self.reflect, chunks), "reflections", len(chunks), disable=None))
-        if self.left:
-            raise RuntimeError(
-                f"teacher {self.teacher.url}: {self.left[-1]}; {len(self.kept)} reflections are "
-                f"kept in {self.out}, the same command again goes on")
 
     def reflect(self, rows: list[Row]) -> None:
         """Ask the teacher until its replies can be read, and keep what they make."""
