@@ -58,10 +58,10 @@ def draw(rng: np.random.Generator, form: str, text: bool = False
     if not ways:
         return draw(rng, form, text)
     way = ways[rng.integers(len(ways))]
-    query = f"to {NAMES[way[0]]} in {STEPS} {form} ?"
+    row = Row("", f"to {NAMES[way[0]]} in {STEPS} {form} ?", [], NAMES[way[-1]], source="arrows")
     if text:
         arrows = " ".join(f"{NAMES[cell]} {NAMES[target]}" for cell, target in enumerate(follow))
-        return Row("", f"{arrows} {query}", [], NAMES[way[-1]], source="arrows"), follow, way
+        return replace(row, query=f"{arrows} {row.query}"), follow, way
     image = Image.new("RGB", (SIDE * CELL, SIDE * CELL))
     pen = ImageDraw.Draw(image)
     for cell, target in enumerate(follow):
@@ -74,8 +74,7 @@ def draw(rng: np.random.Generator, form: str, text: bool = False
         pen.polygon([(x + right, y + down), (x - right + down, y - down + right),
                      (x - right - down, y - down - right)], fill=COLORS[move])
     image.save(png := io.BytesIO(), "PNG")
-    row = Row("", query, [png.getvalue()], NAMES[way[-1]], source="arrows", sizes=[image.size])
-    return row, follow, way
+    return replace(row, images=[png.getvalue()], sizes=[image.size]), follow, way
 
 
 def temptation(follow: np.ndarray, way: list[int]) -> int:
