@@ -20,6 +20,7 @@ import io
 import json
 import os
 import shutil
+from collections import OrderedDict
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -233,9 +234,10 @@ class OpenVLA(nn.Module):
         both, llama = dino[0] + siglip[0], LlamaConfig(**config["text_config"])
         self.vision_backbone = nn.ModuleDict({"featurizer": Tower(*dino, dino=True),
                                               "fused_featurizer": Tower(*siglip, dino=False)})
-        self.projector = nn.ModuleDict({
-            "fc1": nn.Linear(both, 4 * both), "fc2": nn.Linear(4 * both, llama.hidden_size),
-            "fc3": nn.Linear(llama.hidden_size, llama.hidden_size)})
+        self.projector = nn.Sequential(OrderedDict(             # to Llama's embeddings
+            fc1=nn.Linear(both, 4 * both), gelu1=nn.GELU(),
+            fc2=nn.Linear(4 * both, llama.hidden_size), gelu2=nn.GELU(),
+            fc3=nn.Linear(llama.hidden_size, llama.hidden_size)))
         self.language_model = LlamaForCausalLM(llama)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> Tensor:
@@ -252,7 +254,7 @@ class OpenVLA(nn.Module):
         placeholder = (position >= length) & (position < stop)                  # (B, L + 57)
         llama = self.language_model.model
         text = llama.embed_tokens(ids).masked_fill(placeholder[..., None], 0)   # (B, L + 57, d)
-        patches = self.project(self.vision_features(pixel_values.to(text.dtype)))
+        patches = self.projector(self.vision_features(pixel_values.to(text.dtype)))     # (B, .., d)
         sequence = torch.cat([text[:, :1], patches, text[:, 1:]], 1)        # BOS, then the images
         keep = F.pad((position <= stop).long(), (patches.shape[1], 0), value=1)     # all of them
         hidden = llama(inputs_embeds=sequence, attention_mask=keep, is_causal=False,
@@ -270,11 +272,6 @@ class OpenVLA(nn.Module):
         features = torch.cat([dino(images[:, :3]), siglip(images[:, 3:])], -1)  # (B * n, 256, w)
         return features.unflatten(0, (len(pixel_values), -1)).flatten(1, 2)
 
-    def project(self, features: Tensor) -> Tensor:
-        """(B, patches, dino + siglip width) -> (B, patches, d): Llama's embeddings of them."""
-        fc1, fc2, fc3 = (self.projector[name] for name in ("fc1", "fc2", "fc3"))
-        return fc3(F.gelu(fc2(F.gelu(fc1(features)))))
-
     def frames(self, images: np.ndarray) -> np.ndarray:
         """Upright camera images uint8 (B, S, S, 3) -> (B, 1, 224, 224, 3), `preprocess`ed."""
         return np.stack([preprocess(image, rotate=False) for image in images])[:, None]
@@ -286,7 +283,7 @@ class OpenVLA(nn.Module):
         assert frames.dtype == torch.uint8 and frames.shape[2:] == (IMAGE, IMAGE, 3), (
             f"frames must be uint8 (B, images, {IMAGE}, {IMAGE}, 3), as `frames` makes them, got "
             f"{frames.dtype} {tuple(frames.shape)}")
-        weight = self.projector["fc1"].weight
+        weight = self.projector.fc1.weight
         image = frames.to(weight.device).permute(0, 1, 4, 2, 3).float() / 255   # (B, n, 3, ..)
         mean, std = (torch.tensor([norm[k] for norm in self.pixel_norms], device=weight.device)
                      .view(6, 1, 1) for k in ("mean", "std"))
@@ -305,7 +302,7 @@ class OpenVLA(nn.Module):
             words = self.tokenizer.encode(prompt, add_special_tokens=False).ids
             rows.append(torch.tensor([BOS, *words, SPACE]))
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
-        ids = ids.to(self.projector["fc1"].weight.device)
+        ids = ids.to(self.projector.fc1.weight.device)
         return ids, (ids != PAD).long()
 
     def decode(self, bins, unnorm_key: str) -> np.ndarray:
@@ -326,7 +323,7 @@ class OpenVLA(nn.Module):
     def _apply(self, fn, recurse=True):
         """`.to(bfloat16)` would round the rotary frequencies (logits off by 2.6e-3): made anew."""
         super()._apply(fn, recurse)
-        llama, device = self.language_model.model, self.projector["fc1"].weight.device
+        llama, device = self.language_model.model, self.projector.fc1.weight.device
         llama.rotary_emb = type(llama.rotary_emb)(llama.config).to(device)
         return self
 

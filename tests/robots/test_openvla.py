@@ -77,7 +77,7 @@ def test_pixel_values_and_vision(model, gold):
         close(model.vision_backbone["featurizer"](pixels[:, :3]), gold["dino_patches"])
         close(model.vision_backbone["fused_featurizer"](pixels[:, 3:]), gold["siglip_patches"])
         close(model.vision_features(pixels), gold["patch_features"])
-        close(model.project(gold["patch_features"]), gold["projected_patches"])
+        close(model.projector(gold["patch_features"]), gold["projected_patches"])
 
 
 def test_single_prompts_and_two_images(model, gold):
