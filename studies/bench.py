@@ -22,7 +22,7 @@ Left out: the simulator (python -m robots.tabletop measures it), reading data, s
 import sys
 from dataclasses import dataclass
 
-from plumbing.flags import ending, flag, read_command, require
+from plumbing.flags import flag, require, script
 
 SMALL = ("openvla-small", "qwen2.5-vl-small", "vjepa2-small")
 LARGE = ("openvla-7b", "qwen2.5-vl-7b", "vjepa2-vitg")
@@ -38,14 +38,12 @@ class Settings:
     out: str = flag("", "JSON lines; none: results/bench/small.jsonl, gpu.jsonl or MODEL.jsonl")
 
 
-def read(argv: list[str] | None = None) -> Settings:
-    s = read_command(Settings, argv, words=("gpu",), about=__doc__).settings
+def check(s: Settings) -> None:
     require(s, dict(rows=0, threads=1), ("minutes",))
-    return s
 
 
 if __name__ == "__main__":      # before torch is imported: --help takes no seconds
-    if code := ending(lambda: read() and 0):
+    if code := script(Settings, check, __doc__, words=("gpu",))():
         sys.exit(code)
 
 import math
@@ -413,6 +411,7 @@ def steps(rows: list[dict]) -> list[str]:
 
 def study(s: Settings) -> None:
     """Every case, the most telling first, each row kept as it ends; the same command goes on."""
+    check(s)
     models, began = [s.model] if s.model else LARGE if s.stage else SMALL, time.monotonic()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     journal = Journal(s.out or f"results/bench/{s.model or s.stage or 'small'}.jsonl",
@@ -433,9 +432,6 @@ def study(s: Settings) -> None:
     print(*steps(rows), f"wrote {journal.path}", sep="\n")
 
 
-def main(argv: list[str] | None = None) -> int:
-    return ending(lambda: study(read(argv)))
-
-
+main = script(Settings, study, __doc__, words=("gpu",))
 if __name__ == "__main__":
     sys.exit(main())

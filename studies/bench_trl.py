@@ -12,7 +12,7 @@ which it leaves out on a GPU.
 import sys
 from dataclasses import dataclass
 
-from plumbing.flags import ending, flag, read_command, require
+from plumbing.flags import flag, require, script
 
 GROUP, LR = 4, 1e-4             # responses to a prompt, as in studies/bench.py; learning rate
 FIGURES = "seconds", "seconds_rollout", "peak_gib", "steps_gib"     # of a step; of its generation
@@ -25,17 +25,15 @@ class Settings:
     out: str = flag("results/bench/trl.json", "JSON")
 
 
-def read(argv: list[str] | None = None) -> Settings:
-    s = read_command(Settings, argv, about=__doc__.split("\n\n")[0]).settings
+def check(s: Settings) -> None:
     require(s, dict(threads=1))
     if s.rows < GROUP or s.rows % GROUP:
         raise ValueError(f"--rows must be a multiple of {GROUP}, the responses to a prompt, "
                          f"got {s.rows}")
-    return s
 
 
 if __name__ == "__main__":      # before torch is imported: --help takes no seconds
-    if code := ending(lambda: read() and 0):
+    if code := script(Settings, check, __doc__)():
         sys.exit(code)
 
 import importlib.util
@@ -241,12 +239,10 @@ def compare(case: Case, out: str, repetitions: int = 3) -> None:
 
 
 def study(s: Settings) -> None:
+    check(s)
     compare(Case("qwen2.5-vl-small", rows=s.rows, length=64, repeats=3, threads=s.threads), s.out)
 
 
-def main(argv: list[str] | None = None) -> int:
-    return ending(lambda: study(read(argv)))
-
-
+main = script(Settings, study, __doc__)
 if __name__ == "__main__":
     sys.exit(main())
