@@ -255,18 +255,15 @@ class Clock:
                      else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
-def flop_counter() -> FlopCounterMode:
+def flops(function: Callable | None) -> float:
     """Of matrix products, convolutions and attention; torch itself knows the GPU's attention
     kernels alone."""
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return FlopCounterMode(display=False, custom_mapping={
+    counter = FlopCounterMode(display=False, custom_mapping={
         attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
         backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)})
-
-
-def flops(function: Callable | None) -> float:
-    with torch.no_grad(), flop_counter() as counter:
+    with torch.no_grad(), counter:
         if function:
             function()
     return float(counter.get_total_flops())
