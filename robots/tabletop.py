@@ -105,22 +105,13 @@ def initial_states(split: str) -> np.ndarray:
     return rng.uniform(-JITTER, JITTER, (len(GOALS["tabletop"]), N_STATES, len(LAYOUT), 2))
 
 
-class Scene:
-    """The MuJoCo model and its renderers: one per process, shared by all its tables (contexts do
-    not survive fork)."""
-
-    of = staticmethod(cache(lambda pid: Scene()))
-
-    def __init__(self):
-        self.mujoco, self.renderers = load_mujoco(), {}
-        self.model = self.mujoco.MjModel.from_xml_string(XML)
-
-    def render(self, data, size: int) -> np.ndarray:
-        """uint8 (size, size, 3) from the agent's camera."""
-        if size not in self.renderers:
-            self.renderers[size] = make_renderer(self.mujoco, self.model, size)
-        self.renderers[size].update_scene(data, camera="agentview")
-        return self.renderers[size].render()
+@cache
+def scene(process: int) -> tuple:
+    """mujoco, its model, and what makes a renderer by size, once: one of each per process, shared
+    by all its tables (contexts do not survive fork)."""
+    mujoco = load_mujoco()
+    model = mujoco.MjModel.from_xml_string(XML)
+    return mujoco, model, cache(partial(make_renderer, mujoco, model))
 
 
 class Tabletop(Simulator):
@@ -130,20 +121,19 @@ class Tabletop(Simulator):
                  suite: str = "tabletop"):
         states = dict.fromkeys(("train", "heldout"), range(N_STATES))
         super().__init__(suite, TASKS[suite], states, split, size)
-        self.scene, self.horizon = Scene.of(os.getpid()), horizon or HORIZON[suite]
-        self.data = self.scene.mujoco.MjData(self.scene.model)
+        self.mujoco, self.model, self.renderer = scene(os.getpid())
+        self.data, self.horizon = self.mujoco.MjData(self.model), horizon or HORIZON[suite]
 
     def begin(self, state: int, options: dict) -> None:
-        data, scene = self.data, self.scene
-        self.pairs = GOALS[self.name][self.task]
-        scene.mujoco.mj_resetData(scene.model, data)
+        data, self.pairs = self.data, GOALS[self.name][self.task]
+        self.mujoco.mj_resetData(self.model, data)
         xy = np.array([*LAYOUT.values()]) + initial_states(self.used_split)[self.task, state]
         data.qpos[:14].reshape(2, 7)[:, :2] = xy[:2]      # of the cubes, which come first
         data.mocap_pos[:, :2] = xy[2:]                    # of the plates
         self.goal = np.array([*HOME, 0.0, 0.0, 0.0])      # set point of the hand: metres, radians
         data.ctrl[:] = [*self.goal, FINGER_OPEN, FINGER_OPEN]
         data.qpos[-len(data.ctrl):] = data.ctrl           # the hand's joints are the last
-        scene.mujoco.mj_forward(scene.model, data)
+        self.mujoco.mj_forward(self.model, data)
         self.far = self.distances()
         self.best = np.zeros((len(self.pairs), 3))
 
@@ -171,7 +161,7 @@ class Tabletop(Simulator):
         self.data.ctrl[:6] = self.goal
         fingers = self.data.ctrl[6:] - FINGER_STEP * np.sign(action[6])
         self.data.ctrl[6:] = fingers.clip(0, FINGER_OPEN)
-        self.scene.mujoco.mj_step(self.scene.model, self.data, SUBSTEPS)
+        self.mujoco.mj_step(self.model, self.data, SUBSTEPS)
         self.note_progress()
 
     def solved(self) -> bool:
@@ -184,8 +174,10 @@ class Tabletop(Simulator):
             for cube, plate in self.pairs.items())
 
     def render(self, size: int | None = None) -> np.ndarray:
-        """uint8 (size, size, 3); the policy's size if none is given."""
-        return self.scene.render(self.data, size or self.size)
+        """uint8 (size, size, 3) from the agent's camera; the policy's size if none is given."""
+        renderer = self.renderer(size or self.size)
+        renderer.update_scene(self.data, camera="agentview")
+        return renderer.render()
 
 
 def suite(name: str, tasks: tuple[int, ...], options: SuiteOptions) -> Suite:

@@ -36,9 +36,9 @@ def at(start: Start) -> Tabletop:
 
 
 def test_batch_renders_only_active_tables(monkeypatch):
-    rendered, render = [], envs.Scene.render
-    monkeypatch.setattr(envs.Scene, "render", lambda self, data, size: (
-        rendered.append(data), render(self, data, size))[1])
+    rendered, render = [], Tabletop.render
+    monkeypatch.setattr(Tabletop, "render", lambda env: (
+        rendered.append(env.data), render(env))[1])
     batch = make_tables((2, 5, 8, 11))
     before = batch.reset({2: Start(0, 0), 11: Start(1, 1)})
     assert before.keys() == {2, 11}

@@ -24,8 +24,8 @@ STILL = np.array([0, 0, 0, 0, 0, 0, -1.0])  # stay where you are, gripper open
 def physics(env) -> np.ndarray:
     """Everything the next step of physics depends on."""
     env = env.unwrapped
-    state = np.empty(mujoco.mj_stateSize(env.scene.model, mujoco.mjtState.mjSTATE_INTEGRATION))
-    mujoco.mj_getState(env.scene.model, env.data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
+    state = np.empty(mujoco.mj_stateSize(env.model, mujoco.mjtState.mjSTATE_INTEGRATION))
+    mujoco.mj_getState(env.model, env.data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
     return np.concatenate([state, env.goal])
 
 
@@ -150,7 +150,7 @@ def place(
     env.data.joint(cube).qpos[:2] = env.data.body(plate).xpos[:2] + offset
     env.data.joint(cube).qpos[2] = height
     env.data.joint("left").qpos[0] = env.data.joint("right").qpos[0] = fingers
-    mujoco.mj_forward(env.scene.model, env.data)
+    mujoco.mj_forward(env.model, env.data)
     return env.solved()
 
 
@@ -185,7 +185,7 @@ def test_success_predicate(task):
     env = fresh()
     place(env, (0, 0))
     env.data.joint(cube).qvel[0] = 0.3  # sliding across it
-    mujoco.mj_forward(env.scene.model, env.data)
+    mujoco.mj_forward(env.model, env.data)
     assert not env.solved()
     env = fresh()
     place(env, (0, 0), height=0.04)  # dropped from 12 mm above, it comes to rest
@@ -200,8 +200,8 @@ def test_success_predicate(task):
 
 
 def test_chunk_is_its_single_steps(monkeypatch):
-    start, rendered, render = Start(3, 8), [], envs.Scene.render
-    monkeypatch.setattr(envs.Scene, "render", lambda *args: rendered.append(1) or render(*args))
+    start, rendered, render = Start(3, 8), [], Tabletop.render
+    monkeypatch.setattr(Tabletop, "render", lambda *args: rendered.append(1) or render(*args))
     actions = np.random.default_rng(1).uniform(-1, 1, (3, 8, 7))
     single, chunked = at(start), ActionChunk(Tabletop())
     rendered.clear()
@@ -212,7 +212,7 @@ def test_chunk_is_its_single_steps(monkeypatch):
         for action in chunk:
             single.advance(action)
         np.testing.assert_array_equal(physics(single), physics(chunked))
-        np.testing.assert_array_equal(render(single.scene, single.data, 64), image["image"])
+        np.testing.assert_array_equal(render(single), image["image"])
         assert (reward, terminated, truncated, info["executed"]) == (0.0, False, False, 8)
 
 
