@@ -119,12 +119,10 @@ class Work:
 
 # Models of random weights, on the device, in bf16 on a GPU and fp32 on the CPU
 
-def build(case: Case, device: str, half: bool | None = None):
-    """(settings of the script that trains it, None for V-JEPA 2; model, adapters included). half:
-    weights in bf16; none: but on a CPU."""
-    half = device != "cpu" if half is None else half
-    torch.set_default_dtype(torch.bfloat16 if half and case.model not in VJEPA else torch.float32)
-    s = None
+def build(case: Case, device: str):
+    """(settings of the script that trains it, None for V-JEPA 2; model, adapters included)."""
+    half = torch.cuda.is_available() and case.model not in VJEPA
+    torch.set_default_dtype(torch.bfloat16 if half else torch.float32)
     how = dict(lora_rank=case.lora_rank, gradient_checkpointing=case.gradient_checkpointing)
     with torch.device(device):
         if case.model in OPENVLA:
@@ -138,9 +136,9 @@ def build(case: Case, device: str, half: bool | None = None):
             config, ready = qwen_config(*QWEN[case.model]), reflection_srpo.ready
             model = transformers.Qwen2_5_VLForConditionalGeneration(config)
         else:
-            model = transformers.VJEPA2Model(transformers.VJEPA2Config(**VJEPA[case.model]))
+            return None, transformers.VJEPA2Model(transformers.VJEPA2Config(**VJEPA[case.model]))
     torch.set_default_dtype(torch.float32)
-    return s, model if s is None else ready(model, s)
+    return s, ready(model, s)
 
 
 def qwen_config(text: dict, vision: dict):
@@ -295,7 +293,7 @@ def work_of(case: Case, s, model) -> Work:
 
 def planned(case: Case, s) -> float:
     """GiB of an update by --plan's reckoning, without its 5%."""
-    job = plan.Job(case.model, lambda s: build(case, "meta", torch.cuda.is_available())[1],
+    job = plan.Job(case.model, lambda s: build(case, "meta")[1],
                    lambda model, s: None, lambda model, s: work_of(case, s, model).forward()[0])
     return plan.measure(s, job).update / GiB
 
