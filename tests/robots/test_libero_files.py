@@ -524,7 +524,7 @@ def test_every_task_of_the_package_is_there():
 
 def test_numpy_for_libero_plus():
     """Its fog asks for float_, its motion blur for a binary fromstring, and both for much else."""
-    old = libero_files.older_numpy()
+    old = libero_files.OLDER_NUMPY
     read = old.fromstring(b"\x01\x02", old.uint8)
     read[0] = 7  # a copy, as it was
     assert (
