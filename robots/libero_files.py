@@ -34,10 +34,7 @@ MUJOCO = "3.3.2"
 INSTALL = "pip install --no-deps -r requirements-libero.txt"
 ANEW = f"run: {INSTALL} --force-reinstall (LIBERO-Plus: clone it anew)"
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")    # the papers' four
-DIMENSIONS = {"camera": "Camera Viewpoints", "robot": "Robot Initial States",
-              "language": "Language Instructions", "light": "Light Conditions",
-              "background": "Background Textures", "noise": "Sensor Noise",
-              "layout": "Objects Layout"}
+DIMENSIONS = ("camera", "robot", "language", "light", "background", "noise", "layout")
 PLUS_LIST = "benchmark/task_classification.json"        # a clone of LIBERO-Plus alone has it
 PLUS_PACKAGE = "liberoplus/liberoplus"                  # the same tasks, from the package index
 PLUS_INSTALL = "bash setup.sh --libero-plus, or give a clone's folder by --plus or LIBERO_PLUS_PATH"
@@ -202,19 +199,12 @@ def tasks(suite: str, plus: str = "") -> tuple[Task, ...]:
     if dimension and not (plus := find_plus(plus)):
         raise RuntimeError(f"LIBERO-Plus is not here; run: {PLUS_INSTALL}")
     package = find_package(plus if dimension else "")
-    classified = dimension and (package / PLUS_LIST).is_file()
-    file = package / (PLUS_LIST if classified else "benchmark/libero_suite_task_map.py")
-    try:
-        text = file.read_text()
-        if classified:
-            listed, category = json.loads(text), DIMENSIONS[dimension].lower()
-            rows = [(s, row["name"]) for s in SUITES if only in ("", s)
-                    for row in listed.get(s, ()) if row["category"].lower() == category]
-        else:                   # read, because importing it would import torch
-            listed = ast.literal_eval(text.partition("=")[2].strip())
-            rows = [(s, name) for s in (SUITES if dimension else (suite,)) if only in ("", s)
-                    for name in listed[s] if not dimension or dimension_of(name) == dimension]
-        return tuple(make_task(package, s, name, dimension) for s, name in rows)
+    file = package / "benchmark/libero_suite_task_map.py"
+    try:                        # read, because importing it would import torch
+        listed = ast.literal_eval(file.read_text().partition("=")[2].strip())
+        return tuple(make_task(package, s, name, dimension)
+                     for s in (SUITES if dimension else (suite,)) if only in ("", s)
+                     for name in listed[s] if not dimension or dimension_of(name) == dimension)
     except (ValueError, SyntaxError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise RuntimeError(f"{file} is not LIBERO{'-Plus' * bool(dimension)}'s list of tasks "
                            f"({type(e).__name__}); {ANEW}") from None

@@ -211,42 +211,30 @@ def package(folder: Path, plus: bool = False) -> Path:
     for name in ("benchmark", "bddl_files/libero_spatial", "init_files/libero_spatial"):
         (root / name).mkdir(parents=True)
     (root / "__init__.py").write_text("")
-    (root / "benchmark/libero_suite_task_map.py").write_text(
-        "libero_task_map = "
-        + repr(
-            {
-                "libero_spatial": ["pick_up_the_bowl", "pick_up_the_plate"],
-                "libero_10": ["KITCHEN_SCENE10_turn_on_the_stove"],
-            }
-        )
-    )
+    listed = {
+        "libero_spatial": ["pick_up_the_bowl", "pick_up_the_plate"],
+        "libero_10": ["KITCHEN_SCENE10_turn_on_the_stove"],
+    }
     if plus:
         base = "KITCHEN_SCENE3_turn_on_the_stove"
-        rows = {
-            "libero_spatial": [
-                ("pick_up_the_bowl_view_0_10_100_-5_0_initstate_3", "Camera Viewpoints"),
-                ("pick_up_the_bowl_light_12", "Light Conditions"),
-                ("pick_up_the_bowl_tb_4", "Background Textures"),
-                ("pick_up_the_bowl_add_13", "Objects Layout"),
-                ("pick_up_the_bowl_level2_sample0", "Objects Layout"),
-                ("pick_up_the_bowl_language_7", "Language Instructions"),
-            ],
-            "libero_10": [
-                (f"{base}_view_0_0_100_0_0_initstate_0_noise_6", "Sensor Noise"),
-                (f"{base}_table_2", "background textures"),
-            ],
-        }
         listed = {
-            suite: [
-                {"id": i, "name": name, "category": category}
-                for i, (name, category) in enumerate(each, 1)
-            ]
-            for suite, each in rows.items()
+            "libero_spatial": [
+                "pick_up_the_bowl_view_0_10_100_-5_0_initstate_0",
+                "pick_up_the_bowl_light_12",
+                "pick_up_the_bowl_tb_4",
+                "pick_up_the_bowl_add_13",
+                "pick_up_the_bowl_level2_sample0",
+                "pick_up_the_bowl_language_7",
+            ],
+            "libero_object": [],
+            "libero_goal": [],
+            "libero_10": [f"{base}_view_0_0_100_0_0_initstate_0_noise_6", f"{base}_table_2"],
         }
-        (root / "benchmark/task_classification.json").write_text(json.dumps(listed))
+        (root / "benchmark/task_classification.json").write_text("{}")
         (root / "bddl_files/libero_spatial/pick_up_the_bowl_language_7.bddl").write_text(
             "(define (problem x)\n  (:language Grab  the dark\n bowl)\n)"
         )
+    (root / "benchmark/libero_suite_task_map.py").write_text(f"libero_task_map = {listed!r}")
     return root
 
 

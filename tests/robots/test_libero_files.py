@@ -383,8 +383,8 @@ def test_libero_plus_missing_or_broken(tmp_path, installed):
     (root / "bddl_files/libero_spatial/pick_up_the_bowl_language_7.bddl").unlink()
     with pytest.raises(RuntimeError, match="language_7.bddl has no"):
         tasks("libero_plus:language", str(tmp_path / "plus"))
-    (root / "benchmark/task_classification.json").write_text("{")
-    with pytest.raises(RuntimeError, match="classification.json is not LIBERO-Plus's list"):
+    (root / "benchmark/libero_suite_task_map.py").write_text("libero_task_map = {")
+    with pytest.raises(RuntimeError, match="task_map.py is not LIBERO-Plus's list"):
         tasks("libero_plus:camera", str(tmp_path / "plus"))
 
 
@@ -413,22 +413,20 @@ def test_damaged_list_of_tasks(installed, content):
     "content",
     [
         "",
-        "{",
-        "[]",
-        "5",
-        "null",
-        '{"libero_spatial": 5}',
-        '{"libero_spatial": [5]}',
-        "[" * 100_000,
-        '{"libero_spatial": [{"name": "a"}]}',
-        '{"libero_spatial": [{"category": "x", "name": "a"}], ',
-        '{"libero_spatial": [{"category": "Camera Viewpoints", "name": 5}]}',
+        "libero_task_map = {",
+        "libero_task_map = []",
+        "libero_task_map = 5",
+        "libero_task_map = None",
+        "libero_task_map = {'libero_spatial': 5}",
+        "libero_task_map = {'libero_spatial': [5]}",
+        "libero_task_map = {'libero_spatial': ['a'], ",
+        "libero_task_map = {'libero_spatial': ['a']}",
+        "libero_task_map = " + "[" * 100_000,
         "\xff\xfe\x00",
-        '{"libero_spatial": [{"category": 5, "name": "a"}]}',
     ],
 )
 def test_damaged_list_of_libero_plus(tmp_path, installed, content):
-    file = package(tmp_path / "plus", plus=True) / "benchmark/task_classification.json"
+    file = package(tmp_path / "plus", plus=True) / "benchmark/libero_suite_task_map.py"
     file.write_text(content, encoding="latin1")
     with pytest.raises(RuntimeError, match=f"{file} is not LIBERO-Plus's list of tasks") as caught:
         tasks("libero_plus:camera", str(tmp_path / "plus"))
@@ -513,7 +511,16 @@ def test_every_task_of_the_package_is_there():
     if shared := os.environ.get("SRPO_SHARED"):
         file = Path(shared) / "libero_plus/task_classification.json"
         classified = json.loads(file.read_text())
-        for dimension, category in libero_files.DIMENSIONS.items():
+        categories = {
+            "camera": "Camera Viewpoints",
+            "robot": "Robot Initial States",
+            "language": "Language Instructions",
+            "light": "Light Conditions",
+            "background": "Background Textures",
+            "noise": "Sensor Noise",
+            "layout": "Objects Layout",
+        }
+        for dimension, category in categories.items():
             assert [task.name for task in found[dimension]] == [
                 row["name"]
                 for suite in libero_files.SUITES
