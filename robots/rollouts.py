@@ -30,10 +30,7 @@ class ActionChunk(gymnasium.Wrapper):
     info["executed"]: number of actions that ran; the tokens of the others must not be trained on.
     info["between"]: the frames before the last, uint8 (H, W, 3) each; (executed - 1) // every.
     info["progress"]: the simulator's own."""
-
-    def __init__(self, env: gymnasium.Env):
-        super().__init__(env)
-        self.action_space = Box(-1.0, 1.0, (CHUNK, 7), np.float32)
+    action_space = Box(-1.0, 1.0, (CHUNK, 7), np.float32)
 
     def step(self, action, every: int = CHUNK):
         if np.shape(action) != (CHUNK, 7):
