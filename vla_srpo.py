@@ -70,8 +70,8 @@ class Settings(SuiteSettings, OfflineSettings, RunSettings):
     world_model: str = flag(str(WEIGHTS / "vjepa_tiny"), "V-JEPA 2: folder or hub id; "
                             "pixels: mean frames instead of latents, a baseline; "
                             "oracle: the tabletop's true progress, the ceiling")
-    pool: str = flag("clip", "a latent is the mean over a clip's tokens (code); place: over "
-                     "time, for every patch or pixel; max: and the largest over time",
+    pool: str = flag("clip", "a latent is the mean over a clip's tokens (code); place: "
+                     "over time, for every patch or pixel; max: and the largest",
                      choices=["clip", "place", "max"])
     clips: int = flag(32, "videos that the world model encodes at a time")
     video_every: int = flag(8, "env steps between the frames that the world model "
@@ -159,7 +159,8 @@ class Parts:
 
 
 # Step 2: latents (N, D), success (N,), task ids (N,), alpha -> rewards (N,), the record
-REWARDS = {"srpo": rewards.progress_reward, "official": published_reward.progress_reward}
+REWARDS = {"srpo": rewards.progress_reward,
+           "official": published_reward.progress_reward}
 
 
 def score(run: Run, episodes: list[Episode], encoder,
@@ -256,7 +257,7 @@ def train(run: Run, parts: Parts, before: dict) -> None:
             "tokens": sum(run.gather([int(batch.mask.sum())])),
             "workers_replaced": parts.workers.replaced} | evaluate.when_due(run, parts)
         run.log(row, f"success {row['success']:5.1%}  reward {row['reward']:.3f}  "
-                     f"groups used {row['groups_used']:2d}/{s.groups}, with both outcomes "
+                     f"groups used {row['groups_used']:2d}/{s.groups}, both outcomes "
                      f"{s.groups - row['groups_failed'] - row['groups_solved']:2d}  "
                      f"kl {row.get('old_kl', 0):.4f}  entropy {row['entropy']:.2f}")
         if step % 25 == 1:
@@ -305,8 +306,9 @@ def prepare(run: Run) -> Parts:
     elif s.reward != "binary":
         pixels = s.world_model == "pixels"
         kind = world_model.PixelModel if pixels else world_model.WorldModel
-        encoder = kind.from_pretrained(WEIGHTS / "vjepa_tiny" if pixels else s.world_model,
-                                       batch_size=s.clips, pool=s.pool)
+        encoder = kind.from_pretrained(
+            WEIGHTS / "vjepa_tiny" if pixels else s.world_model, batch_size=s.clips,
+            pool=s.pool)
         if s.references:
             memory = References(len(suite.instructions), s.references, encoder.width)
         if s.data and memory:

@@ -61,8 +61,8 @@ class WorldModel:
     resize "paper": shortest edge to int(crop * 256 / 224), then the centre is cropped.
     resize "exact": frames must be square, and are averaged down to crop x crop whole.
     pool "clip": h is the mean over all tokens (code). Ours, so that h says where things
-    were: "place", the mean over time alone, for every patch; "max", that and the largest
-    value over time, which also says where something passed.
+    were: "place", the mean over time alone, for every patch; "max", that and the
+    largest value over time, which also says where something passed.
     dtype: autocast to it; None is bfloat16 on CUDA, else float32. Weights stay float32.
     """
 
@@ -70,8 +70,8 @@ class WorldModel:
                  dtype: torch.dtype | None = None, device: str | None = None,
                  batch_size: int = 8, pool: str = "clip"):
         if resize not in ("paper", "exact") or pool not in ("clip", "place", "max"):
-            raise ValueError('resize must be "paper" or "exact", pool "clip", "place" or '
-                             f'"max", got {resize!r} and {pool!r}')
+            raise ValueError('resize must be "paper" or "exact", pool "clip", "place" '
+                             f'or "max", got {resize!r} and {pool!r}')
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.device, half = torch.device(device), str(device).startswith("cuda")
         self.dtype = dtype or (torch.bfloat16 if half else torch.float32)
@@ -205,8 +205,8 @@ def check_config(config: dict) -> None:
 
 
 class PixelModel(WorldModel):
-    """The benchmark's baseline: h is the mean preprocessed frame (3 * crop * crop,), with
-    pool "max" its largest values over time, too."""
+    """The benchmark's baseline: h is the mean preprocessed frame (3 * crop * crop,),
+    with pool "max" its largest values over time, too."""
 
     def __init__(self, *how, **named):
         super().__init__(*how, **named)

@@ -105,15 +105,21 @@ def seeds_table(runs: dict[str, list[list[dict]]], keys: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _over_seeds(seeds: list[list[dict]], key: str) -> str:
+def mean_and_half(values: list[float]) -> tuple[float, float]:
+    """Mean over seeds, half of its 95% interval (Student's t); nan for one seed."""
     from scipy.stats import t as student
-    values = np.array([(values_of(rows, key) or [math.nan])[-1] for rows in seeds])
+    n = len(values)
+    half = np.std(values, ddof=1) * student.ppf(0.975, n - 1) / math.sqrt(n) if n > 1 else math.nan
+    return float(np.mean(values)), float(half)
+
+
+def _over_seeds(seeds: list[list[dict]], key: str) -> str:
+    values = [(values_of(rows, key) or [math.nan])[-1] for rows in seeds]
     one = "{:.1f}".format if key.endswith("tokens") else "{:.1%}".format
-    n, mean = len(values), f"{key.removeprefix('heldout_'):16} {one(values.mean()):>7}"
-    if n < 2:
-        return f"{mean} one seed"
-    half = student.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n)
-    return f"{mean} +- {one(half):>6}   seeds {', '.join(map(one, values))}"
+    mean, half = mean_and_half(values)
+    spread = f"+- {one(half):>6}   seeds {', '.join(map(one, values))}"
+    return (f"{key.removeprefix('heldout_'):16} {one(mean):>7} "
+            + (spread if len(values) > 1 else "one seed"))
 
 
 def _work(seeds: list[list[dict]]) -> str:

@@ -145,6 +145,25 @@ def benchmark(curves: dict) -> dict[str, float]:
     return {name: float(np.mean([score[name] for score in scores])) for name in MEASURES}
 
 
+def beside(trained, seed: int) -> dict:
+    """A world model and what it is compared with, by name."""
+    import torch
+    from transformers import VJEPA2Model
+
+    from robots.references import Oracle
+    from world_model import PixelModel, WorldModel
+    torch.manual_seed(seed)
+    random, how = VJEPA2Model(trained.config), (trained.resize, None, None, 32)
+    pixels = PixelModel(random, *how)
+    return {"trained": trained, "trained, places": WorldModel(trained.model, *how, "place"),
+            "random weights": WorldModel(random, *how),
+            "random, places": WorldModel(random, *how, "place"),
+            "pixels": pixels, "pixels, max": PixelModel(random, *how, "max"),
+            "last frame": SimpleNamespace(width=pixels.width, encode=lambda videos: pixels.encode(
+                [video[-1:] for video in videos])),
+            "true progress": Oracle()}
+
+
 def study(s: Settings) -> None:
     compare = s.stage == "compare"
     if not compare and not Path(s.out).absolute().parent.is_dir():
@@ -161,45 +180,35 @@ def study(s: Settings) -> None:
     else:
         videos, success, task = simulator_rollouts(
             seed=1, every=1 if s.curves == "paper" else CHUNK)
-    import torch
-    from transformers import VJEPA2Model
     from transformers.utils import logging
 
     from robots.references import Oracle, References
     from robots.tabletop import TASKS
-    from world_model import SHIPPED, PixelModel, WorldModel
+    from world_model import SHIPPED, WorldModel
     logging.disable_progress_bar()
     logging.set_verbosity_error()           # of a damaged checkpoint transformers prints a table
     trained = WorldModel.from_pretrained(s.model or SHIPPED, batch_size=32)
-    models = {"trained": trained}
-    if compare:
-        torch.manual_seed(s.seed)
-        random, how = VJEPA2Model(trained.config), (trained.resize, None, None, 32)
-        models |= {"trained, places": WorldModel(trained.model, *how, "place"),
-                   "random weights": WorldModel(random, *how),
-                   "random, places": WorldModel(random, *how, "place"),
-                   "pixels": PixelModel(random, *how),
-                   "pixels, max": PixelModel(random, *how, "max")}
+    models = beside(trained, s.seed) if compare else {"trained": trained}
     print(f"{len(videos)} rollouts, {success.sum()} successes; {s.curves} curves, means over tasks")
     columns = ["nearer", *(("within", "contrast") if s.policy else ())]
     if s.policy:
-        models |= {"last frame": SimpleNamespace(
-            encode=lambda videos: models["pixels"].encode([video[-1:] for video in videos]),
-            width=models["pixels"].width), "true progress": Oracle()}
         both = [len(set(success[group == g])) == 2 for g in np.unique(group)]
         print(f"groups of 8 with contrast under 0/1 rewards: {np.mean(both):.3f}")
     print(f"{'':15}" + "".join(f"{name:>9}" for name in columns)
           + "".join(f"{name:>13}" for name in MEASURES))
     for name, model in models.items():
-        oracle = name == "true progress"
+        if not s.policy and not isinstance(model, WorldModel):
+            continue                        # of rollouts whose true progress is known
+        oracle = isinstance(model, Oracle)
         latents = model.encode(played if oracle else videos).numpy()
         numbers = [separation(latents, success, task)]
         if s.policy:
-            memory = References.solved(4) if oracle else References(4, 64, model.width)
+            memory = References(len(TASKS[s.suite]), 64, 1 if oracle else model.width)
             if s.data and not oracle:
                 memory.add_logged(s.data, s.camera, TASKS[s.suite], model)
-            earlier = memory.latents() if s.data else None
-            numbers += ranking(latents, success, task, group, progress, earlier)
+            elif s.data:
+                memory = References.solved(len(TASKS[s.suite]))
+            numbers += ranking(latents, success, task, group, progress, memory.latents())
         line = f"{name:15}" + "".join(f"{x:9.3f}" for x in numbers)
         # nan: no task has two successes and a failure, which the curves need as well
         if isinstance(model, WorldModel) and not (s.policy and np.isnan(numbers[0])):

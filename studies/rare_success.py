@@ -35,12 +35,9 @@ ARMS = {"grpo": ("plain GRPO", ["--reward", "binary"], 8),
 
 def compare(vla_srpo, flags: list[str], seeds: int, jobs: int, out: Path) -> str:
     """The start, all runs, their table, and OUT/curves.png."""
-    todo = []
-    for seed in range(seeds):
-        for name in (name for name, (_, _, enough) in ARMS.items() if seed < enough):
-            folder, argv = out / f"{name}-{seed}", command(name, seed, flags, out)
-            if not runs.finished(vla_srpo, folder, argv):
-                todo.append((folder, argv))
+    every = [(out / f"{name}-{seed}", command(name, seed, flags, out)) for seed in range(seeds)
+             for name, (_, _, enough) in ARMS.items() if seed < enough]
+    todo = [job for job in every if not runs.finished(vla_srpo, *job)]
     if todo and not (out / "start").exists():
         subprocess.run([sys.executable, "-m", "studies.demonstrate", *SUITE, *START, "--record",
                         str((out / "demos").resolve()), "--out", str((out / "start").resolve())],

@@ -11,11 +11,9 @@ from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 
-import numpy as np
-
 from plumbing.files import read_json
 from plumbing.flags import Parser, ending, read_command, require
-from plumbing.plots import read_metrics
+from plumbing.plots import mean_and_half, read_metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,14 +57,6 @@ def run(script, folder: Path, argv: list[str]) -> Path:
     if done.returncode:
         raise RuntimeError(f"{folder}: {(done.stderr.splitlines() or ['it failed'])[-1]}")
     return folder
-
-
-def mean_and_half(values: list[float]) -> tuple[float, float]:
-    """Mean over seeds, half of its 95% interval (Student's t); nan for one seed."""
-    from scipy.stats import t as student
-    n = len(values)
-    half = np.std(values, ddof=1) * student.ppf(0.975, n - 1) / math.sqrt(n) if n > 1 else math.nan
-    return float(np.mean(values)), float(half)
 
 
 def paired(title: str, a: list[float], b: list[float]) -> str:
