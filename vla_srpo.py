@@ -258,7 +258,7 @@ def train(run: Run, parts: Parts, before: dict) -> None:
             "workers_replaced": parts.workers.replaced} | evaluate.when_due(run, parts)
         run.log(row, f"success {row['success']:5.1%}  reward {row['reward']:.3f}  "
                      f"groups used {row['groups_used']:2d}/{s.groups}, both outcomes "
-                     f"{s.groups - row['groups_failed'] - row['groups_solved']:2d}  "
+                     f"{s.groups - row['groups_failed'] - row['groups_solved']}  "
                      f"kl {row.get('old_kl', 0):.4f}  entropy {row['entropy']:.2f}")
         if step % 25 == 1:
             i = int(run.rng.integers(len(played)))
@@ -311,7 +311,7 @@ def prepare(run: Run) -> Parts:
             pool=s.pool)
         if s.references:
             memory = References(len(suite.instructions), s.references, encoder.width)
-        if s.data and memory:
+        if s.data and memory and run.fresh:     # else it is in the checkpoint
             count = memory.add_logged(s.data, s.camera, suite.instructions, encoder)
             run.say(f"{count} logged successes are the first references")
     if s.split == "all":

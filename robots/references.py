@@ -38,19 +38,19 @@ class References:
             self.count[t] += 1
 
     def add_logged(self, source: str, camera: str, instructions: tuple[str, ...], encoder) -> int:
-        """Those of logged trajectories (robots/trajectories.py), and how many they are. ValueError,
+        """Those of logged trajectories (robots/trajectories.py) -> how many ever came. ValueError,
         one line, for a damaged one, or if there is no success of these tasks."""
-        videos, success, said = trajectories.videos(source, camera)
-        logged = [i for i in np.flatnonzero(success) if said[i] in instructions]
-        if not logged:
-            raise ValueError(f"--data {source}: {len(videos)} trajectories, none of them a success "
-                             "of these tasks")
-        try:
-            latents = encoder.encode([videos[i] for i in logged])
-        except ValueError as error:             # frames of another size
-            raise ValueError(f"--data {source}: {error}") from None
-        self.add(latents.numpy(), np.array([instructions.index(said[i]) for i in logged]))
-        return len(logged)
+        for name, load in trajectories.find(source, camera)[1].items():
+            try:
+                logged = load()
+                if logged.success and logged.instruction in instructions:
+                    task = instructions.index(logged.instruction)
+                    self.add(encoder.encode([logged.images]).numpy(), np.array([task]))
+            except ValueError as error:         # of the file, or of the size of its frames
+                raise ValueError(f"--data {source}, {name}: {error}") from None
+        if not self.count.any():
+            raise ValueError(f"--data {source}: it has no success of these tasks")
+        return int(self.count.sum())
 
     def latents(self) -> dict[int, np.ndarray]:
         """By task, (K, D); of the tasks that have any."""

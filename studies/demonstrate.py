@@ -140,9 +140,8 @@ def run(s: Settings) -> None:
         raise ValueError(f"--crop {' '.join(map(str, s.crop))}: give top, left and side")
     if s.suite.startswith("tabletop") and (s.tasks or s.crop or s.size != 64):
         raise ValueError("--tasks, --size and --crop are LIBERO's; give --suite")
-    for name, folder in (("out", s.out), ("record", s.record)):
-        if name == "out" and not folder or Path(folder or "-").exists() and any(
-                Path(folder).iterdir()):
+    for name, folder in (("out", s.out), ("record", s.record or s.out)):
+        if not folder or Path(folder).exists() and any(Path(folder).iterdir()):
             taken = f"; {folder} is not empty" if folder else ""
             raise ValueError(f"--{name} must be a new folder{taken}")
     import torch

@@ -49,7 +49,7 @@ def compare(vla_srpo, flags: list[str], seeds: int, jobs: int, out: Path) -> str
             todo.append((here, argv))
     for number, (name, how) in enumerate(POLICIES.items() if todo else ()):
         folder, policy = out / "data" / name, vla_srpo.WEIGHTS / "tiny_vla"
-        if how and not (policy := out / name / "policy").exists():
+        if how and not ((policy := out / name / "policy") / "config.json").exists():
             subprocess.run([sys.executable, "-m", "studies.demonstrate", *how, "--threads", "1",
                             "--out", str(policy.resolve())], check=True, cwd=runs.ROOT)
         if len(list(folder.glob("*.npz"))) < 4 * ROLLOUTS:

@@ -9,6 +9,7 @@ batches have no success to measure by; true progress needs none.
 
 What is finished is not done again. Further flags are vla_srpo.py's, of every run.
 """
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -38,7 +39,8 @@ def compare(vla_srpo, flags: list[str], seeds: int, jobs: int, out: Path) -> str
     every = [(out / f"{name}-{seed}", command(name, seed, flags, out)) for seed in range(seeds)
              for name, (_, _, enough) in ARMS.items() if seed < enough]
     todo = [job for job in every if not runs.finished(vla_srpo, *job)]
-    if todo and not (out / "start").exists():
+    if todo and not (out / "start" / "config.json").exists():
+        shutil.rmtree(out / "demos", ignore_errors=True)        # of one that was interrupted
         subprocess.run([sys.executable, "-m", "studies.demonstrate", *SUITE, *START, "--record",
                         str((out / "demos").resolve()), "--out", str((out / "start").resolve())],
                        check=True, cwd=runs.ROOT)

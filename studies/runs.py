@@ -19,9 +19,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def finished(script, folder: Path, argv: list[str], ended: str = "") -> bool:
-    """Whether a run of a script, a module, has ended: a file of this name is there, or, without a
-    name, the row of its last step. ValueError if what stands in the folder was made with other
-    settings."""
+    """Whether a run of a script, a module, has ended: by a file of this name, else the row of its
+    last step. ValueError if what stands in the folder was made with other settings."""
     if not (folder / "settings.json").exists():
         return False
     saved, s = read_json(folder / "settings.json"), read_command(

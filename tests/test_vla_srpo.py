@@ -34,8 +34,10 @@ from robots import policy as policies
 from robots.suite import Episode, Start, Suite
 from robots.tabletop import HORIZON, TASKS
 from robots.tiny_vla import TinyVLA
+from robots.trajectories import Trajectory, save
 from studies.train_world_model import TINY
 from tests.conftest import STATS, fake_episode
+from tests.test_world_model import squares
 from vla_srpo import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -698,7 +700,7 @@ class PowerCut(BaseException):
     [
         (4, PowerCut, ()),
         (5, PowerCut, ("--references", "3")),
-        (5, PowerCut, ("--pool", "place")),
+        (5, PowerCut, ("--references", "3", "--data", "demos")),
         (3, KeyboardInterrupt, ()),
         (6, KeyboardInterrupt, ()),
     ],
@@ -716,6 +718,11 @@ def test_a_run_cut_at_any_step_resumes_to_the_same_metrics(
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)  # let the handler run
 
+    monkeypatch.chdir(tmp_path)
+    save(
+        Path("demos/0.npz"),
+        Trajectory(TASKS["tabletop"][0], True, squares(1, size=64)[0], np.zeros((8 * 9, 7))),
+    )
     Pretend(monkeypatch, tmp_path)
     assert go(tmp_path, "whole", "--reward", "srpo", *flags) == 0
     pretend, handler = Pretend(monkeypatch, tmp_path, fault=strike), signal.getsignal(signal.SIGINT)
@@ -737,6 +744,7 @@ def test_a_run_cut_at_any_step_resumes_to_the_same_metrics(
             json.loads((tmp_path / "cut" / "checkpoint" / "state.json").read_text())["step"] == at
         )
     pretend.fault = lambda step: None
+    shutil.rmtree("demos")  # what was encoded is in the checkpoint
     if fault is PowerCut or at < 6:
         assert vla_srpo.main(["--resume", str(tmp_path / "cut")]) == 0
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")

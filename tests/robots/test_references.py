@@ -60,10 +60,10 @@ def test_logged_successes_are_the_first_references(tmp_path):
     memory = References(2, 8, 1)
     assert memory.add_logged(str(tmp_path), "", ("a", "b"), Brightness()) == 3
     assert {t: h.ravel().tolist() for t, h in memory.latents().items()} == {0: [20], 1: [10, 30]}
-    with pytest.raises(ValueError, match="5 trajectories, none of them a success of these tasks"):
-        memory.add_logged(str(tmp_path), "", ("d",), Brightness())
+    with pytest.raises(ValueError, match="it has no success of these tasks"):
+        References(1, 8, 1).add_logged(str(tmp_path), "", ("d",), Brightness())
     save(tmp_path / "long.npz", grey(1, "a", frames=10))
-    with pytest.raises(ValueError, match=f"--data {tmp_path}: videos.0. is too long"):
+    with pytest.raises(ValueError, match=f"--data {tmp_path}, long.npz: videos.0. is too long"):
         memory.add_logged(str(tmp_path), "", ("a",), Brightness())
 
 
