@@ -1,20 +1,17 @@
 """The checkpoints of a run: what it needs to go on.
 
-One process writes safetensors; several write a folder of torch.distributed.checkpoint, each rank
-its own shards, that any number of ranks reads. A kill at any moment leaves the previous checkpoint
-or the new one, in FOLDER or FOLDER.old.
+Each rank writes its own shards as safetensors, which are rows of what is whole: any number of ranks
+reads them. A kill at any moment leaves the previous checkpoint or the new one, in FOLDER or
+FOLDER.old.
 """
 import json
-import pickle
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from plumbing import optimizer as optimizers
 from plumbing import ranks
@@ -41,106 +38,68 @@ def save(path: str | Path, tensors: dict[str, Tensor], optimizer: torch.optim.Op
 
     tensors: what is trained, and what else is kept, by name, DTensors among them; state: plain
     JSON. ValueError, nothing touched, if path holds something else than a checkpoint."""
-    path, trainer = Path(path), optimizers.optimizer_tensors(optimizer)
+    path, failed = Path(path), []
     if path.exists() and not (path / "state.json").is_file():
         raise ValueError(f"{path} exists and is not a checkpoint folder; choose another --out")
     with whole(path) if ranks.rank() == 0 else nullcontext() as draft:
         if ranks.rank() == 0:
             draft.mkdir()
             (draft / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False))
-        if ranks.world_size() == 1:
-            save_file(_untied(tensors), draft / "model.safetensors")
-            save_file(_untied(trainer), draft / "trainer.safetensors")
-        else:
-            draft = ranks.first(lambda: draft)
-            try:
-                dcp.save(tensors | trainer, checkpoint_id=draft)    # ends when all ranks' files do
-            except CheckpointException as error:
-                raise OSError(_cause(error)) from None
+        draft = ranks.first(lambda: draft)
+        try:
+            save_file(_own(tensors | optimizers.optimizer_tensors(optimizer)),
+                      draft / f"{ranks.rank():05}.safetensors")
+        except (OSError, SafetensorError) as error:
+            failed.append(str(error))
+        for failure in ranks.gather(failed):            # all ranks' files are there, or all raise
+            raise OSError(failure)
     ranks.barrier()
 
 
-def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, and each with memory of its own: safetensors refuses what is shared."""
-    plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+def _own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's rows on the CPU, and on the first rank what is not divided, each with memory of
+    its own: safetensors refuses what is shared."""
+    plain = {name: ranks.local(x).detach().cpu().contiguous() for name, x in tensors.items()
+             if ranks.rank() == 0 or ranks.local(x) is not x}
     owners = set({x.untyped_storage().data_ptr(): name for name, x in plain.items()}.values())
     return {name: x if name in owners else x.clone() for name, x in plain.items()}
 
 
 @torch.no_grad()
 def load(path: str | Path, tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Fill `tensors` and the optimiser's state from a checkpoint of any number of ranks.
+    """Fill `tensors` and the optimiser's state from a checkpoint of any number of ranks; every rank
+    must call it, and holds one tensor at a time whole.
 
     ValueError, one line that names the folder or file, if it is damaged or another model's."""
-    path = find(path)
-    sharded = (path / ".metadata").exists()
+    path, holders = find(path), {}                      # a tensor's name -> the files with its rows
     try:
-        found = _read_shards(path, tensors, optimizer) if sharded else _read_files(path, tensors)
-        for name, x in found.items():
-            if not ranks.local(x).isfinite().all():
-                raise ValueError(f"{name} holds a number that is not finite")
+        for file in sorted(path.glob("*.safetensors")):
+            try:
+                opened = safe_open(file, "pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{file.name} is truncated or corrupt: {error}") from None
+            for name in opened.keys():
+                holders.setdefault(name, []).append(opened)
         for name, x in tensors.items():
-            x.copy_(ranks.divided(found[name], x))
-        optimizers.load_optimizer_tensors(optimizer, found)
+            found = _whole(name, holders[name]) if name in holders else None
+            if found is None or (found.shape, found.dtype) != (x.shape, x.dtype):
+                raise ValueError(f"{name} is not {tuple(x.shape)} of {x.dtype}: it is another "
+                                 "model's, or a rank's file is missing")
+            x.copy_(ranks.divided(found, x))
+        optimizers.load_optimizer_tensors(optimizer, (
+            (name, _whole(name, files)) for name, files in holders.items()
+            if name.startswith("optimizer.")))
     except ValueError as error:
         raise ValueError(f"{path} cannot be loaded ({error}); use another checkpoint") from None
 
 
-def _read_files(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What one process wrote."""
-    found: dict[str, Tensor] = {}
-    for name in ("model.safetensors", "trainer.safetensors"):
-        try:
-            found |= load_file(path / name)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{name} is missing, truncated or corrupt: {error}") from None
-    _check({name: (x.shape, x.dtype) for name, x in found.items()}, tensors)
-    return found
-
-
-def _read_shards(path: Path, tensors: dict[str, Tensor], optimizer) -> dict[str, Tensor]:
-    """What several ranks wrote: this rank's part of it, in `tensors` and new ones."""
-    found = dict(tensors)
+def _whole(name: str, files: list) -> Tensor:
+    """A tensor put together of the ranks' rows; ValueError if it cannot be, or is not finite."""
     try:
-        with open(path / ".metadata", "rb") as file:
-            entries = _Metadata(file).load().state_dict_metadata
-        _check({name: (x.size, x.properties.dtype) for name, x in entries.items()}, tensors)
-        for key in entries:
-            if key.startswith("optimizer."):
-                p = optimizers.parameter_of(optimizer, key)
-                found[key] = torch.zeros((), dtype=torch.int64) if key.endswith(".step") else (
-                    torch.zeros_like(p, dtype=torch.float32, device=optimizer.home(p)))
-        dcp.load(found, checkpoint_id=path)
-    except (Exception, CheckpointException) as error:       # a damaged pickle may raise any
-        raise ValueError(_cause(error)) from None
-    return found
-
-
-def _check(found: dict[str, tuple], tensors: dict[str, Tensor]) -> None:
-    for name, x in tensors.items():
-        if found.get(name) != (x.shape, x.dtype):
-            raise ValueError(f"{name} is not {tuple(x.shape)} of {x.dtype}: it is another model's")
-
-
-class _Metadata(pickle.Unpickler):
-    """torch.distributed.checkpoint's list of what the shards hold is a pickle: it may name what
-    such a list is made of, and nothing that could run code."""
-
-    def find_class(self, module: str, name: str):
-        known = name in {
-            "torch.distributed.checkpoint.metadata": (
-                "Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata",
-                "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
-            "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-            "torch.serialization": ("_get_layout",), "pathlib": ("PosixPath", "WindowsPath"),
-            "torch": ("Size", "bfloat16", "float16", "float32", "float64", "int64"),
-        }.get(module, ())
-        if not known:
-            raise pickle.UnpicklingError(f".metadata names {module}.{name}")
-        return super().find_class(module, name)
-
-
-def _cause(error: BaseException) -> str:
-    """The first line of what went wrong on some rank."""
-    cause = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
-    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        parts = [file.get_tensor(name) for file in files]
+        x = parts[0] if len(parts) == 1 else torch.cat(parts)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{name} is corrupt: {error}".splitlines()[0]) from None
+    if not x.isfinite().all():
+        raise ValueError(f"{name} holds a number that is not finite")
+    return x

@@ -96,28 +96,23 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
             for k, v in optimizer.state.get(p, {}).items()}
 
 
-def parameter_of(optimizer: torch.optim.Optimizer, key: str) -> Tensor:
-    """The parameter that a key of `optimizer_tensors` is of; ValueError if there is none."""
-    index, params = key.split(".")[1], optimizer.param_groups[0]["params"]
-    if not index.isdecimal() or int(index) >= len(params):
-        raise ValueError(f"{key}, but {len(params)} parameters: it is another model's")
-    return params[int(index)]
-
-
-def load_optimizer_tensors(optimizer: MasterAdamW, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`, ignoring other keys; whole tensors are divided among ranks as
-    the parameters are, others become the state, without a copy where they are on its device.
-    ValueError, nothing changed, if they are another model's, or not complete."""
+def load_optimizer_tensors(optimizer: MasterAdamW, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Inverse of `optimizer_tensors`, of keys and whole tensors, one pair after the other: each is
+    divided among ranks as its parameter is; on one process they become the state, without a copy
+    where they are on its device. ValueError, nothing changed, if they are another model's, or not
+    complete."""
     state: dict[Tensor, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if not key.startswith("optimizer."):
-            continue
-        p, name = parameter_of(optimizer, key), key.split(".")[-1]
+    params = optimizer.param_groups[0]["params"]
+    for key, value in tensors:
+        index, name = key.split(".")[1], key.split(".")[-1]
+        if not index.isdecimal() or int(index) >= len(params):
+            raise ValueError(f"{key}, but {len(params)} parameters: it is another model's")
+        p = params[int(index)]
         wanted = ((), torch.int64) if name == "step" else (p.shape, torch.float32)
         if (value.shape, value.dtype) != wanted:
             raise ValueError(f"{key} is {value.dtype} {tuple(value.shape)}, not {wanted[1]} "
                              f"{tuple(wanted[0])}: it is another model's")
-        if name == "v" and (ranks.local(value) < 0).any():
+        if name == "v" and (value < 0).any():
             raise ValueError(f"{key} holds a number below 0, and is a mean of squares")
         # Counts of steps stay on the CPU
         state.setdefault(p, {})[name] = value if name == "step" else (

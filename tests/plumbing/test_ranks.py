@@ -39,11 +39,11 @@ def torchrun(*command, ranks: int = 2) -> subprocess.CompletedProcess:
     )
 
 
-def on_ranks(file: str, folder: Path, *names: str) -> subprocess.CompletedProcess:
-    """Run functions of a test file one after the other on two ranks, each with folder/name."""
+def on_ranks(file: str, folder: Path, *names: str, ranks: int = 2) -> subprocess.CompletedProcess:
+    """Run functions of a test file one after the other on ranks, each with folder/name."""
     for name in names:
         (folder / name).mkdir(exist_ok=True)
-    done = torchrun(file, folder, *names)
+    done = torchrun(file, folder, *names, ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -162,6 +162,40 @@ def bf16_resume(folder: Path) -> None:
     bf16_steps(model, optimizer, range(3, 5))
     weights = ranks.whole(dict(model.named_parameters()))
     save(weights, folder / "resumed.safetensors")
+
+
+def crossed(folder: Path) -> None:
+    """Save on so many ranks, with a layer of one row, a number and the first layer's weights once
+    more under another name; then load what any number of ranks has saved so far."""
+
+    def made():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 1)).bfloat16()
+        model = ranks.shard(model)
+        optimizer = make_optimizer(model, 1e-2)
+        extra = {"n": torch.tensor(0), "table": torch.zeros(3, 2), "tied": model[0].weight}
+        return model, optimizer, dict(model.named_parameters()) | extra
+
+    def numbers(optimizer, tensors) -> dict:
+        return ranks.whole(tensors | optimizer_tensors(optimizer))
+
+    model, optimizer, tensors = made()
+    tensors["n"] += 7
+    tensors["table"][1] = torch.tensor([1.0, 2.0])
+    bf16_steps(model, optimizer, range(2))
+    here = folder / str(ranks.world_size())
+    checkpoint.save(here, tensors, optimizer, {})
+    save({name: x.clone() for name, x in numbers(optimizer, tensors).items()},
+         folder / f"{here.name}.safetensors")
+    ranks.barrier()
+    for saved in sorted(folder.glob("*.safetensors")):
+        model, optimizer, tensors = made()
+        checkpoint.load(saved.with_suffix(""), tensors, optimizer)
+        found, wanted = numbers(optimizer, tensors), load_file(saved)
+        assert set(found) == set(wanted) and len(found) == 4 + 3 + 4 * 4
+        for name, x in wanted.items():
+            assert torch.equal(found[name], x) and found[name].dtype == x.dtype, name
+    (folder / f"loaded-{here.name}-{ranks.rank()}").touch()
 
 
 def full_disk(folder: Path) -> None:
@@ -314,7 +348,8 @@ def test_a_damaged_or_foreign_checkpoint_is_one_line(done, tmp_path):
         return str(error.value)
 
     assert "another model's" in load(other)
-    parts = {part: part.read_bytes() for part in (tmp_path / "checkpoint").glob("*.distcp")}
+    parts = {part: part.read_bytes() for part in (tmp_path / "checkpoint").glob("*.safetensors")}
+    assert len(parts) == 2
     for part, content in parts.items():
         part.write_bytes(content[:100])
         load(bf16_model())
@@ -326,8 +361,18 @@ def test_a_damaged_or_foreign_checkpoint_is_one_line(done, tmp_path):
         dict((model := bf16_model()).named_parameters()),
         make_optimizer(model, 1e-3),
     )
-    (tmp_path / "checkpoint" / ".metadata").unlink()
-    assert "model.safetensors is missing" in load(bf16_model())
+
+
+def test_what_any_number_of_ranks_saves_any_number_loads(tmp_path):
+    """One, two and three, bit by bit; of one row two ranks of three have none."""
+    (tmp_path / "crossed").mkdir()
+    for n in (1, 2, 3, 2, 1):
+        if n == 1:
+            crossed(tmp_path / "crossed")
+        else:
+            on_ranks(__file__, tmp_path, "crossed", ranks=n)
+    done = sorted(file.name for file in (tmp_path / "crossed").glob("loaded-*"))
+    assert done == [f"loaded-{n}-{rank}" for n in (1, 2, 3) for rank in range(n)]
 
 
 def test_a_full_disk_of_one_rank_is_one_line_of_each(done):

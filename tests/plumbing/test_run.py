@@ -106,8 +106,7 @@ def numbers(out: Path) -> tuple:
     ]
     weights = {
         name: x.tolist()
-        for part in ("model", "trainer")
-        for name, x in load_file(out / "checkpoint" / f"{part}.safetensors").items()
+        for name, x in load_file(out / "checkpoint" / "00000.safetensors").items()
     }
     small = [(out / name).read_text() for name in ("before.json", "after.json")]
     state = checkpoint.read_state(out / "checkpoint")
