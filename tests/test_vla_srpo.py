@@ -751,8 +751,7 @@ def test_a_run_cut_at_any_step_resumes_to_the_same_metrics(
     assert [r["step"] for r in metrics(tmp_path / "cut")] == list(range(7))
     for name in (
         "policy/model.safetensors",
-        "checkpoint/model.safetensors",
-        "checkpoint/trainer.safetensors",
+        "checkpoint/00000.safetensors",
     ):
         a, b = load_file(tmp_path / "cut" / name), load_file(tmp_path / "whole" / name)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
@@ -883,9 +882,8 @@ def stopped(tmp_path):
 
 def test_checkpoint_holds_everything(stopped):
     run, policy, optimizer = stopped
-    model, trainer = (
-        load_file(run / "checkpoint" / f"{name}.safetensors") for name in ("model", "trainer")
-    )
+    model = load_file(run / "checkpoint" / "00000.safetensors")
+    trainer = {key: model.pop(key) for key in list(model) if key.startswith("optimizer.")}
     state = read_state(run / "checkpoint")
     assert all(torch.equal(model[k], v) for k, v in policy.state_dict().items()) and len(
         model
@@ -923,13 +921,13 @@ def test_resume_with_other_settings_or_a_damaged_checkpoint(stopped, tmp_path, c
     (tmp_path / "record").mkdir()
     shutil.copy(run / "metrics.jsonl", tmp_path / "record")
     refused(["--out", tmp_path / "record"], ["metrics.jsonl is of another run"], tmp_path, capsys)
-    for name in ("model.safetensors", "trainer.safetensors", "state.json"):
+    for name in ("00000.safetensors", "state.json"):
         file = run / "checkpoint" / name
         content = file.read_bytes()
         file.write_bytes(content[: len(content) // 2])
         refused(["--resume", run], [name, "truncated"], tmp_path, capsys)
         file.unlink()
-        refused(["--resume", run], [name, "missing"], tmp_path, capsys)
+        refused(["--resume", run], [f"{run}/checkpoint", "missing"], tmp_path, capsys)
         file.write_bytes(content)
     assert (
         vla_srpo.main(["--resume", str(run), "--plan", "--micro_batch", "20"]) == 0
@@ -1090,7 +1088,7 @@ def test_a_run_writes_what_it_promises(whole, folder):
         not torch.equal(a, b)
         for a, b in zip(start.state_dict().values(), end.state_dict().values())
     )
-    kept = load_file(out / "checkpoint" / "model.safetensors")
+    kept = load_file(out / "checkpoint" / "00000.safetensors")
     state = read_state(out / "checkpoint")
     assert state["step"] == 5 and all(
         torch.equal(kept[f"average.module.{k}"], v) for k, v in end.state_dict().items()
@@ -1131,7 +1129,7 @@ def test_ctrl_c_and_sigkill_do_not_change_the_metrics(whole, folder):
     code, stdout, stderr = Process("--resume", out).end()
     assert code == 0 and f"resumed after step {saved}" in stdout, stderr
     assert metrics(out) == metrics(whole[1])
-    for name in ("policy/model.safetensors", "checkpoint/trainer.safetensors"):
+    for name in ("policy/model.safetensors", "checkpoint/00000.safetensors"):
         a, b = load_file(out / name), load_file(whole[1] / name)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert json.loads((out / "after.json").read_text()) == json.loads(
