@@ -145,76 +145,41 @@ def sample_tokens(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return torch.searchsorted(cumulative, u).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
-def trajectory_weights(mask: Tensor, trajectory: Tensor) -> Tensor:
-    """row_weight (B,) of `policy_loss` where a sequence is several rows, as in SRPO-VLA
-    a rollout is several action chunks: 1 / valid tokens of the row's trajectory.
+def row_weights(mask: Tensor, trajectory: Tensor | None = None) -> Tensor:
+    """row_weight (B,) of `policy_loss` for a mean over each sequence: 1 / its tokens.
 
-    mask (B, T) of the whole batch; trajectory (B,) int64 numbers each row's rollout.
+    mask (B, T) of the whole batch. A sequence is a row, or all rows of one number in
+    trajectory (B,) int64: in SRPO-VLA a rollout is several action chunks.
 
     >>> mask = torch.tensor([[1, 1], [1, 0], [1, 1]])
-    >>> trajectory_weights(mask, torch.tensor([0, 0, 1])) * 6
+    >>> row_weights(mask, torch.tensor([0, 0, 1])) * 6
     tensor([2., 2., 3.])
     """
     tokens = mask.bool().sum(1).float()                                         # (B,)
-    total = tokens.new_zeros(int(trajectory.max()) + 1)             # (trajectories,)
-    total = total.index_add_(0, trajectory, tokens)
-    return 1.0 / total[trajectory].clamp(min=1.0)
-
-
-def _token_weights(mask: Tensor, aggregate: str, row_weight: Tensor | None) -> Tensor:
-    """Weight (B, T) of each token in the batch's sum, before `loss_normalizer`."""
-    if aggregate not in ("token", "sequence", "constant"):
-        raise ValueError(f"aggregate must be 'token', 'sequence' or 'constant', got "
-                         f"{aggregate!r}")
-    if row_weight is not None and (aggregate != "sequence"
-                                   or row_weight.shape != mask.shape[:1]):
-        raise ValueError(f"row_weight must be {tuple(mask.shape[:1])} with "
-                         f"aggregate='sequence', got {tuple(row_weight.shape)} with "
-                         f"{aggregate!r}")
-    weight = mask.bool().float()                                                # (B, T)
-    if aggregate == "sequence":
-        each = 1.0 / weight.sum(1).clamp(min=1.0) if row_weight is None else row_weight
-        weight = weight * each[:, None]
-    return weight
-
-
-def loss_normalizer(mask: Tensor, aggregate: str = "token",
-                    constant_length: int | None = None,
-                    row_weight: Tensor | None = None) -> float:
-    """What summed token losses are divided by, from the WHOLE batch's mask (B, T):
-    "token", valid tokens; "sequence", sequences with a valid token; "constant",
-    B * constant_length. 1 if there are none.
-
-    >>> mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
-    >>> [loss_normalizer(mask, how, 4) for how in ("token", "sequence", "constant")]
-    [4.0, 2.0, 8.0]
-    """
-    weight = _token_weights(mask, aggregate, row_weight)
-    if aggregate == "constant":
-        if not constant_length or constant_length < 1:
-            raise ValueError("constant_length must be >= 1 with aggregate='constant', "
-                             f"got {constant_length}")
-        return float(len(mask) * constant_length)
-    # Weights of 1 / (tokens of the sequence) add up to the number of sequences
-    return float(weight.sum()) or 1.0
+    if trajectory is not None:
+        total = tokens.new_zeros(int(trajectory.max()) + 1)         # (trajectories,)
+        tokens = total.index_add_(0, trajectory, tokens)[trajectory]
+    return 1.0 / tokens.clamp(min=1.0)
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor | None, advantages: Tensor,
                 mask: Tensor, *, ref_logp: Tensor | None = None,
                 clip: tuple[float, float] = (0.2, 0.28), beta: float = 0.0,
-                aggregate: str = "token", constant_length: int | None = None,
-                normalizer: float | None = None, row_weight: Tensor | None = None,
+                row_weight: Tensor | None = None, normalizer: float | None = None,
                 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped GRPO loss of both papers: (loss to minimise, statistics).
 
     logp, old_logp, ref_logp, mask (B, T); advantages (B,) or (B, T). mask is true on
     sampled tokens; elsewhere anything may stand, even NaN. old_logp=None: one update a
     batch, at ratio 1. clip (low, high): 0.28 is DAPO's clip-higher, of SRPO-VLA's code;
-    SRPO-MLLM's script has 0.2 on both sides. aggregate: "token", mean over all tokens
-    (DAPO); "sequence", over each sequence, then over sequences (GRPO; SRPO-VLA's code
-    over whole rollouts: `trajectory_weights`); "constant", sum / (B * constant_length)
-    (Dr. GRPO). With normalizer = `loss_normalizer` of the whole batch the losses of
-    micro-batches add up to its own.
+    SRPO-MLLM's script has 0.2 on both sides.
+
+    Token losses, times row_weight (B,) if there is one, are summed and divided by
+    normalizer, if None by the sum of these weights. Without both: the mean over all
+    tokens (DAPO). With `row_weights`: over each sequence, then over sequences (GRPO;
+    SRPO-VLA's code over whole rollouts). normalizer = B * a constant length, without
+    row_weight: Dr. GRPO. Given the whole batch's weights and normalizer, tokens or
+    sequences, the losses of micro-batches add up to its own.
 
     Statistics are detached 0-d tensors for `merge_stats`: `loss` adds up, `tokens` is a
     count, `ratio_max` a maximum, others means over valid tokens. ValueError for
@@ -234,12 +199,17 @@ def policy_loss(logp: Tensor, old_logp: Tensor | None, advantages: Tensor,
     if advantages.shape not in (logp.shape, logp.shape[:1]):
         raise ValueError(f"advantages must be (B,) or (B, T) for logp "
                          f"{tuple(logp.shape)}, got {tuple(advantages.shape)}")
+    if row_weight is not None and row_weight.shape != logp.shape[:1]:
+        raise ValueError(f"row_weight must be {tuple(logp.shape[:1])}, got "
+                         f"{tuple(row_weight.shape)}")
     if beta > 0 and ref_logp is None:
         raise ValueError(f"beta={beta} needs ref_logp, the reference policy's "
                          "log-probabilities; beta=0 needs none")
-    weight = _token_weights(mask, aggregate, row_weight)                        # (B, T)
+    weight = mask.bool().float()                                                # (B, T)
+    if row_weight is not None:
+        weight = weight * row_weight[:, None]
     if normalizer is None:
-        normalizer = loss_normalizer(mask, aggregate, constant_length, row_weight)
+        normalizer = float(weight.sum()) or 1.0
     padding = ~mask.bool()
     logp = logp.masked_fill(padding, 0.0)       # and not times 0: NaN * 0 is NaN
     old = logp if old_logp is None else old_logp.masked_fill(padding, 0.0)

@@ -246,8 +246,8 @@ def train(run: Run, parts: Parts, rows: list[Row], heldout: list[Row],
         ref = r.reference_logprobs(model, parts.reference, processor, batch, s)
         for chosen in update.minibatches(
                 batch.rows, s.epochs, s.minibatch, batch.owner):
-            valid = torch.arange(int(lengths[chosen].max())) < lengths[chosen, None]
-            normalizer = grpo.loss_normalizer(valid, s.aggregate, s.max_new_tokens)
+            normalizer = {"sequence": len(chosen), "token": int(lengths[chosen].sum()),
+                          "constant": len(chosen) * s.max_new_tokens}[s.aggregate]
             for part in update.micro_batches(chosen, r.split(batch, s)):
                 logp, entropy, mask = r.logprobs(
                     model, processor, batch, part, s.temperature)               # (B, n)
@@ -255,9 +255,10 @@ def train(run: Run, parts: Parts, rows: list[Row], heldout: list[Row],
                 weighted, gap = corrected(
                     batch.advantages[part], logp if old is None else old_part,
                     r.padded(batch.sampled, part), mask, s.importance_cap)
+                each = grpo.row_weights(mask) if s.aggregate == "sequence" else None
                 loss, stats = grpo.policy_loss(
                     logp, old_part, weighted, mask, ref_logp=r.padded(ref, part),
-                    clip=(s.clip_low, s.clip_high), beta=s.beta, aggregate=s.aggregate,
+                    clip=(s.clip_low, s.clip_high), beta=s.beta, row_weight=each,
                     normalizer=normalizer)
                 mean_entropy = (entropy.detach() * mask).sum() / mask.sum()
                 update.backward(loss, stats | gap | {"entropy": mean_entropy})

@@ -228,8 +228,8 @@ def train(run: Run, parts: Parts, before: dict) -> None:
 
         # 4. Clipped policy gradient over tokens of actions that ran    [VLA 7] [VLA 8]
         update = Update(policy, optimizer, grpo.merge_stats, s.max_norm, s.target_kl)
-        weight = grpo.trajectory_weights(batch.mask, batch.trajectory)      # (N,)
-        count = grpo.loss_normalizer(batch.mask, "sequence", row_weight=weight)
+        weight = grpo.row_weights(batch.mask, batch.trajectory)             # (N,)
+        count = float((batch.mask * weight[:, None]).sum())     # 1 for each rollout
         rollouts = sum(run.gather([count] if batch.rows else []))   # with an advantage
         ref = reference_logprobs(parts, batch, s, temperature)              # (N, 56)
         for chosen in update.minibatches(batch.rows, s.epochs, s.minibatch):
@@ -243,8 +243,8 @@ def train(run: Run, parts: Parts, before: dict) -> None:
                 loss, stats = grpo.policy_loss(
                     logp, old, adv, mask, beta=s.beta,
                     ref_logp=None if ref is None else ref[part],
-                    clip=(s.clip_low, s.clip_high), aggregate="sequence",
-                    row_weight=of_rollout, normalizer=normalizer)
+                    clip=(s.clip_low, s.clip_high), row_weight=of_rollout,
+                    normalizer=normalizer)
                 update.backward(loss, stats)
             update.step()
         if parts.average is not None:

@@ -219,7 +219,7 @@ def loss_of(model, processor, batch: responses.Batch, s):
     """Of responses, all in one pass, as in step 4 of reflection_srpo.py."""
     logp, _, mask = responses.logprobs(model, processor, batch, range(batch.rows), s.temperature)
     return grpo.policy_loss(logp, None, batch.advantages.to(logp.device), mask,
-                            clip=(s.clip_low, s.clip_high), aggregate=s.aggregate)
+                            clip=(s.clip_low, s.clip_high), row_weight=grpo.row_weights(mask))
 
 
 def vjepa_work(case: Case, s, model) -> Work:

@@ -240,26 +240,40 @@ def test_extreme_log_ratios_stay_finite():
     )
 
 
+def how(aggregate: str, mask: torch.Tensor, trajectory=None) -> dict:
+    """The whole batch's arguments of `policy_loss`."""
+    if aggregate in ("token", "constant"):
+        return dict(normalizer=float(mask.sum()) if aggregate == "token" else len(mask) * 9.0)
+    weight = grpo.row_weights(mask, trajectory if aggregate == "trajectory" else None)
+    return dict(row_weight=weight, normalizer=float((mask * weight[:, None]).sum()))
+
+
 @pytest.mark.parametrize("aggregate", ["token", "sequence", "constant"])
 def test_aggregates_equal_a_naive_loop(aggregate):
+    """Loss and gradient."""
     logp, old, adv, mask = batch()
     per_row = []
     for b in range(len(adv)):
         terms = []
         for t in range(mask.shape[1]):
             if mask[b, t]:
-                rho = math.exp(logp[b, t].item() - old[b, t].item())
-                terms.append(-min(rho * adv[b].item(), min(max(rho, 0.8), 1.28) * adv[b].item()))
+                rho = (logp[b, t] - old[b, t]).exp()
+                terms.append(-torch.minimum(rho * adv[b], rho.clamp(0.8, 1.28) * adv[b]))
         per_row.append(terms)
     expected = {
         "token": sum(map(sum, per_row)) / sum(map(len, per_row)),
         "sequence": sum(sum(r) / len(r) for r in per_row) / len(per_row),
         "constant": sum(map(sum, per_row)) / (len(per_row) * 9),
     }[aggregate]
-    loss, _ = grpo.policy_loss(logp, old, adv, mask, aggregate=aggregate, constant_length=9)
-    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    options = how(aggregate, mask)
+    if aggregate != "constant":
+        del options["normalizer"]  # it is what the weights add up to
+    loss, _ = grpo.policy_loss(logp, old, adv, mask, **options)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(x, logp)[0] for x in (loss, expected)), atol=0, rtol=1e-6)
     adv = adv[:, None].expand_as(logp)
-    per_token, _ = grpo.policy_loss(logp, old, adv, mask, aggregate=aggregate, constant_length=9)
+    per_token, _ = grpo.policy_loss(logp, old, adv, mask, **options)
     assert per_token.item() == loss.item()
 
 
@@ -271,27 +285,18 @@ def test_rows_of_one_trajectory_share_its_mean():
         (logp - old).exp() * adv[:, None], (logp - old).exp().clamp(0.8, 1.28) * adv[:, None]
     )
     expected = sum(surrogate[trajectory == i][mask[trajectory == i]].mean() for i in range(3)) / 3
-    weight = grpo.trajectory_weights(mask, trajectory)
-    loss, _ = grpo.policy_loss(logp, old, adv, mask, aggregate="sequence", row_weight=weight)
+    weight = grpo.row_weights(mask, trajectory)
+    loss, _ = grpo.policy_loss(logp, old, adv, mask, row_weight=weight)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("aggregate", ["token", "sequence", "constant", "trajectory"])
 def test_micro_batching_changes_neither_gradient_nor_statistics(aggregate):
     logp, old, adv, mask = batch(rows=7)
-    weight = (
-        grpo.trajectory_weights(mask, torch.tensor([0, 1, 0, 1, 2, 2, 0]))
-        if aggregate == "trajectory"
-        else None
-    )
-    options = dict(
-        aggregate="sequence" if aggregate == "trajectory" else aggregate, constant_length=9
-    )
-    whole, stats = grpo.policy_loss(
-        logp, old, adv, mask, ref_logp=old - 0.2, beta=0.1, row_weight=weight, **options
-    )
+    options = how(aggregate, mask, torch.tensor([0, 1, 0, 1, 2, 2, 0]))
+    whole, stats = grpo.policy_loss(logp, old, adv, mask, ref_logp=old - 0.2, beta=0.1, **options)
     (expected,) = torch.autograd.grad(whole, logp)
-    normalizer = grpo.loss_normalizer(mask, row_weight=weight, **options)
+    weight = options.pop("row_weight", None)
     parts = []
     grad = torch.zeros_like(logp)
     for s in (slice(0, 2), slice(2, 3), slice(3, 7)):
@@ -302,7 +307,6 @@ def test_micro_batching_changes_neither_gradient_nor_statistics(aggregate):
             mask[s],
             ref_logp=old[s] - 0.2,
             beta=0.1,
-            normalizer=normalizer,
             row_weight=None if weight is None else weight[s],
             **options,
         )
@@ -338,13 +342,11 @@ def test_empty_mask_gives_zero():
 @pytest.mark.parametrize(
     "change, match",
     [
-        (dict(aggregate="mean"), "aggregate must be"),
         (dict(beta=0.1), "needs ref_logp"),
-        (dict(aggregate="constant"), "constant_length"),
         (dict(mask=torch.ones(6)), "mask must have"),
         (dict(ref_logp=torch.zeros(6, 4)), "ref_logp must have"),
-        (dict(row_weight=torch.ones(6)), "row_weight must be"),
-        (dict(row_weight=torch.ones(6, 5), aggregate="sequence"), "row_weight must be"),
+        (dict(row_weight=torch.ones(5)), "row_weight must be"),
+        (dict(row_weight=torch.ones(6, 5)), "row_weight must be"),
         (dict(advantages=torch.zeros(5)), "advantages must be"),
     ],
 )

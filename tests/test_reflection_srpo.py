@@ -128,12 +128,16 @@ def updated(case: Case, monkeypatch, tmp_path, **changes) -> torch.Tensor:
     return torch.stack(seen).mean(0)
 
 
-@pytest.mark.parametrize("group, tokens", [(1, 16384), (3, 16384), (3, 45), (2, 1)])
-def test_the_gradient_is_reinforce_s(case, monkeypatch, tmp_path, group, tokens):
-    """One update, ratio 1: the gradient of -sum_i A_i mean_t log p_it / N, a row at a time through
-    the whole forward pass. Prompt tokens have no part, and `group` rows share theirs."""
+@pytest.mark.parametrize("group, tokens, aggregate", [
+    (1, 16384, "sequence"), (3, 16384, "sequence"), (3, 45, "sequence"), (2, 1, "sequence"),
+    (1, 16384, "token"), (3, 45, "constant")])
+def test_the_gradient_is_reinforce_s(case, monkeypatch, tmp_path, group, tokens, aggregate):
+    """One update, ratio 1: the gradient of -sum_i A_i mean_t log p_it / N, or of the other two
+    means, a row at a time through the whole forward pass. Prompt tokens have no part, and `group`
+    rows share theirs."""
     case.rows = case.rows[: 6 // group]
-    case.s = replace(case.s, prompts=6 // group, group_size=group, micro_tokens=tokens)
+    case.s = replace(case.s, prompts=6 // group, group_size=group, micro_tokens=tokens,
+                     aggregate=aggregate)
     ours = updated(case, monkeypatch, tmp_path)
     model, processor = case.parts.model, case.parts.processor
     prompts = [p for p in rs.r.encode(case.rows, case.s, processor) for _ in range(group)]
@@ -142,7 +146,9 @@ def test_the_gradient_is_reinforce_s(case, monkeypatch, tmp_path, group, tokens)
         loss = -advantage * sum(
             logp[len(prompt.ids) - 1 + t, token] for t, token in enumerate(completion.ids)
         )
-        (loss / len(completion.ids) / len(prompts)).backward()
+        of = {"sequence": len(completion.ids) * len(prompts), "constant": 56 * len(prompts),
+              "token": sum(len(c.ids) for c in case.completions)}
+        (loss / of[aggregate]).backward()
     torch.testing.assert_close(ours, gradient(model), atol=1e-6, rtol=1e-4)
 
 
