@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from plumbing import ranks
@@ -69,17 +68,9 @@ def kept(model: nn.Module, average: AveragedModel | None = None) -> dict[str, Te
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """All of a model's tensors by its class's own names, adapters merged; every rank must call it.
-
-    Copies on the CPU, but on one process without adapters, where they are the model's own; empty
-    on ranks but the first."""
-    state = model.state_dict()
-    if ranks.world_size() > 1:
-        everything = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(model, options=everything)
-    if not has_adapters(model):
-        return state
-    return {name: x.cpu() for name, x in merged(model, state)}
+    """All of a model's tensors by its class's own names, on the CPU, adapters merged; on ranks but
+    the first none. Every rank must call it."""
+    return ranks.on_first(merged(model, model.state_dict()))
 
 
 def merged(model: nn.Module, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -88,9 +79,9 @@ def merged(model: nn.Module, state: dict[str, Tensor]) -> Iterator[tuple[str, Te
     scale = model.peft_config["default"] if has_adapters(model) else None
     for name, x in state.items():
         if name.endswith("base_layer.weight"):
-            a, b = (state[name.replace("base_layer", f"lora_{side}.default")].float()
-                    for side in "AB")                                   # (r, in), (out, r)
-            x = (x.float() + scale.lora_alpha / scale.r * b @ a).to(x.dtype)
+            x, a, b = (ranks.whole(state[name.replace("base_layer", layer)]) for layer in (
+                "base_layer", "lora_A.default", "lora_B.default"))      # a (r, in), b (out, r)
+            x = (x.float() + scale.lora_alpha / scale.r * b.float() @ a.float()).to(x.dtype)
         if ".lora_" not in name:
             yield name.replace(".base_layer", ""), x
 
@@ -100,7 +91,7 @@ def save_policy(model: nn.Module, folder: Path, write: Callable[[Path, dict], No
     alone, as peft reads them, in FOLDER_adapter. write(draft, state): the model's own way of
     saving. Every rank must call it, the first one writes."""
     state = whole_state(model)
-    alone = ranks.whole(ranks.trainable(model)) if has_adapters(model) else {}
+    alone = ranks.on_first(ranks.trainable(model).items()) if has_adapters(model) else {}
     if ranks.rank() == 0 and alone:
         with whole(folder.with_name(folder.name + "_adapter")) as draft:
             draft.mkdir()

@@ -19,7 +19,7 @@ does not need, and elastic restarts: a rank that dies ends the run, --resume goe
 """
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -146,10 +146,16 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors on the CPU, put together again if they are divided; every rank must call it."""
-    return {name: (x.full_tensor() if isinstance(x, DTensor) else x).detach().cpu()
-            for name, x in tensors.items()}
+def whole(x: Tensor) -> Tensor:
+    """A tensor, put together again if it is divided; every rank must call it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def on_first(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Whole tensors on the first rank's CPU, one after the other; none on the others. Every rank
+    must call it."""
+    parts = ((name, whole(x)) for name, x in named)
+    return {name: x.detach().cpu() for name, x in parts if rank() == 0}
 
 
 def divided(x: Tensor, like: Tensor) -> Tensor:
