@@ -1,4 +1,4 @@
-"""AdamW with fp32 master weights, one clipped step of it, and its state as named tensors.
+"""Adam with fp32 master weights, one clipped step of it, and its state as named tensors.
 
 At the papers' learning rates (1e-6, 5e-6) an Adam step is under half the gap between neighbouring
 bf16 numbers near a typical weight, so bf16 weights that are updated in place do not move.
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from plumbing import ranks
 
 
-class MasterAdamW(torch.optim.Optimizer):
-    """AdamW with fp32 state whatever the parameters' dtype, and an fp32 master copy of each
+class MasterAdam(torch.optim.Optimizer):
+    """Adam with fp32 state whatever the parameters' dtype, and an fp32 master copy of each
     parameter in bf16 or fp16; fp32 parameters are updated directly.
 
     Gradients are upcast one tensor at a time: 7.54B bf16 parameters take 7.54e9 * (2 + 2 + 4 + 8)
@@ -46,27 +46,22 @@ class MasterAdamW(torch.optim.Optimizer):
         t, w, g = int(s["step"]), s.get("master", p), p.grad.to(home, torch.float32)
         s["m"].lerp_(g, 1 - beta1)
         s["v"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        w.mul_(1 - lr * group["weight_decay"])
         rms = s["v"].sqrt().div_(math.sqrt(1 - beta2**t)).add_(group["eps"])
         w.addcdiv_(s["m"], rms, value=-lr / (1 - beta1**t))
         if w is not p:
             p.copy_(w)  # rounds to nearest
 
 
-def make_optimizer(params_or_model: nn.Module | Iterable[Tensor], lr: float,
-                   weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999),
-                   offload: bool = False) -> MasterAdamW:
-    """`MasterAdamW` over the trainable parameters of a model or list. ValueError if there are
-    none, or lr is not a finite number >= 0."""
-    is_model = isinstance(params_or_model, nn.Module)
-    params = params_or_model.parameters() if is_model else params_or_model
-    params = [p for p in params if p.requires_grad]
+def make_optimizer(model: nn.Module, lr: float, betas: tuple[float, float] = (0.9, 0.999),
+                   offload: bool = False) -> MasterAdam:
+    """`MasterAdam` over a model's trainable parameters. ValueError if there are none, or lr is not
+    a finite number >= 0."""
+    params = list(ranks.trainable(model).values())
     if not params:
         raise ValueError("nothing to optimise: no parameter has requires_grad=True")
     if not 0 <= lr < math.inf:
         raise ValueError(f"lr must be a finite number >= 0, got {lr}")
-    return MasterAdamW(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=1e-8,
-                                    offload=offload))
+    return MasterAdam(params, dict(lr=lr, betas=betas, eps=1e-8, offload=offload))
 
 
 @torch.no_grad()
@@ -96,7 +91,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
             for k, v in optimizer.state.get(p, {}).items()}
 
 
-def load_optimizer_tensors(optimizer: MasterAdamW, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def load_optimizer_tensors(optimizer: MasterAdam, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Inverse of `optimizer_tensors`, of keys and whole tensors, one pair after the other: each is
     divided among ranks as its parameter is; on one process they become the state, without a copy
     where they are on its device. ValueError, nothing changed, if they are another model's, or not

@@ -96,7 +96,7 @@ def test_a_run_that_has_made_no_step_is_resumed_too(tmp_path, save):
 
 
 def test_tied_and_transposed_weights_are_saved(tmp_path):
-    w, optimizer = torch.randn(3, 4), make_optimizer([nn.Parameter(torch.ones(1))], 1e-3)
+    w, optimizer = torch.randn(3, 4), make_optimizer(nn.Linear(1, 1), 1e-3)
     tensors = {"embed": w, "head": w, "t": w.t(), "part": w[1:], "count": torch.tensor(3)}
     checkpoint.save(tmp_path / "c", tensors, optimizer, {})
     found = {name: torch.zeros_like(x) for name, x in tensors.items()}
@@ -159,7 +159,7 @@ def test_a_save_killed_at_any_operation_leaves_a_whole_checkpoint(tmp_path, afte
     """A SIGKILL before or after the k-th file operation, for every k; then it is loaded, and the
     next save has the leftovers to deal with."""
     parameter = nn.Parameter(torch.zeros(4))
-    optimizer = make_optimizer([parameter], 1e-3)
+    optimizer = make_optimizer(nn.ParameterList([parameter]), 1e-3)
     path, seen = tmp_path / "c", set()
 
     def save(step):
