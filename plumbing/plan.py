@@ -1,13 +1,9 @@
 """`--plan`: what a run needs of a GPU and of the machine, before any weight is loaded.
 
-1. `Meter`: the real model makes its passes, and the real optimiser its step, on tensors that have a
-   size and no numbers (PyTorch's `meta` device); the bytes alive at once are counted.
-2. `measure`: a pass of the rollout, one of the world model, an update on top of gradients.
-3. `savings`: the flags that make it fit, found by trying.
-4. `show`: all that in words, and what else would stop the run.
-
-It holds for any model, because nothing of one is written here. Left out: the allocator's
-fragmentation and the libraries' own buffers, for which 5% is added; the simulator's memory.
+The real model makes its passes, and the real optimiser its step, on tensors that have a size and no
+numbers (PyTorch's `meta` device), and the bytes alive at once are counted (docs/seven_b.md): so it
+holds for any model. Left out: the allocator's fragmentation and the libraries' own buffers, for
+which 5% is added; the simulator's memory.
 """
 import math
 import os

@@ -9,13 +9,9 @@ and optimiser state among them. On one process every function here is an identit
    into each rank's shard. Every rank must make the same number of passes (plumbing/update.py).
 
 Ctrl-C reaches every rank, and the step is finished and saved; torchrun kills after 30 s what has
-not ended, so give it --shutdown-timeout 1800. Left out: tensor and pipeline parallelism, which 7B
-does not need, and elastic restarts: a rank that dies ends the run, --resume goes on with it.
-
-    torchrun --nproc-per-node 8 vla_srpo.py --paper ...                                 # one node
-    # two nodes that see the same --out folder; the same command on both
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
-        vla_srpo.py --paper ...
+not ended, so give it --shutdown-timeout 1800 (the commands: docs/seven_b.md). Left out: tensor and
+pipeline parallelism, which 7B does not need, and elastic restarts: a rank that dies ends the run,
+--resume goes on with it.
 """
 import os
 import sys

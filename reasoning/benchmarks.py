@@ -1,6 +1,5 @@
 r"""Benchmarks for SRPO-MLLM (arXiv 2506.01713): MathVista, MathVerse, MathVision, MMMU-Pro.
 
-    python eval.py reasoning --model out/policy --benchmark mathvista mathverse --out out/reasoning
     python eval.py reasoning --model Qwen/Qwen2.5-VL-7B-Instruct --prompt plain \
         --benchmark mathvision --data MathVision/ --out out/base
 

@@ -1,16 +1,9 @@
-r"""The reflection reward as SRPO-MLLM's two published codes compute it (SUSTechBruce/SRPO_MLLMs).
+"""The reflection reward as SRPO-MLLM's two published codes compute it (SUSTechBruce/SRPO_MLLMs).
 
-`openrlhf` is srpo_reward_func.py, `verl` is srpo_rm.py; rewards.py follows the paper. Accuracy and
-effectiveness together, by first -> final answer, T = right:
-
-             paper   openrlhf    verl
-    T -> T   0.75    0.75        0.75
-    F -> T   0.5     1.0         0       openrlhf: a policy is paid to answer wrong first
-    T -> F   0.25    0.25        0       verl: operators bind otherwise than meant
-    F -> F   0       0          -0.25
-
-Neither pays for the reflection itself, and both count the tags in the length. Left out: stripping
-of chat templates (pass the completion alone), and mathruler, the verifier of srpo_rm.py (pass any).
+`openrlhf` is srpo_reward_func.py, `verl` is srpo_rm.py; rewards.py follows the paper, and
+docs/differences.md has the three side by side. Both count the tags in the length. Left out:
+stripping of chat templates (pass the completion alone), and mathruler, the verifier of srpo_rm.py
+(pass any).
 """
 import re
 from collections.abc import Callable

@@ -1,9 +1,4 @@
 """Rows -> prompts -> responses -> records, for both stages of reflection_srpo.py; s: its settings.
-
-1. `encode`, `generate`: prompts, and what the policy answers.
-2. `logprobs`, `frozen_logprobs`: of the responses' tokens, with and without a gradient.
-3. `REWARDS`: what a response earns.
-4. `behaviour`, `evaluate`, `table`: what the policy does on average, with intervals.
 """
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-r"""Cold-start data for reflection-aware SRPO (arXiv 2506.01713, stage 1): rows become reflections.
+"""Cold-start data for reflection-aware SRPO (arXiv 2506.01713, stage 1): rows become reflections.
 
   1. Read rows (reasoning/rows.py).
   2. The model to be trained answers each question once: <think>..</think><answer>..</answer>.
@@ -9,10 +9,7 @@ r"""Cold-start data for reflection-aware SRPO (arXiv 2506.01713, stage 1): rows 
 
 The same command goes on where the last one stopped. `read_rows` reads reflections.jsonl, target
 included; delete OUT/rejected.jsonl to try its rows once more. Left out: the paper's quality filter
-by a text model, whose criteria are not published.
-
-    python -m reasoning.teacher --model Qwen/Qwen2.5-VL-7B-Instruct --rows rows.jsonl \
-        --images DIR --out OUT --teacher-url http://localhost:8000/v1 --teacher-model NAME
+by a text model, whose criteria are not published. The command stands in docs/seven_b.md.
 """
 import base64
 import io
