@@ -16,17 +16,13 @@ is read whole or not at all: no number is picked out of a longer text, so 5\pi i
      commas. Relations side by side; of x = 7 the 7 may do, of 2 + 5 = 7 all sides must be right.
 Right only as the same text: sums, integrals, matrices, "...", 1/2x (two readings), and what
 explodes: exponents above 999, !!, factorials above 99!. A truth that is empty or NaN gives None.
-
-    python -m reasoning.answers [bench]     examples; 2,000 hostile responses and the time they take
 """
-import argparse
 import ast
 import random
 import re
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import lru_cache
 from string import ascii_uppercase as LETTERS
-from timeit import timeit
 
 from mpmath import MPContext  # torch brings it
 
@@ -316,33 +312,3 @@ def extract(response: str, choice: bool, truncated: bool = False) -> str | None:
     number = r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?(?!\w)"
     numbers = re.findall(number, last) if "{" not in last else []
     return "".join(letters[-1]) if letters else numbers[-1] if numbers else None
-
-
-def hostile(count: int, seed: int = 0) -> list[str]:
-    """Responses that a computer algebra system, or a careless regular expression, would die of."""
-    draw = random.Random(seed)
-    cores = ["9^{9^{9^9}}", "1E9999999", "9**9**9", "99!!", "(a+b+c+d+e+f)^{99}", r"\sin(9^{999})",
-             "((9^{99})^{99})^{99}", "x^" + " " * 9999, r"\sqrt{" * 160, r"\frac{1}{" * 90,
-             "-" * 900, "(" * 900, "7" * 900, "1," * 400, "<answer>" * 9999, r"\boxed{" * 2000]
-    forms = ["{}7", "${}7$", r"\boxed{{}7}", "7 + {}x", "{}9^{99}", "({}2)({}3)", "so it is {}7!"]
-    ends = ["", "}" * 150, ")" * 900]
-    return [draw.choice(forms).replace("{}", draw.choice(cores)) + draw.choice(ends)
-            for _ in range(count)]
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", choices=["examples", "bench"], default="examples")
-    if parser.parse_args(argv).what == "bench":
-        verify = default_verify.__wrapped__
-        times = [timeit(partial(verify, response, "7"), number=1) for response in hostile(2000)]
-        return print(f"2,000 hostile responses: worst {max(times):.3f} s, all {sum(times):.1f} s")
-    for truth, predictions in {"3/4": (r"\frac34", "0.75", "3"), "B": ("(B) 60", "b", "A or B"),
-                               "5": (r"5\pi", "5 cm", "at least 5")}.items():
-        said = (f"{p!r} {'right' if default_verify(p, truth) else 'wrong'}" for p in predictions)
-        print(f"truth {truth}: {', '.join(said)}")
-    print(f"'The answer is 12.' answers {extract('The answer is 12.', False)!r}")
-
-
-if __name__ == "__main__":
-    main()

@@ -11,20 +11,14 @@ it forks, and a wrong turn ends, later, where no arrow points at:
     <think> b2 b3 b4 </think> <answer> b4 </answer>
 
 One pass is enough for who sees ahead at every fork; a second one need not, as the dead end tells.
-
-    python -m reasoning.arrows --out arrows --rows 200        # rows.jsonl and its pictures
 """
-import argparse
 import io
-import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from plumbing.flags import ending
 from reasoning.rows import Row
 
 SIDE, CELL = 4, 16                  # a cell is 16 px: 2 x 2 patches of 8, one image token
@@ -177,25 +171,3 @@ def tiny_vlm(path: str | Path, width: int = 64, layers: int = 2, heads: int = 4)
     tokenizer.save_pretrained(path)
     Qwen2VLImageProcessorPil(patch_size=CELL // 2, merge_size=2, min_pixels=CELL**2,
                              max_pixels=10**6).save_pretrained(path)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Write the small data set to a folder.")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    if args.rows < 1:
-        raise ValueError(f"--rows must be at least 1, got {args.rows}")
-    if args.out.exists():
-        raise ValueError(f"--out {args.out} exists; choose a new folder")
-    (args.out / "images").mkdir(parents=True)
-    with (args.out / "rows.jsonl").open("w") as file:
-        for row in dataset(args.rows, args.seed):
-            (args.out / (image := f"images/{row.id}.png")).write_bytes(row.images[0])
-            print(json.dumps({"query": row.query, "image": image, "answer": row.answer}), file=file)
-    print(f"wrote {args.rows} rows to {args.out}/rows.jsonl")
-
-
-if __name__ == "__main__":
-    sys.exit(ending(main))

@@ -7,10 +7,7 @@
 
 Fine-tuning needs rows with a `target`, the response to imitate; reasoning/teacher.py makes them.
 Left out: videos, and several turns.
-
-    python -m reasoning.rows check rows.jsonl --images DIR    how many are good, why others are not
 """
-import argparse
 import hashlib
 import io
 import json
@@ -19,7 +16,6 @@ import os
 import re
 import reprlib
 import stat
-import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +30,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from plumbing.files import Journal
-from plumbing.flags import ending, printable
+from plumbing.flags import printable
 from reasoning.answers import default_verify
 
 COLUMNS = {"query": "empty question", "image": "no image", "answer": "no answer",   # if it is bad
@@ -356,25 +352,3 @@ def open_journal(path: Path, **kinds: type) -> Journal:
     """Without the rows in which one of these is not of its type: damaged, they are done again."""
     return Journal(path, keep=lambda row: all(isinstance(row.get(name), kind)
                                               for name, kind in kinds.items()))
-
-
-# Command line
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="How many rows are good, and why others are not")
-    add = parser.add_argument
-    add("command", choices=["check"])
-    add("rows", help="JSONL, parquet, a folder of it, or a hub's dataset, org/name:split")
-    add("--images", help="folder that the rows' image paths start from (default: the file's own)")
-    add("--columns", nargs="*", default=[], metavar="NAME=COLUMN",
-        help="other column names: query=problem image=images")
-    args = parser.parse_args(argv)
-    rows, rejected = read_rows(args.rows, args.images, args.columns)
-    for where, reason in rejected.items():
-        print(f"{where}: {reason}")
-    print(f"{len(rows)} of {len(rows) + len(rejected)} rows are good")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(ending(main))

@@ -92,6 +92,18 @@ def write_rows(folder: Path, n: int) -> Path:
     return folder / "rows.jsonl"
 
 
+def write_arrows(folder: Path, n: int, seed: int = 0) -> Path:
+    """n rows of reasoning/arrows.py, their pictures in files beside them."""
+    from reasoning import arrows
+
+    (folder / "images").mkdir(parents=True)
+    with (folder / "rows.jsonl").open("w") as file:
+        for row in arrows.dataset(n, seed):
+            (folder / (image := f"images/{row.id}.png")).write_bytes(row.images[0])
+            print(json.dumps({"query": row.query, "image": image, "answer": row.answer}), file=file)
+    return folder / "rows.jsonl"
+
+
 # Tiny models
 
 

@@ -22,7 +22,7 @@ from plumbing.flags import read_command
 from plumbing.optimizer import make_optimizer
 from plumbing.run import Run
 from reasoning import arrows, qwen
-from tests.conftest import whole_row
+from tests.conftest import whole_row, write_arrows
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -357,21 +357,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert step == metrics(tmp_path / "out")[-1]["step"]
 
 
-def write_data(folder: Path, rows: int) -> Path:
-    assert (
-        subprocess.run(
-            [sys.executable, "-m", "reasoning.arrows", "--out", str(folder), "--rows", str(rows)],
-            cwd=ROOT,
-        ).returncode
-        == 0
-    )
-    return folder / "rows.jsonl"
-
-
 def test_rl_on_rows_of_a_file_sets_unusable_ones_aside(base, tmp_path, capsys):
     """A missing picture, an empty question, a row without answer, a broken line, too long a
     question: named, saved, and the run goes on."""
-    lines = write_data(tmp_path / "data", 6).read_text().splitlines()
+    lines = write_arrows(tmp_path / "data", 6).read_text().splitlines()
     good = json.loads(lines[0])
     lines += [
         json.dumps(good | {"image": "nowhere.png"}),

@@ -1,12 +1,12 @@
-"""reasoning/arrows.py: what its pictures show, what its teacher says, and what it writes."""
+"""reasoning/arrows.py: what its pictures show and its teacher says."""
 import numpy as np
 import pytest
 
 import rewards
-from plumbing.flags import ending
 from reasoning import arrows
 from reasoning import rows as data
 from reasoning.responses import PATTERNS
+from tests.conftest import write_arrows
 
 
 def ways_in(picture) -> np.ndarray:
@@ -100,12 +100,10 @@ def test_the_base_learns_all_forms():
 
 
 @pytest.mark.parametrize("seed", [0, 7])
-def test_the_command_writes_what_is_read_again(tmp_path, capsys, seed):
-    command = ["--out", str(tmp_path / "data"), "--seed", str(seed), "--rows"]
-    for n, error in ((-3, "error: --rows must be at least 1, got -3\n"), (3, ""),
-                     (3, f"error: --out {tmp_path}/data exists; choose a new folder\n")):
-        code = ending(lambda n=n: arrows.main([*command, str(n)]))
-        assert (code, capsys.readouterr().err) == (2 if error else 0, error)
-    rows, rejected = data.read_rows(tmp_path / "data" / "rows.jsonl")
-    asked = [(row.query, row.answer) for row in arrows.dataset(3, seed)]
-    assert rejected == {} and [(row.query, row.answer) for row in rows] == asked
+def test_rows_and_pictures_in_files_are_read_again(tmp_path, seed):
+    rows, rejected = data.read_rows(write_arrows(tmp_path / "data", 3, seed))
+    asked = arrows.dataset(3, seed)
+    assert rejected == {}
+    for row, other in zip(rows, asked, strict=True):
+        assert (row.query, row.answer) == (other.query, other.answer)
+        assert data.load_image(row).tobytes() == data.load_image(other).tobytes()

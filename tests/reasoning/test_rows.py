@@ -2,7 +2,6 @@
 import io
 import json
 import os
-import subprocess
 import sys
 import time
 import tracemalloc
@@ -15,13 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from plumbing.flags import ending
 from reasoning import arrows, qwen
 from reasoning import rows as data
 from reasoning.rows import Rejections, Row, read_rows, usable
 from tests.conftest import lines, needs, write_rows
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_good_and_bad_rows(tmp_path):
@@ -214,20 +210,16 @@ def test_packages_that_not_everyone_has(tmp_path, monkeypatch):
             read_rows(source)
 
 
-def test_check(tmp_path, capsys):
-    write_rows(tmp_path, 2)
-    with (tmp_path / "rows.jsonl").open("a") as file:
+def test_a_missing_picture_and_a_missing_column_are_named(tmp_path):
+    path = write_rows(tmp_path, 2)
+    with path.open("a") as file:
         file.write('{"query": "q", "image": "none.png", "answer": 1}\n')
-    check = [sys.executable, "-m", "reasoning.rows", "check", tmp_path / "rows.jsonl"]
-    done = subprocess.run([*check, "--images", tmp_path], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == (f"rows.jsonl:3: missing image: {tmp_path}/none.png\n"
-                           "2 of 3 rows are good\n")
-    code = ending(lambda: data.main([*map(str, check[3:]), "--columns", "query=problem"]))
-    printed = capsys.readouterr()
-    assert (code, printed.out) == (2, "") and printed.err.startswith("error: ")
-    assert printed.err.endswith(
-        "`problem` is None; the row's columns are query, image, answer\n")
+    rows, rejected = read_rows(path, tmp_path)
+    assert len(rows) == 2
+    assert rejected == {"rows.jsonl:3": f"missing image: {tmp_path}/none.png"}
+    with pytest.raises(ValueError, match="`problem` is None; the row's columns are query, image, "
+                                         "answer$"):
+        read_rows(path, columns=["query=problem"])
 
 
 # Rows of the kinds that public bug reports are about

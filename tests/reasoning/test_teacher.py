@@ -26,7 +26,7 @@ from PIL import Image
 
 import plumbing.run  # noqa: F401  it imports torch, which tests that look at the clock must not
 import rewards
-from reasoning import arrows, qwen
+from reasoning import qwen
 from reasoning import teacher as t
 from reasoning.answers import default_verify
 from reasoning.rows import (
@@ -37,7 +37,7 @@ from reasoning.rows import (
     read_rows,
     reflection_prompt,
 )
-from tests.conftest import lines, needs, write_rows
+from tests.conftest import lines, needs, write_arrows, write_rows
 
 ROOT = Path(__file__).parents[2]
 REPLY = json.dumps({"reflection": "I counted a plate twice.",
@@ -902,8 +902,7 @@ def test_command_with_a_server(base, tmp_path, monkeypatch):
         return [said for _ in prompts]
 
     monkeypatch.setattr(qwen, "generate", generate)
-    arrows.main(["--out", str(tmp_path / "data"), "--rows", "4"])
-    path, out = tmp_path / "data" / "rows.jsonl", tmp_path / "out"
+    path, out = write_arrows(tmp_path / "data", 4), tmp_path / "out"
     rows = lines(path)
     rows[2]["query"] = "from <|image_pad|> a2 go 6 ?"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -921,9 +920,9 @@ def test_command_with_a_server(base, tmp_path, monkeypatch):
 def test_command_with_a_local_model(base, tmp_path, capsys):
     """First answers of a random model have no tags, so every row is rejected with that reason;
     nothing is lost, nothing crashes."""
-    arrows.main(["--out", str(tmp_path / "data"), "--rows", "3"])
+    path = write_arrows(tmp_path / "data", 3)
     code = t.main(["--model", str(base), "--dtype", "float32", "--max-new-tokens", "5", "--rows",
-                   str(tmp_path / "data" / "rows.jsonl"), "--out", str(tmp_path / "out")])
+                   str(path), "--out", str(tmp_path / "out")])
     assert code == 0 and "rejected: 3" in capsys.readouterr().out
     assert len(lines(tmp_path / "out" / "first_answers.jsonl")) == 3
 
