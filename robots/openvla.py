@@ -11,11 +11,7 @@
 Modules carry the names of the published checkpoints' tensors, so these load as they are. Left out:
 proprioception, FiLM, diffusion and L1-regression heads (no checkpoint of the paper uses them);
 generation and its cache; timm, torchvision, tensorflow.
-
-    python -m robots.openvla                            # a tiny random OpenVLA: frame -> actions
-    python -m robots.openvla --checkpoint FOLDER_OR_ID  # the same with a checkpoint
 """
-import argparse
 import io
 import json
 import os
@@ -539,46 +535,3 @@ def read_tokenizer(text: bytes, file: Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Load or make a policy, print its sizes, and turn one random frame into a chunk of actions."""
-    parser = argparse.ArgumentParser(description="one random frame through an OpenVLA-OFT policy")
-    parser.add_argument("--checkpoint", help="folder or hub id; without it a tiny random one")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--instruction", default="put the red cube on the green plate")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    torch.manual_seed(args.seed)
-    dtype = getattr(torch, args.dtype)
-    try:
-        if args.checkpoint:
-            model = OpenVLA.from_pretrained(args.checkpoint, dtype, args.device)
-        else:
-            model = OpenVLA(TINY, (32, 3, 128), (48, 4, 192)).to(args.device, dtype)
-            for p in (p for p in model.parameters() if p.ndim == 2):
-                nn.init.normal_(p, std=0.3)     # from 0.02 all tokens would come out alike
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:    # last: no CUDA
-        raise SystemExit(f"error: {error}") from None
-    for name, tower in model.vision_backbone.items():
-        print(f"{name}: width {tower.norm.weight.numel()}, {len(tower.blocks)} blocks")
-    sizes = [p.numel() for p in model.parameters()]
-    print(f"{sum(sizes):,} parameters in {len(sizes)} tensors, {args.dtype} on {args.device}")
-    if model.tokenizer:
-        prompt = model.prompt_ids(args.instruction)
-    else:
-        print("no tokenizer in this checkpoint: a prompt of random tokens instead")
-        ids = torch.tensor([[BOS, *torch.randint(3, 30000, (20,)), SPACE]], device=args.device)
-        prompt = ids, torch.ones_like(ids)
-    frame = np.random.default_rng(args.seed).integers(0, 256, (256, 256, 3), np.uint8)
-    with torch.no_grad():
-        logits = model(*prompt, model.pixel_values(preprocess(frame)[None, None]))
-    key = next(iter(model.norm_stats))
-    print(f"greedy actions, 8 steps x (dx, dy, dz, droll, dpitch, dyaw, gripper), by {key!r}:")
-    print(np.array2string(to_env_actions(model.decode(logits.argmax(-1), key))[0], precision=3,
-                          suppress_small=True))
-
-
-if __name__ == "__main__":
-    main()

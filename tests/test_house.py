@@ -123,7 +123,7 @@ def test_who_is_not_at_home(code, absent):
     assert not loaded(code) & absent
 
 
-TENSORS = ("grpo", "robots.openvla", "reasoning.qwen", "studies.bench_trl")
+TENSORS = ("grpo", "reasoning.qwen", "studies.bench_trl")
 SCRIPTS = [name.removesuffix(".py") for name in SIX if name not in ("rewards.py", "world_model.py")]
 SCRIPTS += [module(file) for file in CODE if len(file.parts) > 1
             and "__main__" in (ROOT / file).read_text()]

@@ -798,15 +798,6 @@ def test_bad_input_is_refused(model, batch, gold):
         model.decode(torch.zeros(1, 56).long(), "libero_moon")
 
 
-@pytest.mark.parametrize("arguments", [[], ["--checkpoint", str(CHECKPOINT)]])
-def test_main(capsys, monkeypatch, arguments):
-    monkeypatch.setattr("sys.argv", ["robots/openvla.py", "--device", "cpu", *arguments])
-    vla.main()
-    out = capsys.readouterr().out
-    assert "fused_featurizer: width 48, 4 blocks" in out and "142 tensors" in out
-    assert len(out.split("[[")[1].split("]\n")) == 9  # 8 rows and what follows
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_no_numbers_are_one_line(tmp_path, value):
     """As a disk's flipped bit in an exponent makes them; also in a small policy's folder."""
