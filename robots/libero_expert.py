@@ -2,12 +2,11 @@
 supervised data without a download.
 
 1. `Expert` reads the simulator's state, which no policy sees.
-2. `collect`, `demos`: noisy episodes, kept one by one, with the action statistics of a checkpoint.
+2. `collect`: noisy episodes, kept one by one, for studies/demonstrate.py.
 3. `measure`: its success from every official initial state.
 Left out: libero_goal, libero_10, libero_90, whose tasks have drawers, knobs and several goals.
 
     python -m robots.libero_expert measure --suite libero_object --out expert.jsonl
-    python -m robots.libero_expert demos --tasks 0 1 2 --per-task 10 --out demos
 """
 import itertools
 import math
@@ -20,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from filelock import FileLock
 
-from plumbing.files import Journal, whole, write_json
+from plumbing.files import Journal, whole
 from plumbing.flags import flag, require, script
 from robots import find_suite
 from robots.libero import PROTOCOLS, SPLIT_NAMES, SPLITS, Libero
@@ -247,17 +246,7 @@ def read_episode(file: Path) -> dict[str, np.ndarray]:
                          "delete it to have it played again") from None
 
 
-def dataset_statistics(actions: np.ndarray, key: str, episodes: int) -> dict:
-    """Env actions (S, 7) -> {key: {"action": ...}}, the layout of a checkpoint's
-    dataset_statistics.json: the gripper there is 1 open, 0 closed, and not normalised."""
-    actions = np.concatenate([actions[:, :6], (1 - actions[:, 6:]) / 2], 1).astype(np.float64)
-    stats = {name: getattr(actions, name)(0).tolist() for name in ("mean", "std", "max", "min")}
-    stats |= zip(("q01", "q99"), np.quantile(actions, [0.01, 0.99], 0).tolist())
-    stats["mask"] = [True] * 6 + [False]
-    return {key: {"action": stats, "num_transitions": len(actions), "num_trajectories": episodes}}
-
-
-# Commands
+# Command
 
 @dataclass
 class Settings:
@@ -268,41 +257,16 @@ class Settings:
     assets: str = flag("", "folder of LIBERO's assets (LIBERO_ASSETS, else from the hub)")
     noise: float = flag(0.0, "of the expert, for diversity")
     seed: int = flag(0, "of the noise")
-    size: int = flag(128, "pixels")
-    fast_sim: bool = flag(False, "other pixels, same physics, faster")
-
-
-@dataclass
-class Measure(Settings):
     states: int = flag(50, "initial states per task, at most")
     out: str = flag("expert.jsonl", "a line for each episode")
 
 
-@dataclass
-class Demos(Settings):
-    split: str = flag("train", "; ".join(SPLIT_NAMES.values()), choices=list(SPLITS))
-    noise: float = flag(0.3, "of the expert, for diversity")
-    per_task: int = flag(10, "episodes to keep per task")
-    every: int = flag(1, "an image before every so many actions")
-    out: str = flag("demos", "folder for a folder of them")
-
-
-def demos(s: Demos, env: Libero, tasks: tuple[int, ...]) -> None:
-    """Episodes and their dataset_statistics.json -> a folder in s.out whose name says what they
-    were made with."""
-    require(s, dict(per_task=1, every=1))
-    folder = Path(s.out) / (f"{s.suite}-{s.split}-{s.size}px{'-fast' * s.fast_sim}-every{s.every}-"
-                            f"noise{s.noise}-seed{s.seed}-{s.protocol}")
-    kept = collect(env, tasks, s.per_task, folder, s.noise, seed=s.seed, every=s.every)
-    actions = np.concatenate([episode["actions"] for episode in kept])
-    stats = dataset_statistics(actions, f"{s.suite}_no_noops", len(kept))
-    write_json(folder / "dataset_statistics.json", stats)
-    print(f"{len(kept)} episodes of {len(actions)} actions are in {folder}")
-
-
-def measure(s: Measure, env: Libero, tasks: tuple[int, ...]) -> None:
+def measure(s: Settings) -> None:
     """The expert once from every initial state of the split -> s.out, a journal."""
-    require(s, dict(states=1))
+    require(s, dict(states=1, seed=0, noise=0))
+    options = SuiteOptions(protocol=s.protocol, assets=s.assets)
+    chosen = find_suite(s.suite, tuple(s.tasks), options)
+    env, tasks = chosen.make(split=s.split), chosen.tasks
     env.reset(options={"task": tasks[0], "index": 0, "image": False})   # fails before it writes
     free = ("tasks", "states", "assets", "out")
     journal = Journal(s.out, {k: v for k, v in vars(s).items() if k not in free},
@@ -327,15 +291,7 @@ def measure(s: Measure, env: Libero, tasks: tuple[int, ...]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    kind, run = (Demos, demos) if argv[:1] == ["demos"] else (Measure, measure)
-
-    def work(s: Settings) -> None:
-        require(s, dict(seed=0, noise=0))
-        options = SuiteOptions(protocol=s.protocol, fast=s.fast_sim, assets=s.assets)
-        chosen = find_suite(s.suite, tuple(s.tasks), options)
-        run(s, chosen.make(split=s.split, size=s.size), chosen.tasks)
-    flags = argv[argv[:1] in (["demos"], ["measure"]):]
-    return script(kind, work, "[measure | demos] " + __doc__)(flags)
+    return script(Settings, measure, "[measure] " + __doc__)(argv[argv[:1] == ["measure"]:])
 
 
 if __name__ == "__main__":

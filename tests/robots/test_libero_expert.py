@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from robots import libero_expert
-from robots import openvla as vla
 from robots.libero import Libero
 from robots.libero_expert import collect, main
 from tests.conftest import needs_assets
@@ -22,43 +21,19 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "command, message",
     [
-        ("demos --per-task 0", "--per_task must be at least 1"),
-        ("demos --suite libero_goal", "invalid choice: 'libero_goal'"),
+        ("measure --suite libero_goal", "invalid choice: 'libero_goal'"),
         ("measure --tsaks 1", "unrecognized arguments: --tsaks"),
-        ("demos --split test", "invalid choice: 'test'"),
+        ("measure --split test", "invalid choice: 'test'"),
         ("replay", "unrecognized arguments: replay"),
         ("measure --noise nan", "--noise must be at least 0"),
         ("--states 0", "--states must be"),
         ("measure --tasks 3 3", "--tasks 3 3: each once"),
-        ("demos --size 9", "size=9: the camera"),
     ],
 )
 def test_bad_flags(capsys, command, message):
     assert main(command.split()) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and message in said
-
-
-def test_dataset_statistics_are_a_checkpoints():
-    rng = np.random.default_rng(0)
-    actions = np.c_[rng.uniform(-0.5, 0.8, (400, 6)), np.sign(rng.standard_normal(400))]
-    statistics = libero_expert.dataset_statistics(actions, "libero_object_no_noops", 3)
-    own = statistics["libero_object_no_noops"]
-    assert (
-        own["num_transitions"] == 400
-        and own["num_trajectories"] == 3
-        and own["action"]["mask"] == [True] * 6 + [False]
-    )
-    np.testing.assert_allclose(own["action"]["q01"][:6], np.percentile(actions[:, :6], 1, axis=0))
-    stats = vla.action_stats(json.loads(json.dumps(statistics)), "libero_object_no_noops")
-    inside = actions[
-        ((actions[:, :6] > stats["q01"][:6]) & (actions[:, :6] < stats["q99"][:6])).all(1)
-    ]
-    back = vla.to_env_actions(
-        vla.decode_actions(vla.encode_actions(vla.from_env_actions(inside), stats), stats)
-    ).reshape(-1, 7)
-    np.testing.assert_allclose(back[:, :6], inside[:, :6], atol=1.3 / 255)
-    np.testing.assert_array_equal(back[:, 6], inside[:, 6])
 
 
 # Episodes kept in files, without a simulator
@@ -171,23 +146,10 @@ def test_an_expert_that_fails(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @needs_assets
-def test_demonstrations_can_be_interrupted(tmp_path, capsys, monkeypatch):
+def test_demonstrations_can_be_interrupted(tmp_path, monkeypatch):
     """The first run dies in its second episode; the second goes on from there and leaves what an
     uninterrupted one would."""
-    command = [
-        "demos",
-        "--tasks",
-        "3",
-        "--per-task",
-        "2",
-        "--every",
-        "40",
-        "--size",
-        "32",
-        "--fast-sim",
-        "--out",
-        str(tmp_path),
-    ]
+    env = Libero("libero_object", size=32, fast=True)
     whole, calls = libero_expert.demonstrate, []
 
     def dies(*arguments, **how):
@@ -197,19 +159,15 @@ def test_demonstrations_can_be_interrupted(tmp_path, capsys, monkeypatch):
         return whole(*arguments, **how)
 
     monkeypatch.setattr(libero_expert, "demonstrate", dies)
-    assert main(command) == 130 and not list(tmp_path.rglob("*.json"))
-    assert main(command) == 0 and len(calls) == 3
-    folder = tmp_path / "libero_object-train-32px-fast-every40-noise0.3-seed0-openvla-oft"
-    assert f"2 episodes of {{}} actions are in {folder}".split("{}")[1] in capsys.readouterr().out
-    first, data = (dict(np.load(folder / f"3-{attempt}.npz")) for attempt in (0, 1))
+    with pytest.raises(KeyboardInterrupt):
+        collect(env, [3], 2, tmp_path, every=40)
+    first, data = collect(env, [3], 2, tmp_path, every=40)
+    env.close()
+    assert len(calls) == 3
     assert data["images"].dtype == np.uint8 and data["images"].shape[1:] == (32, 32, 3)
     assert [int(e["task"]) for e in (first, data)] == [3, 3]
     assert [int(e["state"]) for e in (first, data)] == [0, 2]
     assert len(data["images"]) == -(-len(data["actions"]) // 40)
-    statistics = json.loads((folder / "dataset_statistics.json").read_text())
-    own = statistics["libero_object_no_noops"]
-    assert own["num_transitions"] == len(first["actions"]) + len(data["actions"])
-    assert own["num_trajectories"] == 2
     env = Libero("libero_object", size=32, fast=True)
     observation, info = env.reset(options={"task": 3, "index": 1})  # the second episode again:
     np.testing.assert_array_equal(data["images"][0], observation["image"])  # images fit actions
