@@ -9,8 +9,7 @@
 Left out: domain randomisation, proprioception and wrist camera (the paper's policy sees one
 agent-view image and the instruction).
 
-    python -m robots.tabletop                       # speed, the expert at work, a GIF
-    python -m robots.tabletop --gif expert.gif --episodes 50
+    python -m robots.tabletop               # env steps per second
 """
 import math
 import os
@@ -22,7 +21,7 @@ from functools import cache, partial
 
 import numpy as np
 
-from plumbing.flags import ending, flag, read_command, require
+from plumbing.flags import flag, require, script
 from robots.simulator import Simulator, load_mujoco, make_renderer, task_number
 from robots.suite import CHUNK, Suite, SuiteOptions
 
@@ -244,45 +243,24 @@ class Expert:
 
 @dataclass
 class Settings:
-    suite: str = flag("tabletop", "which tasks", choices=list(TASKS))
-    episodes: int = flag(20, "expert episodes per task")
-    gif: str = flag("expert.gif", "where to write one episode per task")
+    steps: int = flag(480, "env steps of each measurement")
 
 
-def measure_speed(env: Tabletop, n: int = 480) -> None:
-    rng = np.random.default_rng(0)
-    for every, name in ((n + 1, "no camera"), (CHUNK, f"a 128 px frame every {CHUNK} steps"),
+def measure_speed(s: Settings) -> None:
+    require(s, dict(steps=1))
+    env, rng = Tabletop(size=128), np.random.default_rng(0)
+    for every, name in ((s.steps + 1, "no camera"), (CHUNK, f"a 128 px frame every {CHUNK} steps"),
                         (1, "a frame every step")):
         env.reset(options={"task": 0, "index": 0})
         began = time.perf_counter()
-        for i in range(1, n + 1):
+        for i in range(1, s.steps + 1):
             env.advance(rng.uniform(-1, 1, 7))
             if i % every == 0:
                 env.render()
-        print(f"{n / (time.perf_counter() - began):7.0f} env steps per second on one core, {name}")
+        speed = s.steps / (time.perf_counter() - began)
+        print(f"{speed:7.0f} env steps per second on one core, {name}")
 
 
-def show(s: Settings) -> None:
-    """The simulator's speed, and the expert at work."""
-    require(s, dict(episodes=1))
-    env, frames = Tabletop(size=128, suite=s.suite), []
-    measure_speed(env)
-    for task, instruction in enumerate(env.instructions):
-        steps, wins = [], 0
-        for index in range(s.episodes):
-            env.reset(options={"task": task, "index": index % N_STATES})
-            expert, ended = Expert(env), False
-            while not ended:
-                ended = env.advance(expert())
-                if index == 0 and (env.steps % 2 == 0 or ended):
-                    frames.append(env.render())
-            steps.append(env.steps)
-            wins += env.success
-        print(f"{instruction}: expert solves {wins}/{s.episodes}, {np.mean(steps):.0f} steps")
-    from robots.evaluate import save_gif  # here: it imports torch
-    save_gif(s.gif, frames)
-    print(f"wrote {s.gif}")
-
-
+main = script(Settings, measure_speed, __doc__)
 if __name__ == "__main__":
-    sys.exit(ending(lambda: show(read_command(Settings, about=__doc__.split("\n")[0]).settings)))
+    sys.exit(main())
