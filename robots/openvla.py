@@ -290,8 +290,7 @@ class OpenVLA(nn.Module):
         """Instructions -> right-padded input_ids and attention_mask, (B, L) int64 each. ValueError
         if the checkpoint has no tokenizer.json."""
         if self.tokenizer is None:
-            raise ValueError("a prompt needs tokenizer.json; copy it into the checkpoint from the "
-                             "original one")
+            raise ValueError("the checkpoint has no tokenizer.json; copy it from the original one")
         rows = []
         for task in [instructions] if isinstance(instructions, str) else instructions:
             prompt = f"In: What action should the robot take to {task.lower()}?\nOut:"
@@ -327,7 +326,11 @@ class OpenVLA(nn.Module):
     def described(cls, folder: Path, shapes: dict | None = None) -> "OpenVLA":
         """The model of a checkpoint folder on the meta device, without weights: by config.json and
         the tensors' shapes (default: `read_shapes`), which alone tell the towers' sizes.
-        ValueError, one line, where a file is missing, damaged, or does not fit the others."""
+        ValueError, one line, where a file is missing, damaged, or does not fit the others, or a
+        regression head makes the actions."""
+        if heads := sorted(folder.glob("*action_head*")):
+            raise ValueError(f"{heads[0]} is a regression head; give the checkpoint with discrete "
+                             "action tokens")
         config = read_json(folder / "config.json")
         pixels = read_json(folder / "preprocessor_config.json")
         shapes, norm_stats = shapes or read_shapes(folder), action_statistics(folder)
@@ -364,20 +367,6 @@ class OpenVLA(nn.Module):
         state_dict: the gathered one of a sharded (FSDP) model."""
         jsons = {"config.json": self.config, "dataset_statistics.json": self.norm_stats}
         write_folder(Path(path), jsons, self.files, state_dict or self.state_dict())
-
-    @classmethod
-    def problems(cls, folder: Path, shapes: dict | None = None) -> list[str]:
-        """What would stop a run with this checkpoint, a line each; shapes as for `described`."""
-        found, names = [], sorted(file.name for file in folder.iterdir())
-        if "tokenizer.json" not in names:
-            found.append(f"{folder} has no tokenizer.json; copy it from the original checkpoint")
-        found += [f"{folder} holds {name}, a regression head: RL needs the checkpoint with "
-                  "discrete action tokens" for name in names if "action_head" in name]
-        try:
-            cls.described(folder, shapes)
-        except (ValueError, OSError) as error:
-            found.append(str(error))
-        return found
 
 
 def _check_config(text: dict, norms: list, shapes: dict) -> None:

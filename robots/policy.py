@@ -12,7 +12,6 @@ A policy is a torch module with
     set_gradient_checkpointing(on)       ValueError if it has none
     from_pretrained(path, dtype, device), save_pretrained(path, state_dict)
     described(folder, shapes)            without weights, on the meta device; ValueError
-    problems(folder, shapes)             what would stop a run with that checkpoint, a line each
 robots/openvla.py and robots/tiny_vla.py are two; a third is a class and a line in robots.POLICIES.
 """
 from dataclasses import dataclass

@@ -126,15 +126,6 @@ class TinyVLA(nn.Module):
         return model
 
     @classmethod
-    def problems(cls, folder: Path, shapes: dict | None = None) -> list[str]:
-        """What would stop a run with this checkpoint, a line."""
-        try:
-            cls.from_pretrained(folder) if shapes is None else cls.described(folder, shapes)
-        except ValueError as error:
-            return [str(error)]
-        return []
-
-    @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32,
                         device=None) -> "TinyVLA":
         """A folder written by `save_pretrained`; ValueError, one line, for anything else."""

@@ -9,6 +9,15 @@ import numpy as np
 VALUES = (None, [], {}, "x", -1, 0, 1e308, 2**70, True, [None], {"a": []}, "\n", [[1.0] * 7], "nan")
 
 
+def fault(call, *arguments) -> str:
+    """The line that a call refuses its arguments with; none if it does not."""
+    try:
+        call(*arguments)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ""
+
+
 def read(file: Path):
     try:
         return json.loads(file.read_text())

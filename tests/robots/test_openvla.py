@@ -20,7 +20,7 @@ from robots import policy as policies
 from robots import tiny_vla
 from robots.openvla import OpenVLA
 from tests.conftest import STATS
-from tests.robots.spoil import read, spoil
+from tests.robots.spoil import fault, read, spoil
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "openvla_tiny"
 CHECKPOINT = FIXTURE / "checkpoint"
@@ -556,7 +556,7 @@ LOW = [-1.0] * 7
         {"mask": [True] * 8}, {"mask": None}, {"mask": ["no"] * 7}, {"q01": [*LOW[:6], 1.5]}))])
 @pytest.mark.parametrize("where", ["dataset_statistics.json", "config.json"])
 def test_statistics_that_decode_nothing_are_one_line(tmp_path, value, where):
-    """Of file and key, before anything is simulated: from both policies and as a problem."""
+    """Of file and key, before anything is simulated: from both policies and without weights."""
     folder = copy(tmp_path)
     if where == "config.json":
         (folder / "dataset_statistics.json").unlink()
@@ -570,7 +570,7 @@ def test_statistics_that_decode_nothing_are_one_line(tmp_path, value, where):
         with pytest.raises(ValueError, match=line) as caught:
             call(folder)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
-    assert str(caught.value) in OpenVLA.problems(folder)
+    assert str(caught.value) == fault(OpenVLA.described, folder)
     if where == "dataset_statistics.json":
         tiny_vla.TinyVLA({"fine": {"action": GOOD}}).save_pretrained(tmp_path / "tiny")
         shutil.copy(folder / where, tmp_path / "tiny" / where)
@@ -607,25 +607,26 @@ def words_of_llama() -> dict[str, int]:
     return {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 29871}
 
 
-def test_problems_are_told_from_the_headers(tmp_path):
+def test_faults_are_told_from_the_headers(tmp_path):
     folder = copy(tmp_path)
-    line = f"{folder} has no tokenizer.json; copy it from the original checkpoint"
-    assert OpenVLA.problems(folder) == [line]
+    with pytest.raises(ValueError, match="^the checkpoint has no tokenizer.json; copy it from"):
+        OpenVLA.described(folder).prompt_ids("wait")
     tokenizer = Tokenizer(models.WordLevel(words_of_llama(), unk_token="<unk>"))
     tokenizer.save(str(folder / "tokenizer.json"))
-    assert OpenVLA.problems(folder) == []
+    assert fault(OpenVLA.described, folder) == ""
     (folder / "action_head--150000_checkpoint.pt").write_bytes(b"x")
-    (problem,) = OpenVLA.problems(folder)
-    assert "holds action_head--150000_checkpoint.pt, a regression head" in problem
+    line = f"{folder}/action_head--150000_checkpoint.pt is a regression head; give the checkpoint"
+    for call in (OpenVLA.described, policies.load_policy):      # so training and evaluation too
+        assert fault(call, folder).startswith(line)
     (folder / "action_head--150000_checkpoint.pt").unlink()
     tensors = load_file(folder / "model.safetensors")
     head = tensors["language_model.lm_head.weight"]
     short = tensors | {"language_model.lm_head.weight": head[:31999].clone()}
     save_file(short, folder / "model.safetensors")
-    (problem,) = OpenVLA.problems(folder)
+    problem = fault(OpenVLA.described, folder)
     assert "the first, language_model.lm_head.weight, has shape (31999, 32)" in problem
     save_file(tensors | {"projector.fc2.bias": torch.zeros(31)}, folder / "model.safetensors")
-    (problem,) = OpenVLA.problems(folder)
+    problem = fault(OpenVLA.described, folder)
     assert "1 tensors do not fit config.json; the first, projector.fc2.bias" in problem
     save_file(tensors, folder / "model.safetensors")
     for name, words in (
@@ -634,7 +635,7 @@ def test_problems_are_told_from_the_headers(tmp_path):
         ("model.safetensors", "model.safetensors is truncated"),
     ):  # the last damage is what is told first
         (folder / name).write_text("{")
-        (problem,) = OpenVLA.problems(folder)
+        problem = fault(OpenVLA.described, folder)
         assert words in problem and problem.startswith(str(folder))
         (folder / "preprocessor_config.json").write_bytes(
             (CHECKPOINT / "preprocessor_config.json").read_bytes()
@@ -692,8 +693,8 @@ def complete(tmp_path_factory):
 def test_a_damaged_folder_loads_or_is_one_line(complete, tmp_path, seed):
     folder = Path(shutil.copytree(complete, tmp_path / "policy"))
     what = spoil(folder, seed)
-    problems = OpenVLA.problems(folder)
-    assert all("\n" not in line and len(line) < 800 for line in problems), (what, problems)
+    problem = fault(OpenVLA.described, folder)
+    assert "\n" not in problem and len(problem) < 800, (what, problem)
     try:
         policy = policies.load_policy(folder)
         ids, mask = policy.prompt_ids("wait")
@@ -702,9 +703,9 @@ def test_a_damaged_folder_loads_or_is_one_line(complete, tmp_path, seed):
         assert "\n" not in str(error) and 0 < len(str(error)) < 800, what
         if isinstance(read(folder / "config.json"), dict):
             kind = read(folder / "config.json").get("model_type")
-            assert problems or kind != "openvla", (what, str(error))
+            assert problem or kind != "openvla", (what, str(error))
     else:
-        assert problems == [], what
+        assert problem == "", what
         for key in policy.norm_stats:
             assert np.isfinite(policy.decode(torch.zeros(1, 56).long(), key)).all(), what
 

@@ -287,11 +287,7 @@ def test_both_policies_have_what_a_policy_must_have():
     for name, path in (("tiny_vla", TINY), ("openvla", CHECKPOINT)):
         policy = policies.load_policy(path)
         assert robots.policy_class(name) is type(policy) and policy.model_type == name
-        assert type(policy).problems(path) == (
-            []
-            if name == "tiny_vla"
-            else [f"{path} has no tokenizer.json; copy it from the original checkpoint"]
-        )
+        assert type(policy).described(path).config == policy.config
         images = np.zeros((2, policy.camera, policy.camera, 3), np.uint8)
         frames = policy.frames(images)
         assert frames.dtype == np.uint8 and frames.shape[:2] == (2, 1)

@@ -17,7 +17,7 @@ from robots import openvla as vla
 from robots import policy as policies
 from robots.tiny_vla import TinyVLA
 from tests.conftest import STATS
-from tests.robots.spoil import read, spoil
+from tests.robots.spoil import fault, read, spoil
 
 CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "openvla_tiny" / "checkpoint"
 INSTRUCTIONS = [
@@ -236,7 +236,6 @@ def test_described(saved):
         assert policy.config["width"] == 16 and policy.norm_stats == STATS
     with pytest.raises(ValueError, match="1 tensors do not fit config.json; the first, fc1.bias"):
         TinyVLA.described(saved, shapes | {"fc1.bias": (3,)})
-    assert len(TinyVLA.problems(saved, shapes | {"fc1.bias": (3,)})) == 1
 
 
 def test_activations_are_small(tiny):
@@ -244,15 +243,16 @@ def test_activations_are_small(tiny):
         tiny.set_gradient_checkpointing(True)
 
 
-def test_problems(tiny, tmp_path):
+def test_faults_are_told_from_the_headers(tiny, tmp_path):
     folder = tmp_path / "policy"
     tiny.save_pretrained(folder)
-    assert TinyVLA.problems(folder) == []
+    assert fault(TinyVLA.described, folder) == ""
     os.truncate(folder / "model.safetensors", 1000)
-    (line,) = TinyVLA.problems(folder)
+    line = fault(TinyVLA.described, folder)
     assert "model.safetensors is truncated" in line and "\n" not in line
     (folder / "model.safetensors").unlink()
-    assert "model.safetensors is truncated, missing or not" in TinyVLA.problems(folder)[0]
+    line = fault(TinyVLA.described, folder)
+    assert "model.safetensors is truncated, missing or not" in line
 
 
 @pytest.mark.parametrize("config", [
@@ -268,7 +268,7 @@ def test_a_config_that_describes_no_policy_is_one_line(tiny, tmp_path, config):
     with pytest.raises(ValueError, match=f"^{tmp_path}/policy") as caught:
         policies.load_policy(tmp_path / "policy")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
-    assert TinyVLA.problems(tmp_path / "policy") == [str(caught.value)]
+    assert fault(TinyVLA.described, tmp_path / "policy") == str(caught.value)
 
 
 @pytest.fixture(scope="module")
@@ -287,9 +287,9 @@ def test_a_damaged_folder_loads_or_is_one_line(saved, tmp_path, seed):
     except (ValueError, OSError) as error:
         assert "\n" not in str(error) and 0 < len(str(error)) < 800, what
         if isinstance(read(folder / "config.json"), dict):
-            assert TinyVLA.problems(folder), what
+            assert fault(TinyVLA.described, folder), what
     else:
-        assert TinyVLA.problems(folder) == [], what
+        assert fault(TinyVLA.described, folder) == "", what
         black = np.zeros((1, policy.camera, policy.camera, 3), np.uint8)
         for key in policy.norm_stats:
             actions, _ = policies.greedy(policy, key)(black, ["wait"])
