@@ -19,11 +19,12 @@ from typing import NamedTuple
 import numpy as np
 from filelock import FileLock
 
-from plumbing.files import Journal, whole
+from plumbing.files import Journal
 from plumbing.flags import flag, require, script
 from robots import find_suite
 from robots.libero import PROTOCOLS, SPLIT_NAMES, SPLITS, Libero
 from robots.suite import SuiteOptions
+from robots.trajectories import Trajectory, read_npz, save
 
 
 class Move(NamedTuple):
@@ -177,31 +178,28 @@ class Expert:
 # Data
 
 def demonstrate(env: Libero, start: dict, noise: float = 0.0, seed: int = 0,
-                every: int = 0) -> tuple[Expert, dict[str, np.ndarray]]:
-    """One episode -> the expert, and its arrays: images uint8 (F, size, size, 3) before every
-    `every`-th action (0: none), actions float32 (S, 7) as the environment took them, intended
-    float32 (S, 7): the same without the noise, task, state, instruction."""
+                every: int = 0) -> tuple[Expert, list, list]:
+    """One episode -> the expert, images uint8 (size, size, 3) before every `every`-th action (0:
+    none), and the actions (7,) without the noise that the environment took them with."""
     env.reset(options=start | {"image": False})
     expert, ended = Expert(env, noise, np.random.default_rng([seed, *start.values()])), False
-    images, actions, intended = [], [], []
+    images, intended = [], []
     while not ended:
-        if every and len(actions) % every == 0:
+        if every and len(intended) % every == 0:
             images.append(env.render())
-        actions.append(expert())
+        action = expert()
         intended.append(expert.intended)
-        ended = env.advance(actions[-1])
-    return expert, {"images": np.array(images), "actions": np.array(actions, np.float32),
-                    "intended": np.array(intended, np.float32), "task": np.array(env.task),
-                    "state": np.array(env.state), "instruction": np.array(env.instruction)}
+        ended = env.advance(action)
+    return expert, images, intended
 
 
-def collect(env: Libero, tasks: Sequence[int], per_task: int, folder: Path, noise: float = 0.3,
-            **how) -> list[dict[str, np.ndarray]]:
-    """`per_task` clean successes (no second grasp) of each task from the environment's split ->
-    episodes as from `demonstrate`, whose seed and every are in `how`. `folder` has a file for each
-    attempt, which is not played again: an interrupted command goes on, and a second process waits
-    and finds them there. RuntimeError where the expert hardly succeeds."""
-    kept: list[dict] = []
+def collect(env: Libero, tasks: Sequence[int], per_task: int, folder: Path, every: int,
+            noise: float = 0.3) -> list[Trajectory]:
+    """`per_task` clean successes (no second grasp) of each task from the environment's split.
+    `folder` has a file for each attempt, which is not played again: an interrupted command goes on,
+    and a second process waits and finds them there. RuntimeError where the expert hardly succeeds,
+    ValueError for a damaged file."""
+    kept: list[Trajectory] = []
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         for number, task in enumerate(tasks, 1):
@@ -209,41 +207,28 @@ def collect(env: Libero, tasks: Sequence[int], per_task: int, folder: Path, nois
                 if len(kept) < number * per_task:
                     file = folder / f"{task}-{attempt}.npz"
                     if not file.exists():
-                        attempt_once(env, task, attempt, file, noise=noise, **how)
-                    kept += filter(None, [read_episode(file)])
+                        attempt_once(env, task, attempt, file, every, noise)
+                    try:
+                        episode = read_npz(file)
+                    except ValueError as error:
+                        raise ValueError(f"{file} is damaged ({error}); delete it to have it "
+                                         "played again") from None
+                    kept += [episode] * episode.success
             if len(kept) < number * per_task:
                 raise RuntimeError(f"the expert succeeds too rarely at task {task}; leave it out "
                                    "of --tasks, or make the noise smaller")
     return kept
 
 
-def attempt_once(env: Libero, task: int, attempt: int, file: Path, **how) -> None:
-    """An episode -> its file, which is empty if it is no clean success."""
+def attempt_once(env: Libero, task: int, attempt: int, file: Path, every: int,
+                 noise: float) -> None:
+    """An episode -> its file, as a success only if it is a clean one."""
     start = {"task": task, "index": attempt % len(env.states_of(env.split)), "attempt": attempt}
-    expert, episode = demonstrate(env, start, **how)
+    expert, images, intended = demonstrate(env, start, noise, every=every)
     clean = env.success and not expert.attempt
-    with whole(file) as draft, open(draft, "wb") as data:
-        np.savez_compressed(data, **(episode if clean else {}))
+    save(file, Trajectory(env.instruction, clean, np.array(images), np.float32(intended), every))
     print(f"task {task}, initial state {env.state}: {'kept' if clean else 'dropped'} after "
           f"{env.steps} steps", flush=True)
-
-
-def read_episode(file: Path) -> dict[str, np.ndarray]:
-    """As `demonstrate` made it; {} for an attempt that was dropped. ValueError if it is damaged."""
-    try:
-        with np.load(file) as arrays:           # refuses pickles
-            e = dict(arrays)
-        if e and not (e["actions"].shape == e["intended"].shape == (len(e["actions"]), 7)
-                      and e["task"].shape == e["state"].shape == ()
-                      and e["images"].dtype == np.uint8
-                      and np.isfinite([e["actions"], e["intended"]]).all()):
-            raise ValueError("its arrays do not agree")
-        if not e and file.stat().st_size > 22:  # of a zip without files
-            raise ValueError("no arrays in it")
-        return e
-    except Exception as error:                  # numpy and zipfile have many ways to fail
-        raise ValueError(f"{file} is damaged ({' '.join(str(error).split())[:200]}); "
-                         "delete it to have it played again") from None
 
 
 # Command
@@ -276,7 +261,7 @@ def measure(s: Settings) -> None:
         states = env.states_of(s.split)[:s.states]
         for index, state in enumerate(states):
             if (task, state) not in rows:
-                expert, _ = demonstrate(env, {"task": task, "index": index}, s.noise, s.seed)
+                expert = demonstrate(env, {"task": task, "index": index}, s.noise, s.seed)[0]
                 rows[task, state] = {"task": task, "state": state, "success": env.success,
                                      "steps": env.steps, "grasps": expert.attempt + 1}
                 journal.add(rows[task, state])

@@ -44,10 +44,8 @@ class Settings(SuiteSettings):
     out: str = flag("", "new folder for the policy")
 
 
-# An episode is (task, images, actions, success); there is an image before every so many actions
-
 def tabletop_episodes(per_task: int, noise: float = 0.1, seed: int = 0,
-                      suite: str = "tabletop") -> Iterator[tuple]:
+                      suite: str = "tabletop") -> Iterator[Trajectory]:
     """The scripted expert on the first training initial states, an image at every step. Noise
     disturbs what is executed, the actions stay clean, so the policy also sees how to come back from
     small errors."""
@@ -62,41 +60,40 @@ def tabletop_episodes(per_task: int, noise: float = 0.1, seed: int = 0,
                 disturbed = actions[-1] + noise * np.array([*rng.standard_normal(3), 0, 0, 0, 0])
                 ended = env.advance(disturbed.clip(-1, 1))
                 images.append(env.render())
-            yield task, images[:-1], actions, env.success
+            yield Trajectory(env.instruction, env.success, np.stack(images[:-1]),
+                             np.stack(actions), every=1)
 
 
-def libero_episodes(s: Settings, tasks: Sequence[int], every: int) -> Iterator[tuple]:
+def libero_episodes(s: Settings, tasks: Sequence[int], every: int = 2) -> Iterator[Trajectory]:
     """The same of LIBERO's scripted expert, an image every `every` steps. Episodes are kept in
     cache/demos and never played twice."""
     from robots.libero import Libero
     from robots.libero_expert import collect
     split = "train" if s.split == "disjoint" else "all"
     env = Libero(s.suite, split=split, size=s.size, fast=s.fast_sim, assets=s.assets)
-    name = f"{s.suite}-{split}-{s.size}px{'-fast' * s.fast_sim}-every{every}"
-    for episode in collect(env, tasks, s.demos, Path("cache/demos") / name, every=every):
-        yield int(episode["task"]), episode["images"], episode["intended"], True
+    name = f"{s.suite}/{split}-{s.size}px{'-fast' * s.fast_sim}-every{every}"
+    yield from collect(env, tasks, s.demos, Path("cache/demos") / name, every)
     env.close()
 
 
-def recorded(episodes: Iterable[tuple], folder: str, instructions: Sequence[str], every: int = 1
-             ) -> Iterator[tuple]:
+def recorded(episodes: Iterable[Trajectory], folder: str) -> Iterator[Trajectory]:
     """Passes them on; each becomes a file of the folder, if one is named."""
-    for number, (task, images, actions, success) in enumerate(episodes):
+    for number, episode in enumerate(episodes):
         if folder:
-            save(Path(folder) / f"{number:04d}.npz", Trajectory(
-                instructions[task], success, np.stack(images), np.stack(actions), every))
-        yield task, images, actions, success
+            save(Path(folder) / f"{number:04d}.npz", episode)
+        yield episode
 
 
-def demonstrations(episodes: Iterable[tuple], every: int = 1) -> dict[str, np.ndarray]:
+def demonstrations(episodes: Iterable[Trajectory],
+                   instructions: Sequence[str]) -> dict[str, np.ndarray]:
     """What is seen and the next 8 actions, a row for each image: {"image": uint8 (N, S, S, 3),
     "task": int64 (N,), "actions": float64 (N, 8, 7) in LIBERO's convention}."""
     data = {"image": [], "task": [], "actions": []}
-    for task, images, actions, _ in episodes:
-        padded = np.concatenate([actions, [STILL] * CHUNK])
-        data["image"] += list(images)
-        data["task"] += [task] * len(images)
-        data["actions"] += [padded[t * every:][:CHUNK] for t in range(len(images))]
+    for e in episodes:
+        padded = np.concatenate([e.actions, [STILL] * CHUNK])
+        data["image"] += list(e.images)
+        data["task"] += [instructions.index(e.instruction)] * len(e.images)
+        data["actions"] += [padded[t * e.every:][:CHUNK] for t in range(len(e.images))]
     return {name: np.stack(rows) for name, rows in data.items()}
 
 
@@ -154,15 +151,15 @@ def run(s: Settings) -> None:
     Path(s.out).mkdir(parents=True, exist_ok=True)      # as is a folder
     noted = {"num_trajectories": s.demos * len(suite.tasks)}
     if s.suite.startswith("tabletop"):
-        episodes, every, key = tabletop_episodes(s.demos, suite=s.suite), 1, s.suite
+        episodes, key = tabletop_episodes(s.demos, suite=s.suite), s.suite
         more = f" --suite {s.suite}"
     else:
-        episodes, every = libero_episodes(s, suite.tasks, every=2), 2
+        episodes = libero_episodes(s, suite.tasks)
         key, everything = f"{s.suite}_no_noops", s.split == "all"
         noted |= {"fast_sim": s.fast_sim} | ({"split": "all"} if everything else {})
         more = (f" --suite {s.suite} --tasks {' '.join(map(str, suite.tasks))}"
                 + " --fast_sim" * s.fast_sim + " --split all" * everything)
-    data = demonstrations(recorded(episodes, s.record, suite.instructions, every), every)
+    data = demonstrations(recorded(episodes, s.record), suite.instructions)
     policy = fine_tune(data, s, key, suite.instructions, **noted)
     policy.save_pretrained(s.out)
     print(f"wrote {s.out}; measure it: python eval.py vla --checkpoint {s.out}{more}")

@@ -13,6 +13,7 @@ import pytest
 from robots import libero_expert
 from robots.libero import Libero
 from robots.libero_expert import collect, main
+from robots.trajectories import Trajectory, save
 from tests.conftest import needs_assets
 
 ROOT = Path(__file__).parents[2]
@@ -44,20 +45,29 @@ from pathlib import Path
 import numpy as np
 from robots import libero_expert
 
-def demonstrate(env, start, **how):
+def demonstrate(env, start, *how, **more):
     time.sleep(0.1)
     open(sys.argv[2], "a").write(f"{start['task']}-{start['attempt']} ")
     env.state, env.steps, env.success = start["index"], 4, start["attempt"] % 3 > 0
-    steps = np.full((4, 7), start["attempt"], np.float32)
-    return types.SimpleNamespace(attempt=0), {
-        "images": np.zeros((4, 8, 8, 3), np.uint8), "actions": steps, "intended": steps,
-        "task": np.array(start["task"]), "state": np.array(start["index"])}
+    env.instruction = str(start["task"])
+    return (types.SimpleNamespace(attempt=0), np.zeros((4, 8, 8, 3), np.uint8),
+            np.full((4, 7), start["attempt"]))
 
 libero_expert.demonstrate = demonstrate
 env = types.SimpleNamespace(split="train", states_of=lambda split: range(25))
 kept = libero_expert.collect(env, [0, 1], 3, Path(sys.argv[1]), every=1)
-print([(int(e["task"]), int(e["actions"][0, 0])) for e in kept])
+print([(int(e.instruction), int(e.actions[0, 0])) for e in kept])
 """
+
+
+ENV = types.SimpleNamespace(split="all", states_of=lambda split: range(50), success=True, state=0,
+                            steps=1, instruction="wait")
+
+
+def played(attempt: int):
+    """In place of `demonstrate`: a success after so many grasps that failed."""
+    return lambda env, start, *how, **more: (
+        types.SimpleNamespace(attempt=attempt), np.zeros((1, 8, 8, 3), np.uint8), np.zeros((1, 7)))
 
 
 def test_two_processes_make_one_cache(tmp_path):
@@ -74,19 +84,19 @@ def test_two_processes_make_one_cache(tmp_path):
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
 
-def test_damaged_episodes(tmp_path, monkeypatch):
-    """A cut, a changed byte, a pickle, arrays that do not agree: one line that names the file."""
+def test_damaged_episodes(tmp_path):
+    """A cut, a changed byte, a pickle, arrays that do not agree, a file of before: one line that
+    names the file."""
     whole = tmp_path / "0-0.npz"
     steps, images = np.zeros((4, 7), np.float32), np.zeros((4, 8, 8, 3), np.uint8)
-    arrays = {
-        "images": images,
-        "actions": steps,
-        "intended": steps,
-        "task": np.array(0),
-        "state": np.array(0),
-    }
-    np.savez_compressed(whole, **arrays)
-    assert set(libero_expert.read_episode(whole)) == set(arrays)
+    save(whole, one := Trajectory("wait", True, images, steps, 1))
+    arrays, env = vars(one), types.SimpleNamespace(split="all", states_of=lambda split: range(50))
+
+    def again() -> Trajectory:
+        (episode,) = collect(env, [0], 1, tmp_path, every=1)
+        return episode
+
+    assert vars(again()).keys() == arrays.keys()
     rng, good, refused = np.random.default_rng(0), whole.read_bytes(), 0
     bad = [good[: rng.integers(len(good))] for _ in range(60)]
     for _ in range(240):
@@ -96,22 +106,23 @@ def test_damaged_episodes(tmp_path, monkeypatch):
     for data in bad:
         whole.write_bytes(data)
         try:
-            episode = libero_expert.read_episode(whole)
+            episode = vars(again())
             assert all(np.array_equal(episode[k], arrays[k]) for k in arrays)  # a time, a comment
         except ValueError as error:
             refused += 1
             assert str(error).startswith(f"{whole} is damaged (") and "\n" not in str(error)
     assert refused > 200
     for change in (
-        {"actions": steps[:3]},
+        {"actions": steps[:2]},
         {"images": images.astype(float)},
-        {"task": steps},
-        {"intended": steps * np.nan},
+        {"success": steps},
+        {"actions": steps * np.nan},
         {"actions": np.array([object()])},
+        dict.fromkeys(("instruction", "intended"), steps),
     ):
         np.savez_compressed(whole, **arrays | change)
         with pytest.raises(ValueError, match="0-0.npz is damaged"):
-            libero_expert.read_episode(whole)
+            again()
 
 
 def test_a_full_disk_leaves_no_half_episode(tmp_path, monkeypatch):
@@ -120,24 +131,16 @@ def test_a_full_disk_leaves_no_half_episode(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez_compressed", full)
-    monkeypatch.setattr(libero_expert, "demonstrate",
-                        lambda env, start, **how: (types.SimpleNamespace(attempt=0), {}))
-    env = types.SimpleNamespace(split="all", states_of=lambda split: range(50), success=True)
+    monkeypatch.setattr(libero_expert, "demonstrate", played(attempt=0))
     with pytest.raises(OSError, match="0-0.npz cannot be written .*No space left.*disk full"):
-        collect(env, [0], 1, tmp_path)
+        collect(ENV, [0], 1, tmp_path, every=1)
     assert [file.name for file in tmp_path.iterdir()] == [".lock"]
 
 
 def test_an_expert_that_fails(tmp_path, monkeypatch):
-    def fails(env, start, **how):
-        return types.SimpleNamespace(attempt=1), {}
-
-    monkeypatch.setattr(libero_expert, "demonstrate", fails)
-    env = types.SimpleNamespace(
-        split="all", states_of=lambda split: range(50), success=True, state=0, steps=1
-    )
+    monkeypatch.setattr(libero_expert, "demonstrate", played(attempt=1))
     with pytest.raises(RuntimeError, match="succeeds too rarely at task 7; leave it out"):
-        collect(env, [7], 1, tmp_path)
+        collect(ENV, [7], 1, tmp_path, every=1)
     assert len(list(tmp_path.glob("*.npz"))) == 25
 
 
@@ -158,29 +161,33 @@ def test_demonstrations_can_be_interrupted(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return whole(*arguments, **how)
 
+    ran, advance = {}, Libero.advance  # the actions as they were executed, by initial state
+
+    def noted(self, action):
+        ran.setdefault(self.state, []).append(action)
+        return advance(self, action)
+
     monkeypatch.setattr(libero_expert, "demonstrate", dies)
+    monkeypatch.setattr(Libero, "advance", noted)
     with pytest.raises(KeyboardInterrupt):
-        collect(env, [3], 2, tmp_path, every=40)
-    first, data = collect(env, [3], 2, tmp_path, every=40)
+        collect(env, [3], 2, tmp_path, every=8)
+    first, data = collect(env, [3], 2, tmp_path, every=8)
     env.close()
-    assert len(calls) == 3
-    assert data["images"].dtype == np.uint8 and data["images"].shape[1:] == (32, 32, 3)
-    assert [int(e["task"]) for e in (first, data)] == [3, 3]
-    assert [int(e["state"]) for e in (first, data)] == [0, 2]
-    assert len(data["images"]) == -(-len(data["actions"]) // 40)
+    monkeypatch.undo()
+    assert len(calls) == 3 and list(ran) == [0, 2]
+    assert data.images.dtype == np.uint8 and data.images.shape[1:] == (32, 32, 3)
+    assert len(data.images) == -(-len(data.actions) // 8)
     env = Libero("libero_object", size=32, fast=True)
     observation, info = env.reset(options={"task": 3, "index": 1})  # the second episode again:
-    np.testing.assert_array_equal(data["images"][0], observation["image"])  # images fit actions
-    assert info["instruction"] == data["instruction"]
-    for action in data["actions"]:
-        if env.steps == 40:
-            np.testing.assert_array_equal(data["images"][1], env.render())
+    np.testing.assert_array_equal(data.images[0], observation["image"])  # images fit actions
+    assert info["instruction"] == data.instruction == first.instruction
+    for action in ran[2]:
+        if env.steps % 8 == 0:
+            np.testing.assert_array_equal(data.images[env.steps // 8], env.render())
         env.advance(action)
     assert env.success
     env.close()
-    actions, intended = (
-        np.concatenate([e[k] for e in (first, data)]) for k in ("actions", "intended")
-    )
+    intended, actions = np.concatenate([first.actions, data.actions]), np.float32(ran[0] + ran[2])
     assert intended.shape == actions.shape and (intended[:, 6] == actions[:, 6]).all()
     off = np.abs(intended - actions)  # noise while nothing is near, none in grasp and release
     assert off[:20].mean(0)[:3].min() > 0.05 and (off.max(1) == 0).sum() > 40

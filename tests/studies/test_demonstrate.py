@@ -16,7 +16,8 @@ from studies.demonstrate import Settings
 
 @pytest.mark.slow
 def test_demonstrations_and_fine_tuning():
-    data = demonstrate.demonstrations(demonstrate.tabletop_episodes(1, noise=0.0))
+    data = demonstrate.demonstrations(demonstrate.tabletop_episodes(1, noise=0.0),
+                                      TASKS["tabletop"])
     env, n = Tabletop(), 0
     for task in range(4):
         env.reset(options={"task": task, "index": 0})
@@ -60,9 +61,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     videos, success, said = trajectories.videos("demos")
     played = list(demonstrate.tabletop_episodes(1))
     assert said.tolist() == list(TASKS["tabletop"])
-    for (_, images, _, won), video, flagged in zip(played, videos, success, strict=True):
-        np.testing.assert_array_equal(images, video)
-        assert won == flagged
+    for episode, video, flagged in zip(played, videos, success, strict=True):
+        np.testing.assert_array_equal(episode.images, video)
+        assert episode.success == flagged
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import world_model as wm
-from robots.tabletop import TASKS
 from robots.trajectories import Trajectory, save
 from studies import progress_curves as pc
 from studies.demonstrate import recorded, tabletop_episodes
@@ -144,7 +143,7 @@ def test_compare_on_a_policy_s_rollouts(capsys, monkeypatch, tmp_path):
     assert len(rows) == 8 and rows["true progress"][:2] == [1, 1]
     assert all(-1 <= row[1] < 1 for name, row in rows.items() if name != "true progress")
     assert len(rows["trained"]) == 3 + len(pc.MEASURES) and len(rows["last frame"]) == 3
-    list(recorded(tabletop_episodes(1), tmp_path, TASKS["tabletop"]))
+    list(recorded(tabletop_episodes(1), tmp_path))
     assert pc.main(["compare", "--policy", policy, "--data", str(tmp_path)]) == 0
     demonstrated = read(capsys.readouterr().out)
     assert all(row[2] >= rows[name][2] for name, row in demonstrated.items())
