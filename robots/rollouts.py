@@ -1,7 +1,7 @@
 """Many episodes at once: simulators in worker processes, and a policy that plays them.
 
-1. `ActionChunk`: one step of an environment is a chunk of 8 actions, cut short at success.
-2. `TableBatch`: the chunked environments ("tables") of one process.
+1. `run_chunk`: a policy call's 8 actions on an environment, cut short at success.
+2. `TableBatch`: the environments ("tables") of one process.
 3. `Workers`: processes that answer calls through a pipe, and are replaced when they die.
 4. `play`: every policy call covers all running tables; whoever has finished takes the next initial
    state at once, so nothing idles at the end of an episode and no step is simulated after it.
@@ -13,9 +13,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
-import gymnasium
 import numpy as np
-from gymnasium.spaces import Box
 
 from plumbing.flags import printable
 from robots.suite import CHUNK, Episode, Start, Suite
@@ -23,34 +21,28 @@ from robots.suite import CHUNK, Episode, Start, Suite
 BROKEN = "is memory short, or the OpenGL driver broken?"
 
 
-class ActionChunk(gymnasium.Wrapper):
-    """One step executes a chunk of actions, (CHUNK, 7), and stops where the episode ends. A frame
-    is rendered at the end, and after each `every` actions for who wants a video.
-
-    info["executed"]: number of actions that ran; the tokens of the others must not be trained on.
-    info["between"]: the frames before the last, uint8 (H, W, 3) each; (executed - 1) // every.
-    info["progress"]: the simulator's own."""
-    action_space = Box(-1.0, 1.0, (CHUNK, 7), np.float32)
-
-    def step(self, action, every: int = CHUNK):
-        if np.shape(action) != (CHUNK, 7):
-            raise ValueError(f"a chunk of actions has shape ({CHUNK}, 7), got {np.shape(action)}")
-        env, executed, ended, between = self.env.unwrapped, 0, False, []
-        while executed < CHUNK and not ended:
-            if executed and executed % every == 0:
-                between.append(env.observe()["image"])
-            ended = env.advance(action[executed])
-            executed += 1
-        return (env.observe(), float(env.success), env.success, ended and not env.success,
-                {"executed": executed, "between": between,
-                 "progress": getattr(env, "progress", np.nan)})
+def run_chunk(env, actions: np.ndarray, every: int = CHUNK) -> tuple:
+    """Actions (CHUNK, 7) on an environment, until its episode ends -> (image, how many of them ran:
+    the tokens of the others must not be trained on, success, ended, the frames before that image:
+    one after each `every` actions, the simulator's own progress)."""
+    if np.shape(actions) != (CHUNK, 7):
+        raise ValueError(f"a chunk of actions has shape ({CHUNK}, 7), got {np.shape(actions)}")
+    between = []
+    for executed, action in enumerate(actions, 1):
+        ended = env.advance(action)
+        if ended or executed == CHUNK:
+            break
+        if executed % every == 0:
+            between.append(env.observe()["image"])
+    return (env.observe()["image"], executed, bool(env.success), ended, between,
+            getattr(env, "progress", np.nan))
 
 
 class TableBatch:
     """The tables of these numbers, in one process."""
 
     def __init__(self, tables: Iterable[int], size: int, horizon: int | None, make: Callable):
-        self.tables = {t: ActionChunk(make(size=size, horizon=horizon)) for t in tables}
+        self.tables = {t: make(size=size, horizon=horizon) for t in tables}
 
     def reset(self, starts: dict[int, Start]) -> dict[int, np.ndarray]:
         """As `Workers.reset`."""
@@ -59,12 +51,7 @@ class TableBatch:
 
     def step(self, chunks: dict[int, np.ndarray], every: int) -> dict[int, tuple]:
         """As `Workers.step`."""
-        results = {}
-        for t, chunk in chunks.items():
-            seen, _, success, truncated, info = self.tables[t].step(chunk, every)
-            results[t] = (seen["image"], info["executed"], bool(success),
-                          bool(success or truncated), info["between"], info["progress"])
-        return results
+        return {t: run_chunk(self.tables[t], chunk, every) for t, chunk in chunks.items()}
 
 
 def serve(pipe, make_batch: Callable[[range], TableBatch], tables: range) -> None:
@@ -135,8 +122,7 @@ class Workers:
         return images
 
     def step(self, chunks: dict[int, np.ndarray], every: int = CHUNK) -> dict[int, tuple]:
-        """Run a chunk (8, 7) on each given table -> {table: (image, actions executed, success,
-        ended, the frames before that image: one after each `every` actions, progress)}."""
+        """Run a chunk (8, 7) on each given table -> {table: as from `run_chunk`}."""
         results = self._exchange("step", chunks, every)
         for t, chunk in chunks.items():
             self.history[t][1].append(chunk)

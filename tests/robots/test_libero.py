@@ -19,7 +19,7 @@ from robots import libero
 from robots.libero import NO_OP, SETTLE, SPLITS, Libero, suite, thin_meshes
 from robots.libero_expert import Expert
 from robots.libero_files import find_plus, initial_states, mujoco_note, prepare, tasks
-from robots.rollouts import ActionChunk
+from robots.rollouts import run_chunk
 from robots.suite import Start, SuiteOptions
 from studies import libero_speed
 from tests.conftest import needs_assets, package, run_bare
@@ -238,10 +238,9 @@ def test_expert_and_exactness(name, task):
         assert done == (i == len(actions) - 1) == bool(reward)
     stock.close()
 
-    chunked = ActionChunk(env)
-    chunked.reset(options=start)
+    env.reset(options=start)
     # Rendered for the world model, they move nothing
-    between = chunked.step(actions[:8], every=1)[4]["between"]
+    between = run_chunk(env, actions[:8], every=1)[4]
     np.testing.assert_array_equal(np.concatenate([env.data.qpos, env.data.qvel]), states[7])
 
     env.reset(options=start)

@@ -43,7 +43,7 @@ def test_batch_renders_only_active_tables(monkeypatch):
     before = batch.reset({2: Start(0, 0), 11: Start(1, 1)})
     assert before.keys() == {2, 11}
     [(table, (image, executed, *_))] = batch.step({11: np.ones((8, 7))}, 8).items()
-    scenes = {id(table.unwrapped.data): t for t, table in batch.tables.items()}
+    scenes = {id(table.data): t for t, table in batch.tables.items()}
     assert [scenes[id(data)] for data in rendered] == [2, 11, 11]
     assert (table, executed) == (11, 8) and not np.array_equal(before[11], image)
 
