@@ -20,17 +20,20 @@ import numpy as np
 
 from plumbing.flags import flag, require, script
 from robots import find_suite
-from robots.flags import SuiteSettings
-from robots.suite import CHUNK
+from robots.suite import CHUNK, SuiteOptions
 from robots.trajectories import Trajectory, save
 
 STILL = [0.0, 0, 0, 0, 0, 0, -1]        # after success: no motion, an open gripper
 
 
 @dataclass
-class Settings(SuiteSettings):
+class Settings:
     suite: str = flag("tabletop", "those there is an expert for",
                       choices=["tabletop", "tabletop_long", "libero_object", "libero_spatial"])
+    tasks: list[int] = flag([], "LIBERO: task numbers (all if none is given)")
+    fast_sim: bool = flag(False, "LIBERO: other pixels, same physics, faster")
+    assets: str = flag("", "LIBERO: folder of its assets (LIBERO_ASSETS, else the package's, "
+                           "else from the hub)")
     demos: int = flag(5, "demonstrations per task, from its training initial states")
     split: str = flag("disjoint", "LIBERO; disjoint: from half of the initial states; all: from "
                                   "all 50", choices=["disjoint", "all"])
@@ -146,7 +149,8 @@ def run(s: Settings) -> None:
     from robots.tiny_vla import TinyVLA
     torch.set_num_threads(s.threads or os.cpu_count())
     torch.set_flush_denormal(True)                      # numbers below 1e-38 are noise, and slow
-    suite = find_suite(s.suite, tuple(s.tasks), s.options())
+    options = SuiteOptions(fast=s.fast_sim, assets=s.assets)
+    suite = find_suite(s.suite, tuple(s.tasks), options)
     TinyVLA({}, size=s.size, crop=s.crop or None)       # is refused now rather than after the work,
     Path(s.out).mkdir(parents=True, exist_ok=True)      # as is a folder
     noted = {"num_trajectories": s.demos * len(suite.tasks)}

@@ -71,6 +71,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     ("", "--out must be a new folder"), ("--out .", ". is not empty"),
     ("--out x --demos 0", "--demos must be at least 1"),
     ("--out x --lr nan", "--lr must be positive"), ("--out x --suite libero_goal", "libero_goal"),
+    ("--out x --horizon 9", "unrecognized arguments: --horizon 9"),
     ("--out x --size 128", "--size and --crop are LIBERO's"),
     ("--out x --suite libero_object --size 66",
      "size=66, crop=None: both sides must be multiples of 4"),
