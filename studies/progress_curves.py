@@ -121,10 +121,12 @@ def ranking(latents: np.ndarray, success: np.ndarray, task: np.ndarray, group: n
             float(np.mean([np.ptp(reward[group == g]) > 0 for g in groups])))
 
 
-def progress_curves(videos: list, success: np.ndarray, task: np.ndarray, model, kind: str) -> dict:
-    """{task: [(success, frames seen, R)]} of the tasks with two successes and a failure."""
+def progress_curves(videos: list, latents: np.ndarray, success: np.ndarray, task: np.ndarray,
+                    model, kind: str) -> dict:
+    """{task: [(success, frames seen, R)]} of the tasks with two successes and a failure. latents
+    (N, D): the model's, of the whole videos."""
     from robots.offline import reference
-    latents, curves = model.encode(videos).numpy(), {}
+    curves = {}
     along = model.paper_progress if kind == "paper" else model.progress
     for name in np.unique(task).tolist():
         won = np.flatnonzero(success & (task == name))
@@ -212,7 +214,7 @@ def study(s: Settings) -> None:
         line = f"{name:15}" + "".join(f"{x:9.3f}" for x in numbers)
         # nan: no task has two successes and a failure, which the curves need as well
         if isinstance(model, WorldModel) and not (s.policy and np.isnan(numbers[0])):
-            curves = progress_curves(videos, success, task, model, s.curves)
+            curves = progress_curves(videos, latents, success, task, model, s.curves)
             line += "".join(f"{x:13.3f}" for x in benchmark(curves).values())
         print(line)
     print("nearer: share of pairs in which a success lies nearer to the other successes than a "

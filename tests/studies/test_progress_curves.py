@@ -38,9 +38,13 @@ def rollouts(tmp_path):
 # Curves
 
 
+def curves_of(videos, *rest) -> dict:
+    return pc.progress_curves(videos, rest[-2].encode(videos).numpy(), *rest)
+
+
 def test_ours_leave_a_success_out_of_its_own_reference(shipped):
     videos, success = list(squares(5, size=64)), np.array([1, 1, 1, 0, 0], bool)
-    curves = pc.progress_curves(videos, success, np.zeros(5, int), shipped, "ours")[0]
+    curves = curves_of(videos, success, np.zeros(5, int), shipped, "ours")[0]
     assert [won for won, _, _ in curves] == success.tolist()
     h = shipped.encode(videos).numpy()
     for i, others in ((0, [1, 2]), (3, [0, 1, 2])):
@@ -52,7 +56,7 @@ def test_paper_compares_a_success_with_itself_and_a_failure_with_the_nearest_cen
     one, two = squares(2, total=13, size=64, seed=1)
     videos = [one, one, two, two, squares(1, total=13, size=64, seed=2)[0]]  # two clusters
     success = np.array([1, 1, 1, 1, 0], bool)
-    curves = pc.progress_curves(videos, success, np.zeros(5, int), shipped, "paper")[0]
+    curves = curves_of(videos, success, np.zeros(5, int), shipped, "paper")[0]
     np.testing.assert_array_equal(curves[2][2], shipped.paper_progress(two)[1])
     centres = shipped.encode([one, two]).numpy()
     expected = shipped.paper_progress(videos[4], centres)[1]
@@ -62,10 +66,10 @@ def test_paper_compares_a_success_with_itself_and_a_failure_with_the_nearest_cen
 def test_tasks_without_both_outcomes_are_left_out(shipped):
     videos, task = list(squares(6, size=64)), np.array(["a", "a", "a", "b", "b", "c"])
     success = np.array([1, 1, 0, 1, 1, 0], bool)
-    curves = pc.progress_curves(videos, success, task, shipped, "ours")
+    curves = curves_of(videos, success, task, shipped, "ours")
     assert list(curves) == ["a"] and set(pc.benchmark(curves)) == set(pc.MEASURES)
     with pytest.raises(ValueError, match="nothing to compare"):
-        pc.progress_curves(videos[3:], success[3:], task[3:], shipped, "ours")
+        curves_of(videos[3:], success[3:], task[3:], shipped, "ours")
 
 
 def test_simulator_rollouts_have_a_frame_per_chunk_or_per_step():
