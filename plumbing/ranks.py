@@ -48,10 +48,10 @@ def start() -> None:
 def stop() -> None:
     """Leave the process group. Only after success: after a failure the others may be waiting in a
     collective, and torchrun ends them."""
-    # An engine may have made a group of its own, which it ends itself
     if "LOCAL_RANK" in os.environ and dist.is_initialized():
         dist.barrier()                  # gloo aborts a rank that leaves while another still talks
-        dist.destroy_process_group()
+        if "vllm" not in sys.modules:   # whose engine ends all groups at exit, its own among them
+            dist.destroy_process_group()
 
 
 def rank() -> int:

@@ -66,11 +66,15 @@ class Engine:
             with torch.no_grad(), ranks.whole_weights(model):
                 weights = adapters.merged(model, dict(model.named_parameters()))
                 self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-            self.llm.reset_prefix_cache()       # what they made of prompts and pictures before
-            self.llm.llm_engine.reset_encoder_cache()
+            self.forget()
             self.seen = now
         if self.sleeps:
             self.llm.wake_up(tags=["kv_cache"])
+
+    def forget(self) -> None:
+        """What other weights made of prompts and pictures."""
+        self.llm.reset_prefix_cache()
+        self.llm.llm_engine.reset_encoder_cache()
 
     def generate(self, prompts: list[Prompt], max_new_tokens: int, temperature: float,
                  model=None) -> list[Completion]:

@@ -1,5 +1,4 @@
-"""Rows -> prompts -> responses -> records, for both stages of reflection_srpo.py; s: its settings.
-"""
+"""Rows -> prompts -> responses -> records, for both stages of reflection_srpo.py (settings s)."""
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial

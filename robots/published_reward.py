@@ -1,11 +1,6 @@
 """The progress reward as SRPO-VLA's published code computes it: siiRL's reward_score/embodied.py.
 
-Beside rewards.py, which follows the paper:
-1. clusters: the successes are standardised, then DBSCAN(eps=0.5) whatever their dimension is;
-2. distance to the nearest centre: Euclidean, not squared;
-3. a failure earns 0.6 * sigmoid(10 * (0.5 - d)), d min-max scaled over the task's failures: the
-   nearest gets 0.596 and the farthest 0.004, however close together they are.
-
+rewards.py follows the paper; docs/differences.md has the two side by side, point by point.
 Left out: it keys frames by task and trial, so that the rollouts of an initial state share one
 video, and the advantages are those of 0/1 rewards. Here each rollout has its own.
 """

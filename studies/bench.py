@@ -11,10 +11,13 @@ are real, nothing is downloaded.
   MFU      FLOPs per second over the peak: the data sheet's (dense bf16) of a GPU named below, else
            that of a large matrix product here
 
+Responses have one length, or ends drawn with equal chance at every token, a quarter as long in the
+mean (skewed); sampled by qwen.generate, transformers' generate, or vLLM where it is installed.
 Left out: the simulator (python -m robots.tabletop measures it), reading data, several GPUs.
 
     python -m studies.bench                         # small models on the CPU, some minutes
-    python -m studies.bench gpu                     # all of 7B, 20 minutes of an H100 or H200
+    python -m studies.bench gpu                     # all of 7B, 20 minutes of an H100 or H200;
+                                                    # with TRL installed, a step of its, too
     python -m studies.bench --model openvla-7b      # one of it; or qwen2.5-vl-7b, vjepa2-vitg
     python -m studies.bench_trl                     # a step side by side with TRL's
 """
@@ -49,18 +52,21 @@ if __name__ == "__main__":      # before torch is imported: --help takes no seco
 import math
 import platform
 import resource
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
+from importlib.util import find_spec
 from multiprocessing import active_children, get_context
 
 import numpy as np
 import psutil
 import torch
 import transformers
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import grpo
@@ -71,6 +77,7 @@ from plumbing.files import Journal
 from plumbing.optimizer import make_optimizer
 from plumbing.update import Update
 from reasoning import arrows, qwen, responses
+from reasoning.engine import Engine
 from robots import openvla
 from robots import policy as policies
 from studies.train_world_model import TINY
@@ -104,11 +111,14 @@ class Case:
     length: int = 32                # responses' tokens
     repeats: int = 2
     threads: int = 1
+    sampler: str = ""               # of responses, and no update: ours, transformers or vllm
+    skewed: bool = False            # they end early
 
 
 @dataclass
 class Work:
-    """What is measured of a case. Each rollout and update is of n units."""
+    """What is measured of a case. Each rollout and update is of n units; a rollout that ends early
+    returns of how many."""
     rollout: Callable
     update: Callable | None     # None: nothing is trained
     forward: Callable           # one pass, whose FLOPs are counted; the loss, as policy_loss's
@@ -132,7 +142,8 @@ def build(case: Case, device: str):
             model = openvla.OpenVLA(openvla.TINY | {"text_config": text}, dino, siglip)
         elif case.model in QWEN:
             s = reflection_srpo.Settings(
-                max_new_tokens=case.length, rollout_batch=case.rows, freeze_vision=True, **how)
+                max_new_tokens=case.length, rollout_batch=case.rows, freeze_vision=True,
+                dtype="bfloat16" if half else "float32", **how)
             config, ready = qwen_config(*QWEN[case.model]), reflection_srpo.ready
             model = transformers.Qwen2_5_VLForConditionalGeneration(config)
         else:
@@ -190,29 +201,52 @@ def update(model, optimizer, rows: int, loss: Callable, max_norm: float) -> dict
 
 def qwen_work(case: Case, s, model) -> Work:
     with tempfile.TemporaryDirectory() as folder:
-        arrows.tiny_vlm(folder)
+        arrows.tiny_vlm(folder)                                             # for its tokenizer
+        qwen.Qwen2VLImageProcessorPil().save_pretrained(folder)
         processor = qwen.Processor(folder)
-    # Its end is never drawn: every response has the full length
-    model.generation_config = transformers.GenerationConfig(eos_token_id=10**9, pad_token_id=0)
-    side, vision = 32, model.config.vision_config           # 32 x 32 patches: 256 image tokens
-    ids = torch.cat([torch.full((30,), 9), torch.full((side * side // 4,), processor.image_token),
-                     torch.full((34,), 9)])
-    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    grid = torch.tensor([[1, side, side]])
-    asked = [qwen.Prompt(ids, torch.randn(side * side, patch), grid)
-             for _ in range(math.ceil(case.rows / GROUP))]
+        if case.sampler == "vllm":
+            model.save_pretrained(folder)
+            engine = Engine(folder, processor, s, 512 + case.length)
+    # 256 image tokens and 64 more
+    asked = [processor.prompt([Image.new("RGB", (448, 448), (i, 0, 0))], "a1 " * 57)
+             for i in range(math.ceil(case.rows / GROUP))]
     prompts = [asked[i // GROUP] for i in range(case.rows)]
-    vocabulary = model.config.text_config.vocab_size
-    completions = [torch.randint(50, vocabulary, (case.length,)) for _ in prompts]
+    # Else its end is never drawn
+    end = processor.tokenizer.eos_token_id if case.skewed else 10**9
+    model.generation_config = transformers.GenerationConfig(eos_token_id=end, pad_token_id=0)
+    if case.skewed:
+        model.lm_head.register_forward_hook(partial(ending, end, 4 / case.length))
+    completions = [torch.randint(50, model.config.text_config.vocab_size, (case.length,))
+                   for _ in prompts]
     batch = responses.Batch(prompts, completions, torch.randn(case.rows), case.rows)
-    optimizer, loss = make_optimizer(model, 1e-6), partial(loss_of, model, processor, batch, s)
+    loss = partial(loss_of, model, processor, batch, s)
+
+    def by_transformers() -> int:
+        inputs = qwen.to(model.device, processor.batch(prompts))
+        ids = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=case.length)
+        ids = ids[:, inputs["input_ids"].shape[1]:]
+        return int(((ids == end).cumsum(1) - (ids == end).int() == 0).sum())
+
+    def rollout() -> int:
+        if case.sampler == "vllm":
+            engine.forget()                                     # as after an update
+            return sum(c.tokens for c in engine.generate(prompts, case.length, 1.0))
+        return sum(c.tokens for c in responses.generate(model, processor, prompts, s, 1.0))
 
     def tower():
         x = qwen.to(model.device, processor.batch(asked))
         model.model.get_image_features(x["pixel_values"], x["image_grid_thw"])
-    return Work(lambda: responses.generate(model, processor, prompts, s, 1.0),
-                lambda: update(model, optimizer, case.rows, loss, s.max_norm), loss, tower,
+    train = None if case.sampler else partial(
+        update, model, make_optimizer(model, 1e-6), case.rows, loss, s.max_norm)
+    return Work(by_transformers if case.sampler == "transformers" else rollout, train, loss, tower,
                 "response tokens", case.rows * case.length)
+
+
+def ending(end: int, chance: float, head, given, logits: torch.Tensor) -> torch.Tensor:
+    """The head's logits (B, n, V), the end's such that it is drawn with this chance."""
+    rest = logits.index_fill(-1, torch.tensor(end, device=logits.device), -torch.inf)
+    rest[..., end] = rest.logsumexp(-1) + math.log(chance / (1 - chance))
+    return rest
 
 
 def loss_of(model, processor, batch: responses.Batch, s):
@@ -280,9 +314,11 @@ def machine_peak(device: str) -> tuple[float, str]:
     return 2 * n**3 / best, f"matrix product here, {name}"
 
 
-def seconds_of(function: Callable) -> Clock:
+def seconds_of(function: Callable, n: int = 1) -> Clock:
+    """Its clock, and units: what it returns, if that is a number, else n."""
     with Clock() as clock:
-        function()
+        done = function()
+    clock.units = done if isinstance(done, int) else n
     return clock
 
 
@@ -317,11 +353,11 @@ def measure(case: Case) -> dict:
         work.update()           # the optimiser's state stands beside the rollout's memory
     for name, total in (("rollout", once), ("update", trained)):
         if function := getattr(work, name):
-            clocks = [seconds_of(function) for _ in range(1 + case.repeats)]
-            seconds = min(clock.seconds for clock in clocks[1:])
-            result[name] = {"per_second": work.n / seconds, "seconds": seconds,
+            clocks = [seconds_of(function, work.n) for _ in range(1 + case.repeats)]
+            speed = max(clock.units / clock.seconds for clock in clocks[1:])
+            result[name] = {"per_second": speed, "seconds": work.n / speed,
                             "peak_gib": max(clock.peak for clock in clocks) / GiB,
-                            "mfu": total / seconds / peak}
+                            "mfu": total * speed / work.n / peak}
     if work.update:
         result["update"]["planned_gib"] = planned(case, s)
     return result
@@ -333,9 +369,14 @@ def cases(name: str, rows: int, threads: int) -> list[Case]:
     large = name in LARGE
     if name in VJEPA:
         return [Case(name, rows=rows or (8 if large else 4), threads=threads)]
-    return [Case(name, lora_rank, checkpointing, rows or (16 if large else 4),
-                 512 if large else 32, threads=threads)
-            for lora_rank in (0, 32 if large else 4) for checkpointing in (False, True)]
+    some = Case(name, rows=rows or (16 if large else 4), length=512 if large else 32,
+                threads=threads)
+    samplers = [] if name in OPENVLA else [
+        replace(some, rows=4 * some.rows, sampler=sampler, skewed=skewed)
+        for sampler in ("ours", "transformers", "vllm") for skewed in (False, True)
+        if sampler != "vllm" or find_spec("vllm") and not skewed]
+    return samplers + [replace(some, lora_rank=lora_rank, gradient_checkpointing=checkpointing)
+                       for lora_rank in (0, 32 if large else 4) for checkpointing in (False, True)]
 
 
 def alone(work: Callable, *given, seconds: float | None = None) -> dict:
@@ -369,6 +410,8 @@ def run(case: Case, seconds: float) -> dict:
 
 def label(row: dict) -> str:
     how = "" if row["model"] in VJEPA else ", LoRA" if row["lora_rank"] else ", full"
+    if row["sampler"]:
+        how = f", {row['sampler']}" + ", lengths skewed" * row["skewed"]
     return row["model"] + how + ", checkpointing" * row["gradient_checkpointing"]
 
 
@@ -391,11 +434,15 @@ def steps(rows: list[dict]) -> list[str]:
     """Minutes that a step takes at the papers' settings by the rates measured, a line a case."""
     rows = [row for row in rows if row["measured"]]
     clips = [row["rollout"]["per_second"] for row in rows if row["model"] in VJEPA]
+    vllm = [row["rollout"] for row in rows if row["sampler"] == "vllm"]
     lines = []
     for row in rows:
         if row["model"] in LARGE and row.get("update"):
             units = RESPONSES * TOKENS if row["model"] in QWEN else ROLLOUTS * CHUNKS
-            parts = {name: units / row[name]["per_second"] / 60 for name in ("rollout", "update")}
+            rows_ = {"rollout": row["rollout"], "update": row["update"]}
+            if row["model"] in QWEN and vllm:
+                rows_ = {"rollout by vLLM": vllm[0], "update": row["update"]}
+            parts = {name: units / x["per_second"] / 60 for name, x in rows_.items()}
             if row["model"] in OPENVLA and clips:
                 parts["reward"] = ROLLOUTS / clips[0] / 60
             said = ", ".join(f"{name} {x:.1f}" for name, x in parts.items())
@@ -413,8 +460,8 @@ def study(s: Settings) -> None:
                       {"device": device, "torch": torch.__version__},
                       keep=lambda row: row.get("measured") is True)
     every = [case for name in models for case in cases(name, s.rows, s.threads)]
-    every.sort(key=lambda case: (case.model not in VJEPA and not case.gradient_checkpointing,
-                                 not case.lora_rank))
+    every.sort(key=lambda case: (case.model not in VJEPA and not case.gradient_checkpointing
+                                 and case.sampler != "vllm", not case.lora_rank))
     print(f"{device}, torch {torch.__version__}", *map(show, rows := journal.rows), sep="\n")
     for case in every:
         if any(asdict(case).items() <= row.items() for row in rows):
@@ -425,6 +472,10 @@ def study(s: Settings) -> None:
         print(show(rows[-1]), flush=True)
     journal.close()
     print(*steps(rows), f"wrote {journal.path}", sep="\n")
+    left = 60 * s.minutes - (time.monotonic() - began)
+    if s.stage and find_spec("trl") and left > 0:
+        subprocess.run([sys.executable, "-m", "studies.bench_trl", "--model", "qwen2.5-vl-7b",
+                        "--out", f"{journal.path}.trl.json"], timeout=left)
 
 
 main = script(Settings, study, __doc__, words=("gpu",))

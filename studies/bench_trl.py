@@ -4,9 +4,11 @@ the same.
 Generation, reward and update on the same model, prompts, lengths and settings, fp32, the two in
 turn, each in a process of its own, so that other load on the machine meets both; the first step
 warms up. It stops if they did not do the same work. On a CPU TRL also scores the prompts' tokens,
-which it leaves out on a GPU.
+which it leaves out on a GPU. With LoRA the two draw other adapters, so that gradients differ.
 
     pip install trl && python -m studies.bench_trl      # the small Qwen2.5-VL of studies/bench.py
+    python -m studies.bench_trl --model qwen2.5-vl-7b   # LoRA, bf16, checkpointing: some minutes of
+                                                        # an H100 or H200
 """
 # ruff: noqa: E402
 import sys
@@ -20,13 +22,16 @@ FIGURES = "seconds", "seconds_rollout", "peak_gib", "steps_gib"     # of a step;
 
 @dataclass
 class Settings:
+    model: str = flag("qwen2.5-vl-small", "random weights of real shapes",
+                      choices=["qwen2.5-vl-small", "qwen2.5-vl-7b"])
+    lora_rank: int = flag(0, "of adapters on both sides; 0: all weights, at 7B 32")
     rows: int = flag(32, f"responses a step, {GROUP} to a prompt")
     threads: int = flag(1, "torch threads on the CPU")
     out: str = flag("results/bench/trl.json", "JSON")
 
 
 def check(s: Settings) -> None:
-    require(s, dict(threads=1))
+    require(s, dict(threads=1, lora_rank=0))
     if s.rows < GROUP or s.rows % GROUP:
         raise ValueError(f"--rows must be a multiple of {GROUP}, the responses to a prompt, "
                          f"got {s.rows}")
@@ -85,12 +90,17 @@ def pay(completion_ids, **_) -> list[float]:
     return [float(sum(int(i) % 2 == 0 for i in ids)) for ids in completion_ids]
 
 
+def dtype_of(case: Case) -> str:
+    return "bfloat16" if case.model in bench.LARGE else "float32"
+
+
 class Ours:
     """Our model, and its update on prompts, group by group, and their completions."""
 
     def __init__(self, case: Case, folder: Path):
         self.case, self.s = case, reflection_srpo.Settings(
-            max_new_tokens=case.length, rollout_batch=case.rows)
+            max_new_tokens=case.length, rollout_batch=case.rows, lora_rank=case.lora_rank,
+            gradient_checkpointing=case.gradient_checkpointing, dtype=dtype_of(case))
         self.model, self.processor = reflection_srpo.prepared(folder, self.s)
         self.model.generation_config.eos_token_id = 10**9          # is never drawn
         self.model.lm_head.register_forward_hook(unsaid)
@@ -135,6 +145,7 @@ class Ours:
 def trl_steps(case: Case, folder: Path) -> tuple[list[Clock], list[int], list[int]]:
     """The same of TRL. What its first step trained on, the log-probabilities and the gradient's
     norm go to folder/trl.safetensors."""
+    import peft
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
     clocks, generated, trained, first = [], [], [], {}
@@ -165,13 +176,16 @@ def trl_steps(case: Case, folder: Path) -> tuple[list[Clock], list[int], list[in
         max_completion_length=case.length, max_steps=1 + case.repeats, learning_rate=LR,
         lr_scheduler_type="constant", adam_beta2=0.99, beta=0.0, loss_type="grpo",
         scale_rewards="none", temperature=1.0, generation_kwargs={"suppress_tokens": UNSAID},
-        bf16=False, gradient_checkpointing=False, logging_steps=1, save_strategy="no",
-        report_to="none", disable_tqdm=True)
+        bf16=False, gradient_checkpointing=case.gradient_checkpointing, logging_steps=1,
+        save_strategy="no", report_to="none", disable_tqdm=True,
+        model_init_kwargs={"dtype": dtype_of(case)})
+    lora = peft.LoraConfig(r=case.lora_rank, lora_alpha=2 * case.lora_rank,
+                           target_modules=reflection_srpo.ADAPTED.pattern)
     data = Dataset.from_dict({"prompt": [[{"role": "user", "content": text}]
                                          for text in questions(case)]})
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
     trainer = GRPOTrainer(str(folder), reward, config, data, processing_class=tokenizer,
-                          callbacks=[Steps()])
+                          callbacks=[Steps()], peft_config=lora if case.lora_rank else None)
     trainer.model.register_forward_hook(watch, with_kwargs=True)
     trainer.train()
     first["norm"] = torch.tensor(trainer.state.log_history[0]["grad_norm"])
@@ -211,8 +225,8 @@ def compare(case: Case, out: str, repetitions: int = 3) -> None:
         folder = Path(name)
         torch.manual_seed(0)
         arrows.tiny_vlm(folder)                                         # for its tokenizer
-        config = bench.qwen_config(*bench.QWEN[case.model])
-        transformers.Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+        bench.build(Case(case.model), ranks.device())[1].save_pretrained(folder)
+        torch.cuda.empty_cache()
         for _ in range(repetitions):
             pairs.append({})
             for side in ("trl", "ours"):
@@ -227,9 +241,11 @@ def compare(case: Case, out: str, repetitions: int = 3) -> None:
     difference, norms = equal["logp_difference"], equal["gradient_norms"]
     print(f"log-probabilities of {case.rows * case.length} tokens differ by at most "
           f"{difference:.1e}, the gradient's norm is {norms[0]:.6f}, TRL's {norms[1]:.6f}")
-    if not (difference < 1e-4 and math.isclose(*norms, rel_tol=1e-3)):
+    if dtype_of(case) == "float32" and not (difference < 1e-4 and (
+            case.lora_rank or math.isclose(*norms, rel_tol=1e-3))):
         raise RuntimeError("these should be equal")
-    command = f"python -m studies.bench_trl --rows {case.rows} --threads {case.threads}"
+    command = (f"python -m studies.bench_trl --model {case.model} --lora_rank {case.lora_rank} "
+               f"--rows {case.rows} --threads {case.threads}")
     write_json(out, {
         "torch": torch.__version__, "load": os.getloadavg()[0], "trl": version("trl"),
         "transformers": version("transformers"), "device": ranks.device(), "command": command,
@@ -240,7 +256,12 @@ def compare(case: Case, out: str, repetitions: int = 3) -> None:
 
 def study(s: Settings) -> None:
     check(s)
-    compare(Case("qwen2.5-vl-small", rows=s.rows, length=64, repeats=3, threads=s.threads), s.out)
+    if s.model == "qwen2.5-vl-small":
+        return compare(Case(s.model, s.lora_rank, rows=s.rows, length=64, repeats=3,
+                            threads=s.threads), s.out)
+    if not torch.cuda.is_available():
+        raise ValueError(f"--model {s.model} takes a GPU; leave it out for the small one")
+    return compare(Case(s.model, s.lora_rank or 32, True, s.rows, 512, repeats=1), s.out, 1)
 
 
 main = script(Settings, study, __doc__)

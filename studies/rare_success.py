@@ -1,6 +1,6 @@
-"""Where progress rewards pay (arXiv 2511.15605): two cubes to place, a start that hardly ever
-succeeds, few rollouts a step. Plain GRPO beside SRPO under world models that rank failures badly to
-perfectly (`studies.progress_curves compare --policy OUT/start --data OUT/demos` measures how well).
+"""Where progress rewards pay (arXiv 2511.15605): starts from hardly ever to half successful, few
+rollouts a step; plain GRPO beside SRPO under world models that rank failures badly to perfectly
+(`studies.progress_curves compare --policy OUT/CASE/start --data OUT/CASE/demos` measures them).
 
 Ours: the demonstrations that the start was fine-tuned on are the first references, since most
 batches have no success to measure by; true progress needs none.
@@ -22,43 +22,57 @@ from studies import runs
 
 OURS = {"stage", "data", "model", "suite", "reward", "world_model", "pool", "references", "resume",
         "seed", "out", "tables", "eval_every"}
-SUITE = ["--suite", "tabletop_long"]
-START = ["--demos", "6", "--steps", "800", "--threads", "1"]
-COMMON = [*SUITE, "--steps", "100", "--groups", "12", "--tables", "96", "--temperature", "1.0",
-          "--temperature_end", "0.7", "--eval_every", "20", "--workers", "1", "--threads", "1"]
+COMMON = ["--steps", "100", "--temperature", "1.0", "--temperature_end", "0.7", "--eval_every",
+          "20", "--workers", "1", "--threads", "1"]
 DEMOS = ["--references", "64", "--data"]        # and a folder
-# A title, flags, and how many seeds are enough
-ARMS = {"grpo": ("plain GRPO", ["--reward", "binary"], 8),
-        "pixels": ("SRPO, mean pixels", ["--world_model", "pixels", *DEMOS], 3),
-        "max": ("SRPO, pixels, max", ["--world_model", "pixels", "--pool", "max", *DEMOS], 8),
-        "oracle": ("SRPO, true progress", ["--world_model", "oracle"], 1)}
+ARMS = {"grpo": ("plain GRPO", ["--reward", "binary"]),
+        "vjepa": ("SRPO, V-JEPA", DEMOS),
+        "pixels": ("SRPO, mean pixels", ["--world_model", "pixels", *DEMOS]),
+        "max": ("SRPO, pixels, max", ["--world_model", "pixels", "--pool", "max", *DEMOS]),
+        "oracle": ("SRPO, true progress", ["--world_model", "oracle"])}
+# The suite, flags of the start's fine-tuning and of every run, how many seeds of an arm are enough
+CASES = {"two_cubes": ("tabletop_long", ["--demos", "6", "--steps", "800"],
+                       ["--groups", "12", "--tables", "96"],
+                       {"grpo": 8, "pixels": 3, "max": 8, "oracle": 1}),
+         "half": ("tabletop", [], ["--groups", "8", "--tables", "64"],
+                  {"grpo": 3, "vjepa": 3, "max": 3})}
 
 
 def compare(vla_srpo, flags: list[str], seeds: int, jobs: int, out: Path) -> str:
-    """The start, all runs, their table, and OUT/curves.png."""
-    every = [(out / f"{name}-{seed}", command(name, seed, flags, out)) for seed in range(seeds)
-             for name, (_, _, enough) in ARMS.items() if seed < enough]
-    todo = [job for job in every if not runs.finished(vla_srpo, *job)]
-    if todo and not (out / "start" / "config.json").exists():
-        shutil.rmtree(out / "demos", ignore_errors=True)        # of one that was interrupted
-        subprocess.run([sys.executable, "-m", "studies.demonstrate", *SUITE, *START, "--record",
-                        str((out / "demos").resolve()), "--out", str((out / "start").resolve())],
-                       check=True, cwd=runs.ROOT)
-    runs.run_all(vla_srpo, [todo], jobs)
-    found = {title: [plots.read_metrics(out / f"{name}-{seed}" / "metrics.jsonl")
-                     for seed in range(min(seeds, enough))]
-             for name, (title, _, enough) in ARMS.items()}
-    plots.draw_curves(found, out / "curves.png")
-    return table(found)
+    """Every case's start, runs, table, and OUT/CASE.png."""
+    texts = []
+    for case, (*_, enough) in CASES.items():
+        folder = out / case
+        todo = [job for seed in range(seeds) for name, most in enough.items() if seed < most
+                and not runs.finished(vla_srpo, *(job := (folder / f"{name}-{seed}",
+                                                          command(case, name, seed, flags, out))))]
+        if todo and not (folder / "start" / "config.json").exists():
+            make_start(case, folder)
+        runs.run_all(vla_srpo, [todo], jobs)
+        found = {ARMS[name][0]: [plots.read_metrics(folder / f"{name}-{seed}" / "metrics.jsonl")
+                                 for seed in range(min(seeds, most))]
+                 for name, most in enough.items()}
+        plots.draw_curves(found, out / f"{case}.png")
+        texts.append(f"{case}\n{table(found)}")
+    return "\n\n".join(texts)
 
 
-def command(name: str, seed: int, flags: list[str], out: Path) -> list[str]:
+def make_start(case: str, folder: Path) -> None:
+    """FOLDER/start, fine-tuned on FOLDER/demos."""
+    suite, flags, *_ = CASES[case]
+    shutil.rmtree(folder / "demos", ignore_errors=True)         # of one that was interrupted
+    subprocess.run([sys.executable, "-m", "studies.demonstrate", "--suite", suite, *flags,
+                    "--threads", "1", "--record", str((folder / "demos").resolve()), "--out",
+                    str((folder / "start").resolve())], check=True, cwd=runs.ROOT)
+
+
+def command(case: str, name: str, seed: int, flags: list[str], out: Path) -> list[str]:
     """Arguments of vla_srpo.py for one run."""
-    own = ARMS[name][1]
-    if "--data" in own:
-        own = [*own, str(out / "demos")]
-    return [*COMMON, *own, *flags, "--model", str(out / "start"), "--seed", str(seed), "--out",
-            str(out / f"{name}-{seed}")]
+    (suite, _, own, _), arm, folder = CASES[case], ARMS[name][1], out / case
+    if "--data" in arm:
+        arm = [*arm, str(folder / "demos")]
+    return [*COMMON, "--suite", suite, *own, *arm, *flags, "--model", str(folder / "start"),
+            "--seed", str(seed), "--out", str(folder / f"{name}-{seed}")]
 
 
 # What came out

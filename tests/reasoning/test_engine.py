@@ -54,6 +54,24 @@ def test_vllm_answers_as_transformers(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
+@needs("vllm")
+@pytest.mark.slow
+def test_each_rank_has_an_engine(tmp_path):
+    torch.manual_seed(1)
+    arrows.tiny_vlm(tmp_path / "model", width=128, heads=2)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+         reflection_srpo.__file__, "rl", "--engine", "vllm", "--engine_memory", "0.1", "--threads",
+         "1", "--steps", "2", "--prompts", "8", "--max_new_tokens", "16", "--eval_every", "0",
+         "--model", str(tmp_path / "model"), "--out", str(tmp_path / "run")],
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Invalid process group" not in done.stderr       # of an engine that is ended too late
+    rows = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert all(row["engine_gap"] < 1e-2 for row in rows[1:] if row["updates"])
+
+
 def beside_transformers(folder) -> None:
     torch.manual_seed(1)
     arrows.tiny_vlm(folder / "model", width=128, heads=2)       # vLLM's kernels: heads of 32 or 64

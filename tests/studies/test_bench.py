@@ -115,17 +115,21 @@ def test_gpu_goes_on_where_it_ended(monkeypatch, tmp_path, capsys):
 
     def run(case, seconds):
         assert 0 < seconds <= 20 * 60
-        asked.append((case.model, case.lora_rank, case.gradient_checkpointing))
+        asked.append((case.model, case.lora_rank, case.gradient_checkpointing, case.sampler,
+                      case.skewed))
         row = bench.asdict(case) | {"command": "-"}
         if case.model in fails:
             return row | {"measured": False, "why": "CUDA out of memory."}
         half = {"per_second": 32 * (1 + bool(case.lora_rank)), "mfu": 0.5, "peak_gib": 1.0}
         return row | {"measured": True, "unit": "things", "rollout": half} | (
-            {} if case.model in bench.VJEPA else {"update": half | {"planned_gib": 1.1}})
+            {} if case.model in bench.VJEPA or case.sampler else
+            {"update": half | {"planned_gib": 1.1}})
     monkeypatch.setattr(bench, "run", run)
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
     argv = ["gpu", "--out", str(tmp_path / "gpu.jsonl")]
     assert bench.main(argv) == 0
-    assert len(asked) == len(set(asked)) == 9 and asked[0] == ("openvla-7b", 32, True)
+    assert len(asked) == len(set(asked)) == 13
+    assert asked[0] == ("openvla-7b", 32, True, "", False)
     said = capsys.readouterr().out
     assert said.count("CUDA out of memory.") == 4 and "planned 1.10" in said
     # 1024 responses of 512 tokens at 64 a second: 136.5 minutes for each half
@@ -139,10 +143,46 @@ def test_gpu_goes_on_where_it_ended(monkeypatch, tmp_path, capsys):
         capsys.readouterr().out)
 
 
+def test_vllm_and_trl_come_where_they_are_installed(monkeypatch, tmp_path, capsys):
+    """vLLM's rate is that of a step's rollout; TRL's step comes last, in what time is left."""
+    called = []
+
+    def run(case, seconds):
+        rate = {"per_second": 640 if case.sampler == "vllm" else 64, "mfu": 0.5, "peak_gib": 1.0}
+        return bench.asdict(case) | {"command": "-", "measured": True, "unit": "things",
+                                     "rollout": rate} | ({} if case.sampler else {"update": rate})
+    monkeypatch.setattr(bench, "run", run)
+    monkeypatch.setattr(bench, "find_spec", lambda name: name in ("vllm", "trl"))
+    monkeypatch.setattr(bench.subprocess, "run", lambda argv, timeout: called.append(argv))
+    assert bench.main(["gpu", "--out", str(tmp_path / "gpu.jsonl")]) == 0
+    said = capsys.readouterr().out
+    assert "qwen2.5-vl-7b, vllm" in said and "vllm, lengths skewed" not in said
+    assert "qwen2.5-vl-7b, LoRA: 150.2 minutes (rollout by vLLM 13.7, update 136.5)" in said
+    [argv] = called
+    assert argv[1:] == ["-m", "studies.bench_trl", "--model", "qwen2.5-vl-7b", "--out",
+                        str(tmp_path / "gpu.jsonl.trl.json")]
+
+
+def test_ends_are_drawn_with_their_chance():
+    torch.manual_seed(0)
+    logits = bench.ending(3, 0.25, None, None, torch.randn(5, 2, 10))
+    assert logits.softmax(-1)[..., 3].numpy() == pytest.approx(0.25)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["ours", "transformers"])
+def test_skewed_lengths_are_counted(sampler):
+    """No more than the longest allows, about a quarter of it in the mean."""
+    case = bench.Case("qwen2.5-vl-small", rows=16, length=16, sampler=sampler, skewed=True)
+    torch.manual_seed(0)
+    work = bench.work_of(case, *bench.build(case, "cpu"))
+    assert work.update is None and 16 <= work.rollout() < 0.6 * work.n
+
+
 def test_what_has_no_time_left_comes_in_another_call(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "measure", None)
     assert bench.main(["--minutes", "1e-9", "--out", str(tmp_path / "small.jsonl")]) == 0
-    assert capsys.readouterr().out.count("no time was left") == 9
+    assert capsys.readouterr().out.count("no time was left") == 13
 
 
 def killed(case):

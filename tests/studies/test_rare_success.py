@@ -36,14 +36,22 @@ def test_the_table_has_each_seed_and_its_difference():
 
 @pytest.mark.slow
 def test_the_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(study, "START", ["--demos", "1", "--steps", "2", "--threads", "1"])
-    monkeypatch.setattr(study, "ARMS", {name: study.ARMS[name] for name in ("grpo", "pixels")})
+    monkeypatch.setattr(study, "CASES", {
+        "two_cubes": ("tabletop_long", ["--demos", "1", "--steps", "2"], ["--tables", "16"],
+                      {"grpo": 8, "pixels": 8}),
+        "one_cube": ("tabletop", ["--demos", "1", "--steps", "2"], ["--tables", "16"],
+                     {"grpo": 1})})
     argv = ["--seeds", "1", "--out", str(tmp_path), "--steps", "1", "--groups", "2"]
     assert study.main(argv) == 0
-    assert "pixels-0: 2 of 2 runs" in capsys.readouterr().out
-    saved = json.loads((tmp_path / "pixels-0/settings.json").read_text())
-    assert saved["data"] == str(tmp_path / "demos") and saved["references"] == 64
-    assert (tmp_path / "curves.png").exists() and len(list((tmp_path / "demos").iterdir())) == 4
-    assert study.main(argv) == 0 and "of 2 runs" not in capsys.readouterr().out     # none twice
+    said = capsys.readouterr().out
+    assert "pixels-0: 2 of 2 runs" in said and "grpo-0: 1 of 1 runs" in said
+    folder = tmp_path / "two_cubes"
+    saved = json.loads((folder / "pixels-0/settings.json").read_text())
+    assert saved["data"] == str(folder / "demos") and saved["references"] == 64
+    assert saved["suite"] == "tabletop_long" and len(list((folder / "demos").iterdir())) == 4
+    assert (tmp_path / "two_cubes.png").exists() and (tmp_path / "one_cube.png").exists()
+    assert study.main(argv) == 0
+    said = capsys.readouterr().out                                                  # none twice
+    assert " runs, " not in said and said.index("two_cubes\n") < said.index("one_cube\n")
     assert study.main([*argv, "--pool", "clip"]) == 2
     assert "a study has no --pool" in capsys.readouterr().err
