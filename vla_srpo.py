@@ -16,7 +16,7 @@ temperature falls, two passes over a step's rollouts, fewer groups; `--paper` un
 `offline` instead learns from logged trajectories (robots/offline.py).
 Left out: a value network, an entropy bonus, refilling of dropped groups.
 
-    python vla_srpo.py --steps 200                      # seven minutes on two cores
+    python vla_srpo.py --steps 200                      # 6 to 22 minutes on two cores
     python vla_srpo.py --steps 200 --reward binary      # plain GRPO
     python vla_srpo.py offline --data FOLDER --steps 6  # the paper's offline variant
     python vla_srpo.py --resume out/srpo                # go on after an interruption

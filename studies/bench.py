@@ -16,8 +16,7 @@ mean (skewed); sampled by qwen.generate, transformers' generate, or vLLM where i
 Left out: the simulator (python -m robots.tabletop measures it), reading data, several GPUs.
 
     python -m studies.bench                         # small models on the CPU, some minutes
-    python -m studies.bench gpu                     # all of 7B, 20 minutes of an H100 or H200;
-                                                    # with TRL installed, a step of its, too
+    python -m studies.bench gpu                     # all of 7B, and TRL's step: 20 minutes of a GPU
     python -m studies.bench --model openvla-7b      # one of it; or qwen2.5-vl-7b, vjepa2-vitg
     python -m studies.bench_trl                     # a step side by side with TRL's
 """
@@ -52,7 +51,7 @@ if __name__ == "__main__":      # before torch is imported: --help takes no seco
 import math
 import platform
 import resource
-import subprocess
+import shlex
 import tempfile
 import time
 from collections.abc import Callable
@@ -80,6 +79,7 @@ from reasoning import arrows, qwen, responses
 from reasoning.engine import Engine
 from robots import openvla
 from robots import policy as policies
+from studies import runs
 from studies.train_world_model import TINY
 from world_model import WorldModel
 
@@ -208,7 +208,7 @@ def qwen_work(case: Case, s, model) -> Work:
             model.save_pretrained(folder)
             engine = Engine(folder, processor, s, 512 + case.length)
     # 256 image tokens and 64 more
-    asked = [processor.prompt([Image.new("RGB", (448, 448), (i, 0, 0))], "a1 " * 57)
+    asked = [processor.prompt([Image.new("RGB", (448, 448), (i % 256, 0, 0))], "a1 " * 57)
              for i in range(math.ceil(case.rows / GROUP))]
     prompts = [asked[i // GROUP] for i in range(case.rows)]
     # Else its end is never drawn
@@ -372,7 +372,7 @@ def cases(name: str, rows: int, threads: int) -> list[Case]:
     some = Case(name, rows=rows or (16 if large else 4), length=512 if large else 32,
                 threads=threads)
     samplers = [] if name in OPENVLA else [
-        replace(some, rows=4 * some.rows, sampler=sampler, skewed=skewed)
+        replace(some, rows=rows or 4 * some.rows, sampler=sampler, skewed=skewed)
         for sampler in ("ours", "transformers", "vllm") for skewed in (False, True)
         if sampler != "vllm" or find_spec("vllm") and not skewed]
     return samplers + [replace(some, lora_rank=lora_rank, gradient_checkpointing=checkpointing)
@@ -439,10 +439,10 @@ def steps(rows: list[dict]) -> list[str]:
     for row in rows:
         if row["model"] in LARGE and row.get("update"):
             units = RESPONSES * TOKENS if row["model"] in QWEN else ROLLOUTS * CHUNKS
-            rows_ = {"rollout": row["rollout"], "update": row["update"]}
-            if row["model"] in QWEN and vllm:
-                rows_ = {"rollout by vLLM": vllm[0], "update": row["update"]}
-            parts = {name: units / x["per_second"] / 60 for name, x in rows_.items()}
+            by_vllm = bool(row["model"] in QWEN and vllm)
+            measured = {"rollout" + " by vLLM" * by_vllm: vllm[0] if by_vllm else row["rollout"],
+                        "update": row["update"]}
+            parts = {name: units / x["per_second"] / 60 for name, x in measured.items()}
             if row["model"] in OPENVLA and clips:
                 parts["reward"] = ROLLOUTS / clips[0] / 60
             said = ", ".join(f"{name} {x:.1f}" for name, x in parts.items())
@@ -472,10 +472,13 @@ def study(s: Settings) -> None:
         print(show(rows[-1]), flush=True)
     journal.close()
     print(*steps(rows), f"wrote {journal.path}", sep="\n")
-    left = 60 * s.minutes - (time.monotonic() - began)
-    if s.stage and find_spec("trl") and left > 0:
-        subprocess.run([sys.executable, "-m", "studies.bench_trl", "--model", "qwen2.5-vl-7b",
-                        "--out", f"{journal.path}.trl.json"], timeout=left)
+    trl = journal.path.with_name(f"{journal.path.stem}_trl.json")
+    if s.stage and find_spec("trl") and not trl.exists():
+        command = ["-m", "studies.bench_trl", "--model", "qwen2.5-vl-7b", "--out", str(trl)]
+        try:
+            print(runs.python(command, max(0, 60 * s.minutes - (time.monotonic() - began))))
+        except RuntimeError as error:
+            print(f"TRL's step not measured: {error}; measure it: python {shlex.join(command)}")
 
 
 main = script(Settings, study, __doc__, words=("gpu",))

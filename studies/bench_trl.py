@@ -7,8 +7,7 @@ warms up. It stops if they did not do the same work. On a CPU TRL also scores th
 which it leaves out on a GPU. With LoRA the two draw other adapters, so that gradients differ.
 
     pip install trl && python -m studies.bench_trl      # the small Qwen2.5-VL of studies/bench.py
-    python -m studies.bench_trl --model qwen2.5-vl-7b   # LoRA, bf16, checkpointing: some minutes of
-                                                        # an H100 or H200
+    python -m studies.bench_trl --model qwen2.5-vl-7b   # LoRA, bf16, checkpointing: a GPU's minutes
 """
 # ruff: noqa: E402
 import sys
@@ -67,6 +66,7 @@ from reasoning import arrows, responses
 from studies import bench
 from studies.bench import Case, Clock, GiB
 
+DTYPE = {"qwen2.5-vl-small": "float32", "qwen2.5-vl-7b": "bfloat16"}
 # Every response has the full length. A picture's place holder is not drawn: TRL's loss shows it to
 # the model as it is, ours as padding.
 UNSAID = [arrows.WORDS.index(word) for word in ("<|image_pad|>", "<|im_end|>")]
@@ -90,17 +90,13 @@ def pay(completion_ids, **_) -> list[float]:
     return [float(sum(int(i) % 2 == 0 for i in ids)) for ids in completion_ids]
 
 
-def dtype_of(case: Case) -> str:
-    return "bfloat16" if case.model in bench.LARGE else "float32"
-
-
 class Ours:
     """Our model, and its update on prompts, group by group, and their completions."""
 
     def __init__(self, case: Case, folder: Path):
         self.case, self.s = case, reflection_srpo.Settings(
             max_new_tokens=case.length, rollout_batch=case.rows, lora_rank=case.lora_rank,
-            gradient_checkpointing=case.gradient_checkpointing, dtype=dtype_of(case))
+            gradient_checkpointing=case.gradient_checkpointing, dtype=DTYPE[case.model])
         self.model, self.processor = reflection_srpo.prepared(folder, self.s)
         self.model.generation_config.eos_token_id = 10**9          # is never drawn
         self.model.lm_head.register_forward_hook(unsaid)
@@ -178,7 +174,7 @@ def trl_steps(case: Case, folder: Path) -> tuple[list[Clock], list[int], list[in
         scale_rewards="none", temperature=1.0, generation_kwargs={"suppress_tokens": UNSAID},
         bf16=False, gradient_checkpointing=case.gradient_checkpointing, logging_steps=1,
         save_strategy="no", report_to="none", disable_tqdm=True,
-        model_init_kwargs={"dtype": dtype_of(case)})
+        model_init_kwargs={"dtype": DTYPE[case.model]})
     lora = peft.LoraConfig(r=case.lora_rank, lora_alpha=2 * case.lora_rank,
                            target_modules=reflection_srpo.ADAPTED.pattern)
     data = Dataset.from_dict({"prompt": [[{"role": "user", "content": text}]
@@ -241,8 +237,9 @@ def compare(case: Case, out: str, repetitions: int = 3) -> None:
     difference, norms = equal["logp_difference"], equal["gradient_norms"]
     print(f"log-probabilities of {case.rows * case.length} tokens differ by at most "
           f"{difference:.1e}, the gradient's norm is {norms[0]:.6f}, TRL's {norms[1]:.6f}")
-    if dtype_of(case) == "float32" and not (difference < 1e-4 and (
-            case.lora_rank or math.isclose(*norms, rel_tol=1e-3))):
+    # In bf16 8e-3 and 5e-4 were seen, of 4 layers
+    bound, relative = (1e-4, 1e-3) if DTYPE[case.model] == "float32" else (0.1, 1e-2)
+    if not (difference < bound and (case.lora_rank or math.isclose(*norms, rel_tol=relative))):
         raise RuntimeError("these should be equal")
     command = (f"python -m studies.bench_trl --model {case.model} --lora_rank {case.lora_rank} "
                f"--rows {case.rows} --threads {case.threads}")

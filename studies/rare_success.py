@@ -10,7 +10,6 @@ batches have no success to measure by; true progress needs none.
 What is finished is not done again. Further flags are vla_srpo.py's, of every run.
 """
 import shutil
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -43,9 +42,9 @@ def compare(vla_srpo, flags: list[str], seeds: int, jobs: int, out: Path) -> str
     texts = []
     for case, (*_, enough) in CASES.items():
         folder = out / case
-        todo = [job for seed in range(seeds) for name, most in enough.items() if seed < most
-                and not runs.finished(vla_srpo, *(job := (folder / f"{name}-{seed}",
-                                                          command(case, name, seed, flags, out))))]
+        every = [(folder / f"{name}-{seed}", command(case, name, seed, flags, out))
+                 for seed in range(seeds) for name, most in enough.items() if seed < most]
+        todo = [job for job in every if not runs.finished(vla_srpo, *job)]
         if todo and not (folder / "start" / "config.json").exists():
             make_start(case, folder)
         runs.run_all(vla_srpo, [todo], jobs)
@@ -61,9 +60,8 @@ def make_start(case: str, folder: Path) -> None:
     """FOLDER/start, fine-tuned on FOLDER/demos."""
     suite, flags, *_ = CASES[case]
     shutil.rmtree(folder / "demos", ignore_errors=True)         # of one that was interrupted
-    subprocess.run([sys.executable, "-m", "studies.demonstrate", "--suite", suite, *flags,
-                    "--threads", "1", "--record", str((folder / "demos").resolve()), "--out",
-                    str((folder / "start").resolve())], check=True, cwd=runs.ROOT)
+    runs.python(["-m", "studies.demonstrate", "--suite", suite, *flags, "--threads", "1",
+                 "--record", str(folder / "demos"), "--out", str(folder / "start")])
 
 
 def command(case: str, name: str, seed: int, flags: list[str], out: Path) -> list[str]:
@@ -78,9 +76,14 @@ def command(case: str, name: str, seed: int, flags: list[str], out: Path) -> lis
 # What came out
 
 def table(found: dict[str, list[list[dict]]]) -> str:
-    """What `eval.py curves` says of each arm (title -> the rows of each seed's metrics.jsonl), its
-    best evaluation, and how it compares with plain GRPO, seed by seed."""
+    """What `eval.py curves` says of each arm (title -> the rows of each seed's metrics.jsonl), what
+    groups 0/1 rewards can use, an arm's best evaluation, its gain over plain GRPO, seed by seed."""
+    used = [[row["groups_used"] / sum(row[f"groups_{kind}"] for kind in (
+        "used", "failed", "solved")) for row in rows if "groups_used" in row]
+        for rows in found["plain GRPO"]]
     lines = [plots.seeds_table(found, ["heldout"]),
+             "groups with both outcomes, plain GRPO, first and last ten steps: " + ", ".join(
+                 f"{np.mean(x[:10]):.0%} -> {np.mean(x[-10:]):.0%}" for x in used),
              "best evaluation; last one less plain GRPO's; steps to plain GRPO's best mean, as a "
              "share of its own (95% bootstrap over seeds)"]
     heldout = {title: np.array([plots.values_of(rows, "heldout") for rows in seeds])

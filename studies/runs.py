@@ -52,10 +52,20 @@ def run(script, folder: Path, argv: list[str]) -> Path:
     """RuntimeError with its last words if it fails."""
     begun = any((folder / f"checkpoint{old}").exists() for old in ("", ".old"))
     argv = ["--resume", str(folder)] if begun else argv
-    done = subprocess.run([sys.executable, script.__file__, *argv], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{folder}: {(done.stderr.splitlines() or ['it failed'])[-1]}")
+    python([script.__file__, *argv], what=f"{folder}: ")
     return folder
+
+
+def python(argv: list[str], seconds: float | None = None, what: str = "") -> str:
+    """What a command of Python's prints; RuntimeError, one line, if it fails or takes longer."""
+    try:
+        done = subprocess.run([sys.executable, *argv], capture_output=True, text=True,
+                              timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{what}stopped after {seconds:.0f} s; give more --minutes") from None
+    if done.returncode:
+        raise RuntimeError(what + (done.stderr.splitlines() or ["it failed"])[-1])
+    return done.stdout
 
 
 def paired(title: str, a: list[float], b: list[float]) -> str:

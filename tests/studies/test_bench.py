@@ -145,22 +145,37 @@ def test_gpu_goes_on_where_it_ended(monkeypatch, tmp_path, capsys):
 
 def test_vllm_and_trl_come_where_they_are_installed(monkeypatch, tmp_path, capsys):
     """vLLM's rate is that of a step's rollout; TRL's step comes last, in what time is left."""
-    called = []
+    called, fault = [], ""
 
     def run(case, seconds):
         rate = {"per_second": 640 if case.sampler == "vllm" else 64, "mfu": 0.5, "peak_gib": 1.0}
         return bench.asdict(case) | {"command": "-", "measured": True, "unit": "things",
                                      "rollout": rate} | ({} if case.sampler else {"update": rate})
+
+    def trl(argv, seconds):
+        called.append((argv, seconds))
+        if fault:
+            raise RuntimeError(fault)
+        return "ours / TRL"
     monkeypatch.setattr(bench, "run", run)
     monkeypatch.setattr(bench, "find_spec", lambda name: name in ("vllm", "trl"))
-    monkeypatch.setattr(bench.subprocess, "run", lambda argv, timeout: called.append(argv))
-    assert bench.main(["gpu", "--out", str(tmp_path / "gpu.jsonl")]) == 0
+    monkeypatch.setattr(bench.runs, "python", trl)
+    argv = ["gpu", "--out", str(tmp_path / "gpu.jsonl")]
+    assert bench.main(argv) == 0
     said = capsys.readouterr().out
     assert "qwen2.5-vl-7b, vllm" in said and "vllm, lengths skewed" not in said
     assert "qwen2.5-vl-7b, LoRA: 150.2 minutes (rollout by vLLM 13.7, update 136.5)" in said
-    [argv] = called
-    assert argv[1:] == ["-m", "studies.bench_trl", "--model", "qwen2.5-vl-7b", "--out",
-                        str(tmp_path / "gpu.jsonl.trl.json")]
+    assert "ours / TRL" in said and "TRL's step not measured" not in said
+    [(command, seconds)] = called
+    assert command == ["-m", "studies.bench_trl", "--model", "qwen2.5-vl-7b", "--out",
+                       str(tmp_path / "gpu_trl.json")] and 1100 < seconds <= 1200
+    fault = "error: CUDA out of memory"
+    assert bench.main(argv) == 0
+    assert ("TRL's step not measured: error: CUDA out of memory; measure it: python -m "
+            "studies.bench_trl --model") in capsys.readouterr().out
+    assert bench.main([*argv, "--minutes", "1e-9"]) == 0 and called[-1][1] == 0
+    (tmp_path / "gpu_trl.json").touch()
+    assert bench.main(argv) == 0 and len(called) == 3                               # none twice
 
 
 def test_ends_are_drawn_with_their_chance():

@@ -5,6 +5,8 @@ import re
 import numpy as np
 import pytest
 
+import vla_srpo
+from plumbing.flags import read_command
 from studies import rare_success as study
 
 
@@ -27,31 +29,43 @@ def test_share_of_steps_by_hand():
 
 def test_the_table_has_each_seed_and_its_difference():
     def rows(*heldout):
-        return [{"step": 20 * i, "heldout": x} for i, x in enumerate(heldout)]
+        return [{"step": 20 * i, "heldout": x} | {
+            "groups_used": i, "groups_failed": 2 - i, "groups_solved": 2} for i, x in
+            enumerate(heldout)]
     text = study.table({"plain GRPO": [rows(0, 0.1, 0.2), rows(0, 0.1, 0.0)],
                         "SRPO": [rows(0, 0.4, 0.3), rows(0, 0.3, 0.1)]})
     assert "seeds 30.0%, 10.0%" in text
+    assert "first and last ten steps: 25% -> 25%, 25% -> 25%" in text       # of 0, 1 and 2 of 4
     assert re.findall(r"(-?\d+\.\d)% \+-", text.splitlines()[-1]) == ["35.0", "10.0"]
+
+
+def test_every_run_of_every_case_has_flags_that_the_script_takes(tmp_path):
+    for case, (suite, _, _, arms) in study.CASES.items():
+        for arm in arms:
+            argv = study.command(case, arm, 3, ["--lr", "1e-3"], tmp_path)
+            s = read_command(vla_srpo.Settings, argv, **vla_srpo.READING).settings
+            vla_srpo.check(s)
+            assert (s.suite, s.seed, s.lr, s.eval_every) == (suite, 3, 1e-3, 20)
+            assert s.model == str(tmp_path / case / "start")
+            assert s.data in ("", str(tmp_path / case / "demos")) and bool(s.data) == (
+                s.references > 0)
 
 
 @pytest.mark.slow
 def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(study, "CASES", {
-        "two_cubes": ("tabletop_long", ["--demos", "1", "--steps", "2"], ["--tables", "16"],
-                      {"grpo": 8, "pixels": 8}),
-        "one_cube": ("tabletop", ["--demos", "1", "--steps", "2"], ["--tables", "16"],
-                     {"grpo": 1})})
+        "one_cube": ("tabletop", ["--demos", "1", "--steps", "2"], ["--tables", "64"],
+                     {"grpo": 8, "pixels": 8})})
     argv = ["--seeds", "1", "--out", str(tmp_path), "--steps", "1", "--groups", "2"]
     assert study.main(argv) == 0
-    said = capsys.readouterr().out
-    assert "pixels-0: 2 of 2 runs" in said and "grpo-0: 1 of 1 runs" in said
-    folder = tmp_path / "two_cubes"
+    assert "pixels-0: 2 of 2 runs" in capsys.readouterr().out
+    folder = tmp_path / "one_cube"
     saved = json.loads((folder / "pixels-0/settings.json").read_text())
     assert saved["data"] == str(folder / "demos") and saved["references"] == 64
-    assert saved["suite"] == "tabletop_long" and len(list((folder / "demos").iterdir())) == 4
-    assert (tmp_path / "two_cubes.png").exists() and (tmp_path / "one_cube.png").exists()
+    assert saved["suite"] == "tabletop" and len(list((folder / "demos").iterdir())) == 4
+    assert (tmp_path / "one_cube.png").exists()
     assert study.main(argv) == 0
     said = capsys.readouterr().out                                                  # none twice
-    assert " runs, " not in said and said.index("two_cubes\n") < said.index("one_cube\n")
+    assert " runs, " not in said and "\none_cube\n" in said
     assert study.main([*argv, "--pool", "clip"]) == 2
     assert "a study has no --pool" in capsys.readouterr().err
