@@ -181,16 +181,16 @@ def free_ram() -> float:
 def savings(s, job: Job, n: int, needs: Needs, free: float) -> tuple[dict, Needs]:
     """The settings to change so that it fits, and what is then needed; all that help if it never
     does."""
-    changes: dict = {}
-    static = needs.weights + needs.gradients + needs.optimizer
+    changes, static = {}, needs.weights + needs.gradients + needs.optimizer
     order = job.savings if static <= free else sorted(job.savings, key=lambda x: not STATIC & {*x})
     for more in (*order, *order):       # what did not help at first may help in the end
         if needs.peak <= free:
             break
-        if all(getattr(s, name) == x for name, x in more.items()):
+        changed = replace(s, **changes | more)
+        if changed == replace(s, **changes):
             continue
         with suppress(ValueError):                      # not of this model, or not with ranks
-            tried = measure(replace(s, **changes | more), job, n)
+            tried = measure(changed, job, n)
             if tried.peak < 0.99 * needs.peak:
                 changes, needs = changes | more, tried
     return changes, needs
