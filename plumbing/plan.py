@@ -148,8 +148,7 @@ def measure(s, job: Job, n: int = 1) -> Needs:
     # Ranks divide what stays; in a pass a block or two and the root are whole on each of them
     shared, part = weights + gradients + state, 1 - 1 / n
     blocks = [_size(block.parameters()) for block in ranks.blocks(model)]
-    largest = max(blocks, default=0)
-    root = weights - sum(blocks)
+    largest, root = max(blocks, default=0), weights - sum(blocks)
     gathered = root + 2 * largest + (0 if s.lora_rank else root + largest) * 2
     reference = weights if s.beta and not s.lora_rank else 0
     waiting = 0 if torch.cuda.is_available() else reference     # it waits on the CPU
@@ -181,14 +180,15 @@ def free_ram() -> float:
 def savings(s, job: Job, n: int, needs: Needs, free: float) -> tuple[dict, Needs]:
     """The settings to change so that it fits, and what is then needed; all that help if it never
     does."""
-    changes, static = {}, needs.weights + needs.gradients + needs.optimizer
+    changes, seen, static = {}, [s], needs.weights + needs.gradients + needs.optimizer
     order = job.savings if static <= free else sorted(job.savings, key=lambda x: not STATIC & {*x})
     for more in (*order, *order):       # what did not help at first may help in the end
         if needs.peak <= free:
             break
         changed = replace(s, **changes | more)
-        if changed == replace(s, **changes):
+        if changed in seen:
             continue
+        seen.append(changed)
         with suppress(ValueError):                      # not of this model, or not with ranks
             tried = measure(changed, job, n)
             if tried.peak < 0.99 * needs.peak:

@@ -192,6 +192,22 @@ def test_savings_are_flags_that_make_it_fit(openvla, tmp_path, monkeypatch):
     assert plan.measure(s, job, 8).peak < free          # of eight GPUs each
 
 
+def test_no_saving_is_measured_twice(monkeypatch):
+    """Two of four help. One that did not is tried again only after others were changed."""
+    s, tried = vla_srpo.Settings(), []
+    job = plan.Job("", None, None, None, savings=(
+        dict(micro_batch=1), dict(clips=1), dict(lora_rank=4), dict(tables=2)))
+
+    def measure(s, job, n):
+        tried.append((s.micro_batch, s.clips, s.lora_rank, s.tables))
+        return SimpleNamespace(peak=100 - 50 * (s.micro_batch == 1) - 20 * (s.lora_rank == 4))
+    monkeypatch.setattr(plan, "measure", measure)
+    start = SimpleNamespace(peak=100, weights=0, gradients=0, optimizer=0)
+    changes, best = plan.savings(s, job, 1, start, 10)
+    assert changes == dict(micro_batch=1, lora_rank=4) and best.peak == 30
+    assert len(tried) == len(set(tried)) == 5       # clips once more: more had changed by then
+
+
 @pytest.mark.slow
 def test_the_command_says_what_is_needed_and_writes_nothing(openvla, tmp_path, capsys,
                                                            monkeypatch):
