@@ -79,7 +79,7 @@ def beside_transformers(folder) -> None:
     rows = arrows.dataset(12, 0)
     prompts = [processor.prompt(pictures(row, 10**6), row.query) for row in rows]
     prompts.append(processor.prompt([], "to a2 in 5 plain ?"))
-    s = SimpleNamespace(dtype="float32", engine_memory=0.4)
+    s = SimpleNamespace(dtype="float32", engine_memory=0.1)
     engine = Engine(folder / "model", processor, s, 128, trains=True)
 
     def same() -> None:
@@ -117,7 +117,8 @@ def beside_transformers(folder) -> None:
 def steps_of_rl(folder) -> None:
     """Cold start by transformers, RL by vLLM: the rollouts' accuracy is the evaluation's."""
     model = folder / "model"
-    argv = [*SMALL, "--engine", "vllm", "--threads", "1"]
+    # On a CPU vLLM takes the first engine's memory off the second's share
+    argv = [*SMALL, "--engine", "vllm", "--engine_memory", "0.3", "--threads", "1"]
     assert reflection_srpo.main(["sft", *argv, "--sft_rows", "64", "--model", str(model),
                                  "--out", str(folder / "sft")]) == 0
     assert reflection_srpo.main(["rl", *argv, "--model", str(folder / "sft" / "policy"),
