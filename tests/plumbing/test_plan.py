@@ -214,10 +214,8 @@ def test_the_command_says_what_is_needed_and_writes_nothing(openvla, tmp_path, c
     argv = ["--plan", "--model", str(openvla), "--out", str(tmp_path / "out"),
             "--reward", "binary", "--micro_batch", "4", "--tables", "4"]
     assert vla_srpo.main(argv) == 0
-    told = capsys.readouterr().out
-    assert "peak of the update" in told
-    needed = float(re.search(r"for the allocator ([\d.]+)", told)[1]) * plan.GiB
-    monkeypatch.setattr(plan, "free_memory", lambda: (0.7 * needed, "a small GPU"))
+    assert "peak of the update" in capsys.readouterr().out
+    monkeypatch.setattr(plan, "free_memory", lambda: (20 * 2**20, "a small GPU"))
     assert vla_srpo.main(argv) == 2
     printed = capsys.readouterr()
     assert "a small GPU" in printed.out and "does not fit; --" in printed.err
