@@ -16,7 +16,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import reflection_srpo as rs
 import vla_srpo
@@ -34,6 +34,9 @@ from world_model import WorldModel
 
 LORA = [dict(lora_rank=3), dict(lora_rank=3, dtype="bfloat16")]
 CHANGES = [{}, dict(dtype="bfloat16"), dict(dtype="bfloat16", gradient_checkpointing=True), *LORA]
+# In bf16 many times slower than in fp32 on a CPU without instructions for it
+SLOW = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default,
+        torch.ops.aten.convolution_backward.default}
 
 
 class Live(TorchDispatchMode):
@@ -58,7 +61,12 @@ class Live(TorchDispatchMode):
         self.now -= n
 
     def __torch_dispatch__(self, function, types, arguments=(), more=None):
+        half = function in SLOW and arguments[0].dtype == torch.bfloat16
+        if half:                            # by way of fp32 copies that are not seen
+            arguments = tree_map_only(torch.Tensor, torch.Tensor.float, arguments)
         out = function(*arguments, **(more or {}))
+        if half:
+            out = tree_map_only(torch.Tensor, torch.Tensor.bfloat16, out)
         self.see(out)
         return out
 
