@@ -56,7 +56,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(study, "CASES", {
         "one_cube": ("tabletop", ["--demos", "1", "--steps", "2"], ["--tables", "64"],
                      {"grpo": 8, "pixels": 8})})
-    argv = ["--seeds", "1", "--out", str(tmp_path), "--steps", "1", "--groups", "2"]
+    argv = ["--seeds", "1", "--out", str(tmp_path), "--steps", "1", "--groups", "2", "--tasks", "0"]
     assert study.main(argv) == 0
     assert "pixels-0: 2 of 2 runs" in capsys.readouterr().out
     folder = tmp_path / "one_cube"
