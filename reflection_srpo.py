@@ -99,9 +99,8 @@ class Settings(EngineSettings, RunSettings):
 PAPER = dict(
     prompt="reflection", max_new_tokens=2048, max_pixels=640 * 28 * 28, sft_epochs=1.0,
     sft_lr=1e-5, steps=500, group_size=8, lr=1e-6, minibatch=128, keep="mixed",
-    freeze_vision=True,
-    gradient_checkpointing=True, dtype="bfloat16", rollout_batch=32, micro_tokens=8192,
-    eval_every=50)
+    freeze_vision=True, gradient_checkpointing=True, dtype="bfloat16", rollout_batch=32,
+    micro_tokens=8192, eval_every=50)
 # May change on resume: they cost memory or time, and change no more than rounding; with
 # rollout_batch also the draws
 FREE = {"resume", "threads", "eval_every", "save_every", "rollout_batch",
@@ -311,8 +310,9 @@ def ready(model: torch.nn.Module, s: Settings) -> torch.nn.Module:
     if s.lora_rank:
         layers = [name for name, _ in model.named_modules() if ADAPTED.fullmatch(name)]
         adapters.add_adapters(model, layers, s.lora_rank, s.seed)
-    if s.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if s.gradient_checkpointing:        # its name since transformers 5.24, else before
+        getattr(model, "activation_checkpointing_enable",
+                model.gradient_checkpointing_enable)({"use_reentrant": False})
     return model
 
 
