@@ -124,9 +124,11 @@ def check(s: Settings) -> None:
                          "(rows with targets) or rl ...")
     if s.stage != "all" and not s.model and (s.stage == "rl" or s.data not in ARROWS):
         raise ValueError(f"{s.stage} needs --model: a folder or hub id")
-    if s.reward == "verl" and s.data in ARROWS:
-        raise ValueError("--reward verl reads boxed answers, which the arrows do not "
-                         "have; give --data")
+    if s.stage == "rl" and s.prompt not in ("query", s.format):
+        raise ValueError(f"--prompt {s.prompt} and --format {s.format} must be alike")
+    if s.data in ARROWS and (s.reward == "verl" or s.prompt != "query"):
+        raise ValueError("the arrows have no boxed answers, which --reward verl reads, "
+                         f"and no words for --prompt {s.prompt}; give --data")
 
 
 READING = dict(paper=PAPER, words=("sft", "rl"), about=__doc__.split("\n\n")[0])

@@ -90,7 +90,7 @@ PAPER = dict(
     dtype="bfloat16", gradient_checkpointing=True,
     world_model="facebook/vjepa2-vitg-fpc64-384")
 # May change on resume: they cost memory or time, and change no more than rounding
-FREE = {"resume", "workers", "threads", "eval_every", "save_every", "assets", "until",
+FREE = {"resume", "workers", "threads", "eval_every", "save_every", "assets",
         "micro_batch", "clips", "gradient_checkpointing", "offload_optimizer"}
 
 
@@ -101,10 +101,9 @@ def check(s: Settings) -> None:
     check_offline(s)
     require(s, dict(steps=1, minibatch=1, micro_batch=1, clips=1, target_kl=0,
                     lr_end=0, references=0), ("temperature_end",))
-    for name, value, low, high in (("average", s.average, 0, 0.9999),
-                                   ("until", s.until, 0, 1), ("alpha", s.alpha, 0, 1)):
-        if not low <= value <= high:
-            raise ValueError(f"--{name} must lie in [{low}, {high}], got {value}")
+    for name, high in dict(average=0.9999, until=1, alpha=1).items():
+        if not 0 <= (value := getattr(s, name)) <= high:
+            raise ValueError(f"--{name} must lie in [0, {high}], got {value}")
     if s.average and s.dtype == "bfloat16":
         raise ValueError(f"--average {s.average} with bfloat16: in steps this small "
                          "the average would not move; give --average 0")
@@ -360,8 +359,7 @@ def work(run: Run) -> int:
     results = {"before": before, f"after {run.step} steps": run.read("after.json")}
     print(f"\n{states}, success, greedy, 95% Wilson intervals\n"
           + plots.success_table(results) + "\n" + run.times())
-    print("wrote metrics.jsonl, curve.png, GIFs, after.json, policy/, checkpoint/ in "
-          f"{out}/")
+    print(f"{out}: metrics.jsonl, curve.png, GIFs, after.json, policy/, checkpoint/")
     return 0
 
 

@@ -3,6 +3,7 @@
 Nothing here knows torch: `eval.py curves` answers at once."""
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -73,14 +74,14 @@ def _is_number(x) -> bool:
 
 
 def read_runs(paths: list[str], key: str) -> dict[str, list[list[dict]]]:
-    """Runs in folders named LABEL-SEED, by label. ValueError if one has no number `key`."""
+    """Runs by label, in folders named LABEL-NUMBER. ValueError if one has no number `key`."""
     runs: dict[str, list] = {}
     for path in paths:
         rows = read_metrics(path)
         if not values_of(rows, key):
             raise ValueError(f"{path} has no {key}; give the metrics.jsonl of a run with "
                              "evaluations, and --kind as the script was")
-        runs.setdefault(Path(path).absolute().parent.name.rsplit("-", 1)[0], []).append(rows)
+        runs.setdefault(re.sub(r"-\d+$", "", Path(path).absolute().parent.name), []).append(rows)
     return runs
 
 

@@ -114,8 +114,7 @@ def shard(model: nn.Module) -> nn.Module:
         for p in model.parameters():
             p.data = p.data.contiguous()        # channels-last convolutions cannot be divided
         for unit in (*blocks(model), model):
-            precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-            fully_shard(unit, mesh=mesh, mp_policy=precision)
+            fully_shard(unit, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
     return model
 
 

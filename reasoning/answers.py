@@ -38,7 +38,7 @@ CHARACTERS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {ord(a): 
     "±": r"\pm ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
     "∞": r"\infty ", "∠": r"\angle ", "∪": r"\cup ", "…": r"\ldots ", "√": r"\sqrt ",
     "½": r"\frac12 ", "¼": r"\frac14 ", "¾": r"\frac34 ", "⅓": r"\frac13 ", "⅔": r"\frac23 ",
-    "~": " "}.items()}
+    "~": " ", "Ω": r"\Omega ", "µ": r"\mu ", "μ": r"\mu "}.items()}
 TEXT = re.compile(r"\\(?:text\w*|math(?!bb)[a-z]+|operatorname|[mfh]box|emph|underline|bm)\*? ?"
                   r"\{([^{}]*)\}|\{\\(?:bf|it|rm|sf|tt)(?![a-z])([^{}]*)\}")
 SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
@@ -175,11 +175,12 @@ def agree(x, y) -> bool:
 
 
 # A unit: a symbol, or a word in the plural that is no other number; 5m and 5abc may be products
-SYMBOL = (r"(?:[kcdmμnMG]?(?:mol|Pa|Hz|eV|Wh|[mgslLJNWVAKCFhΩ])|min|in|ft|yd|mi|hr|rad)"
-          r"(?![A-Za-z])")
-WORD = (r"(?!(?:time|hal(?:f|ve)|third|quarter|dozen|ten|hundred|thousand|\w{1,3}illion|plu|minu|"
-        r"les|root|pair|zero|one|two|three|four|five|six|seven|eight|nine|\w+th)s)"
-        r"(?:[a-z]+s|people|children|men|women|feet|foot|inch|meter|hour|day|unit)\b")
+SYMBOL = (r"(?:(?:[kcdmnMG]|\\mu ?)?(?:mol|Pa|Hz|eV|Wh|[mgslLJNWVAKCFh]| ?\\Omega)|min|in|ft|yd|mi|"
+          r"hr|rad)(?![A-Za-z])")
+WORD = (r"(?!(?:time|hal(?:f|ve)|third|quarter|dozen|plu|minu|les|root|pair|zero|one|two|three|"
+        r"five|eight|nine|(?:fif|eigh|nin|twelf|\w+(?:een|tie))th|(?:four|six|seven|ten|hundred|"
+        r"thousand|\w{1,3}illion)(?:th)?)s)(?:[a-z]+s|people|children|men|women|feet|foot|inch|"
+        r"meter|second|minute|hour|day|month|year|unit)\b")
 ATOM = (rf"(?:(?:(?:square|cubic) )?(?:{SYMBOL}|{WORD})|°[CF]?|[%€£¥])"
         r"(?:\^\{-?\d\}|[23](?!\d))?")
 UNIT = re.compile(r"(.*?\S)(?: |(?<=[^A-Za-z\\])(?![A-Za-z](?![A-Za-z])))(?<![A-Za-z\\])"

@@ -312,7 +312,7 @@ def usable(rows: list[Row], rejected: dict[str, str], processor, limits,
                 for size in row.sizes)
             if n > room:
                 raise ValueError(f"too long: a prompt of {n} tokens, and there is room for {room}; "
-                                 "see --max_prompt and --max_pixels")
+                                 "see --max_new_tokens, --max_prompt, --max_pixels")
             if row.target and (n := n + len(processor.target(row.target))) > whole:
                 raise ValueError(f"too long: prompt and target of {n} tokens, and there is room "
                                  f"for {whole}; see --max_length")

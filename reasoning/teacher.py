@@ -290,6 +290,8 @@ class Work:
         self.s, self.model, self.teacher, self.out = s, model, teacher, Path(s.out)
         names = ("model", "dtype", "max_new_tokens", "temperature", "max_pixels", "columns", "form",
                  "right_share")
+        if not any(file.stat().st_size for file in self.out.glob("*.jsonl")):
+            (self.out / "settings.json").unlink(missing_ok=True)        # nothing was made with it
         Journal(self.out / "settings.json", {name: getattr(s, name) for name in names} | {
             "rows": Path(s.rows).name, "teacher": s.teacher_model or None}).close()
         self.answers = data.open_journal(self.out / "first_answers.jsonl", id=str, response=str)

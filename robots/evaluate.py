@@ -58,7 +58,8 @@ def evaluate(policy, workers, suite: Suite, split: str, key: str, *, states: int
             if not path.exists():
                 save_gif(path, [*episode.clip, *framed(episode.clip[-1], episode.success)], fps=5)
         if record:
-            save_episode(record / f"{split}-{task}-{index}.npz", episode, suite.instructions[task])
+            file = f"{suite.name.replace(':', '-')}-{split}-{task}-{index}.npz"
+            save_episode(record / file, episode, suite.instructions[task])
         rows.append(dict(task=task, index=index, success=episode.success, steps=episode.steps))
         if journal:
             journal.add(rows[-1])
@@ -230,7 +231,7 @@ def fingerprint_of(model: torch.nn.Module, described: bytes) -> str:
 
 def beside(checkpoint: str) -> Path:
     """Where an evaluation goes by default; of a run's policy into the run's folder."""
-    here = Path(checkpoint)
+    here = Path(checkpoint).absolute()
     if here.is_dir() and os.access(here.parent, os.W_OK):
         return here.with_name("eval" if here.name == "policy" else f"eval-{here.name}")
     return Path("out/eval") / here.name

@@ -249,8 +249,7 @@ class Settings:
 def measure(s: Settings) -> None:
     """The expert once from every initial state of the split -> s.out, a journal."""
     require(s, dict(states=1, seed=0, noise=0))
-    options = SuiteOptions(protocol=s.protocol, assets=s.assets)
-    chosen = find_suite(s.suite, tuple(s.tasks), options)
+    chosen = find_suite(s.suite, tuple(s.tasks), SuiteOptions(protocol=s.protocol, assets=s.assets))
     env, tasks = chosen.make(split=s.split), chosen.tasks
     env.reset(options={"task": tasks[0], "index": 0, "image": False})   # fails before it writes
     free = ("tasks", "states", "assets", "out")

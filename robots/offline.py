@@ -13,6 +13,7 @@ chunk of 8 actions. Baselines are other weights (`--weights`), not other code.
     python -m studies.offline --out out/offline         # records trajectories, compares the weights
 """
 import json
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def progress(encoder, loaders: Loaders, logged: list[Logged], curves: str, folde
     written into `folder` as it is known, and read there the next time; the file's name says of
     which encoder, curves and trajectories it is."""
     made_of = [curves, type(encoder).__name__, encoder.pool, str(encoder.config),
-               [(x.name, x.task, x.success) for x in logged]]
+               [(x.name, x.task, x.success, zlib.crc32(x.frames.tobytes())) for x in logged]]
     name = evaluate.fingerprint_of(encoder.model, json.dumps(made_of).encode())
     journal = Journal(folder / f"progress-{name}.jsonl", {"curves": curves})
     done = {row["name"]: row["R"] for row in journal.rows}

@@ -149,8 +149,7 @@ def run(s: Settings) -> None:
     from robots.tiny_vla import TinyVLA
     torch.set_num_threads(s.threads or os.cpu_count())
     torch.set_flush_denormal(True)                      # numbers below 1e-38 are noise, and slow
-    options = SuiteOptions(fast=s.fast_sim, assets=s.assets)
-    suite = find_suite(s.suite, tuple(s.tasks), options)
+    suite = find_suite(s.suite, tuple(s.tasks), SuiteOptions(fast=s.fast_sim, assets=s.assets))
     TinyVLA({}, size=s.size, crop=s.crop or None)       # is refused now rather than after the work,
     Path(s.out).mkdir(parents=True, exist_ok=True)      # as is a folder
     noted = {"num_trajectories": s.demos * len(suite.tasks)}
@@ -164,8 +163,7 @@ def run(s: Settings) -> None:
         more = (f" --suite {s.suite} --tasks {' '.join(map(str, suite.tasks))}"
                 + " --fast_sim" * s.fast_sim + " --split all" * everything)
     data = demonstrations(recorded(episodes, s.record), suite.instructions)
-    policy = fine_tune(data, s, key, suite.instructions, **noted)
-    policy.save_pretrained(s.out)
+    fine_tune(data, s, key, suite.instructions, **noted).save_pretrained(s.out)
     print(f"wrote {s.out}; measure it: python eval.py vla --checkpoint {s.out}{more}")
 
 

@@ -98,9 +98,8 @@ def separation(latents: np.ndarray, success: np.ndarray, task: np.ndarray) -> fl
         s, f = latents[(task == name) & success], latents[(task == name) & ~success]
         if len(s) >= 2 and len(f):
             others = (s.sum(0) - s) / (len(s) - 1)      # or it would pull its own mean
-            gaps = np.concatenate([s - others, f - s.mean(0)])
-            failed = np.arange(len(gaps)) >= len(s)
-            scores.append(roc_auc_score(failed, np.linalg.norm(gaps, axis=1)))
+            gaps = np.linalg.norm(np.concatenate([s - others, f - s.mean(0)]), axis=1)
+            scores.append(roc_auc_score(np.arange(len(gaps)) >= len(s), gaps))
     return float(np.mean(scores)) if scores else np.nan
 
 

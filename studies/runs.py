@@ -51,8 +51,7 @@ def run_all(script, stages: list[list[tuple[Path, list[str]]]], jobs: int) -> No
 def run(script, folder: Path, argv: list[str]) -> Path:
     """RuntimeError with its last words if it fails."""
     begun = any((folder / f"checkpoint{old}").exists() for old in ("", ".old"))
-    argv = ["--resume", str(folder)] if begun else argv
-    python([script.__file__, *argv], what=f"{folder}: ")
+    python([script.__file__, *(["--resume", str(folder)] if begun else argv)], what=f"{folder}: ")
     return folder
 
 

@@ -487,6 +487,12 @@ def test_training_with_the_flags_of_scale(base, tmp_path, capsys):
         (["--data", "rows.jsonl"], ["--data", "stage"]),
         (["rl"], ["rl", "--model"]),
         (["--reward", "verl"], ["verl", "boxed"]),
+        (["rl", "--paper", "--model", "BASE"], ["--prompt reflection", "give --data"]),
+        (
+            ["rl", "--paper", "--model", "BASE", "--data", "ROWS", "--format", "plain"]
+            + ["--reward", "task"],
+            ["--prompt reflection", "--format plain", "alike"],
+        ),
         (["--format", "plain"], ["--reward paper", "--format plain", "--reward task"]),
         (["--resume", "RUN", "--out", "elsewhere"], ["--resume", "drop --out"]),
         (["rl", "--model", "nowhere/at/all"], ["nowhere/at/all"]),

@@ -137,7 +137,7 @@ def test_read_metrics(tmp_path):
 
 def test_read_runs(tmp_path):
     paths = []
-    for name in ("srpo-1", "srpo-0", "plain-grpo-0", "alone"):
+    for name in ("srpo-1", "srpo-0", "plain-grpo-0", "lr-low", "lr-high", "alone"):
         paths.append(tmp_path / name / "metrics.jsonl")
         paths[-1].parent.mkdir()
         paths[-1].write_text(json.dumps({"step": 0, "heldout": 0.5, "name": name}) + "\n")
@@ -145,6 +145,8 @@ def test_read_runs(tmp_path):
     assert {label: [rows[0]["name"] for rows in each] for label, each in runs.items()} == {
         "srpo": ["srpo-1", "srpo-0"],
         "plain-grpo": ["plain-grpo-0"],
+        "lr-low": ["lr-low"],
+        "lr-high": ["lr-high"],
         "alone": ["alone"],
     }
     with pytest.raises(ValueError, match="has no reward; give the metrics.jsonl of a run with"):

@@ -15,6 +15,28 @@ from reasoning.answers import default_verify, extract, normalise, option_letter,
 TABLE = [
     # Numbers in their spellings
     ("7", "7", True),
+    # Words in -ths are units, or fractions
+    ("7 \\text{ months}", "7", True),
+    ("7 paths", "7", True),
+    ("7 lengths", "7", True),
+    ("1 year", "1", True),
+    ("1 second", "1", True),
+    ("7 fifths", "7", False),
+    ("7 twelfths", "7", False),
+    ("7 seventeenths", "7", False),
+    ("7 twentieths", "7", False),
+    ("7 hundredths", "7", False),
+    ("7 thousandths", "7", False),
+    ("7 millionths", "7", False),
+    # Greek units, as a letter or as a command
+    ("7\\ \\Omega", "7", True),
+    ("7\\,\\Omega", "7Ω", True),
+    ("7 k\\Omega", "7", True),
+    ("7 \\mu\\text{F}", "7", True),
+    ("7 \u00b5m", "7 \u03bcm", True),  # the micro sign, the letter
+    ("7 k\\Omega", "7 \\Omega", False),
+    ("7\\mu", "7", False),
+    ("\\Omega", "\\omega", False),
     (" $7.0$ ", "7", True),
     ("+7", "7", True),
     ("007", "7", True),

@@ -247,6 +247,14 @@ def test_build_with_a_local_teacher(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_a_folder_in_which_nothing_was_made_takes_other_settings(tmp_path):
+    """A mistyped --rows or --model, found before the first answer, does not lock --out."""
+    for name in ("row.jsonl", "rows.jsonl"):
+        t.Work(t.Settings(out=str(tmp_path), rows=name), pytest.fail, pytest.fail)
+    saved = json.loads((tmp_path / "settings.json").read_text().splitlines()[0])
+    assert saved["rows"] == "rows.jsonl"
+
+
 def test_a_row_that_the_teacher_spoils_does_not_end_the_others(tmp_path):
     rows, _ = read_rows(write_rows(tmp_path, 5))
     replies = {"0": '{"reflection": ' + "[" * 2000, "1": '{"reflection": "\\ud83d", "think": "t"}',

@@ -186,11 +186,12 @@ def test_other_pixels_and_trained_states_are_noted(capsys):
 def test_what_is_recorded_plays_again(known, suite, workers, tmp_path):
     result = evaluate.evaluate(known, workers, suite, "train", KEY, states=2, record=tmp_path)
     loaders = find(str(tmp_path))[1]
-    assert set(loaders) == {f"train-{task}-{index}.npz" for task in range(4) for index in range(2)}
+    assert set(loaders) == {
+        f"tabletop-train-{task}-{index}.npz" for task in range(4) for index in range(2)}
     env, solved = Tabletop(), 0
     for task, instruction in enumerate(suite.instructions):
         for index in range(2):
-            x = loaders[f"train-{task}-{index}.npz"]()
+            x = loaders[f"tabletop-train-{task}-{index}.npz"]()
             assert x.instruction == instruction and len(x.images) == -(-len(x.actions) // CHUNK) + 1
             first = env.reset(options={"task": task, "index": index})[0]["image"]
             np.testing.assert_array_equal(x.images[0], first)

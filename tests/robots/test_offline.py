@@ -104,6 +104,9 @@ def test_progress_is_computed_once(tmp_path, monkeypatch):
     assert len(asked) == 4 and all((first[name] == again[name]).all() for name in first)
     offline.progress(encoder, loaders(*some), logged, "paper", tmp_path)
     assert len(list(tmp_path.glob("progress-*.jsonl"))) == 2    # another question, another file
+    other = (greys([0, 70, 100]), *some[1:])                    # other images of the same names
+    offline.progress(encoder, loaders(*other), read(*other)[0], "paper", tmp_path)
+    assert len(list(tmp_path.glob("progress-*.jsonl"))) == 3
 
 
 def weigh(logged, curves, **changes):
