@@ -290,8 +290,9 @@ class Work:
         self.s, self.model, self.teacher, self.out = s, model, teacher, Path(s.out)
         names = ("model", "dtype", "max_new_tokens", "temperature", "max_pixels", "columns", "form",
                  "right_share")
-        if not any(file.stat().st_size for file in self.out.glob("*.jsonl")):
-            (self.out / "settings.json").unlink(missing_ok=True)        # nothing was made with it
+        made = *self.out.glob("first_answers.jsonl"), *self.out.glob("rejected.jsonl")
+        if not any(file.stat().st_size for file in made):               # nothing was, with those
+            (self.out / "settings.json").unlink(missing_ok=True)
         Journal(self.out / "settings.json", {name: getattr(s, name) for name in names} | {
             "rows": Path(s.rows).name, "teacher": s.teacher_model or None}).close()
         self.answers = data.open_journal(self.out / "first_answers.jsonl", id=str, response=str)
@@ -434,8 +435,7 @@ def main(argv: list[str] | None = None) -> int:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("this runs as one process; start it without torchrun")
     model = load_model(s)
-    teacher = Teacher(s, os.environ.get(s.teacher_key)) if s.teacher_url else model
-    work = Work(s, model, teacher)
+    work = Work(s, model, Teacher(s, os.environ.get(s.teacher_key)) if s.teacher_url else model)
     work.run(*data.read_rows(s.rows, s.images, s.columns))
     kept, refused = work.kept, work.rejections.seen
     print(f"{s.out}: {len(kept)} reflections, {sum(kept.values())} of them on right first answers; "

@@ -231,7 +231,7 @@ def fingerprint_of(model: torch.nn.Module, described: bytes) -> str:
 
 def beside(checkpoint: str) -> Path:
     """Where an evaluation goes by default; of a run's policy into the run's folder."""
-    here = Path(checkpoint).absolute()
+    here = Path(checkpoint) if Path(checkpoint).name.strip(".") else Path(checkpoint).resolve()
     if here.is_dir() and os.access(here.parent, os.W_OK):
         return here.with_name("eval" if here.name == "policy" else f"eval-{here.name}")
     return Path("out/eval") / here.name

@@ -905,6 +905,7 @@ def test_resume_with_other_settings_or_a_damaged_checkpoint(stopped, tmp_path, c
         ("reward", "srpo"),
         ("group_size", "4"),
         ("tables", "8"),
+        ("until", "0.5"),  # it would not go on if it had ended by it
     ):
         refused(
             ["--resume", run, f"--{flag}", value],

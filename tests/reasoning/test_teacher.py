@@ -249,6 +249,7 @@ def test_build_with_a_local_teacher(tmp_path):
 
 def test_a_folder_in_which_nothing_was_made_takes_other_settings(tmp_path):
     """A mistyped --rows or --model, found before the first answer, does not lock --out."""
+    (tmp_path / "rows.jsonl").write_text("{}")                  # what is read may lie there too
     for name in ("row.jsonl", "rows.jsonl"):
         t.Work(t.Settings(out=str(tmp_path), rows=name), pytest.fail, pytest.fail)
     saved = json.loads((tmp_path / "settings.json").read_text().splitlines()[0])

@@ -224,8 +224,14 @@ def test_film(known, suite, tmp_path):
     assert first[1] > 2 * first[0] and last[0] > 2 * last[1]
 
 
-def test_where_an_evaluation_goes(tmp_path):
+def test_where_an_evaluation_goes(tmp_path, monkeypatch):
     for name, folder in (("policy", "eval"), ("weak", "eval-weak")):
         (tmp_path / name).mkdir()
         assert evaluate.beside(str(tmp_path / name)) == tmp_path / folder
     assert str(evaluate.beside("owner/name")) == "out/eval/name"
+    (tmp_path / "weak/inner").mkdir()
+    for inside, checkpoint in (("weak", "."), ("weak/inner", "..")):
+        monkeypatch.chdir(tmp_path / inside)
+        assert evaluate.beside(checkpoint) == tmp_path / "eval-weak"
+    monkeypatch.chdir(tmp_path)
+    assert str(evaluate.beside("weak")) == "eval-weak"
