@@ -335,16 +335,16 @@ def work(run: Run) -> int:
     torch.set_flush_denormal(True)      # numbers below 1e-38 are noise, and slow
     parts = prepare(run)
     states = parts.suite.split_names[parts.split]
-    count = sum(p.numel() for p in parts.policy.parameters())
-    print(f"{count:,} parameters, {len(parts.suite.tasks)} tasks, "
-          f"{torch.get_num_threads()} torch threads, {s.workers} simulator processes; "
+    print(f"{sum(p.numel() for p in parts.policy.parameters()):,} parameters, "
+          f"{len(parts.suite.tasks)} tasks, {s.workers} simulator processes; "
           f"results go to {out}/{run.where()}\n{parts.suite.protocol}".rstrip())
     try:
+        logged = [offline.prepare(run, parts)] if s.stage == "offline" else []
         before = run.once("before.json", lambda: evaluate.of_run(run, parts, "before"))
         print(f"before: {before['success']:.1%} of the {states} solved (greedy)")
         if run.fresh:
             evaluate.film_run(run, parts, "before.gif")
-        (offline.train if s.stage == "offline" else train)(run, parts, before)
+        (offline.train if logged else train)(run, parts, before, *logged)
         if run.finished:
             evaluate.film_run(run, parts, "after.gif")
             adapters.save_policy(parts.evaluated, out / "policy",

@@ -101,8 +101,8 @@ def seeds_table(runs: dict[str, list[list[dict]]], keys: list[str]) -> str:
         reached = ", ".join(next((str(row["step"]) for row in rows if values_of([row], keys[0])
                                   and row[keys[0]] >= 0.8), "never") for rows in seeds)
         lines.append(f"{'':16} last three {three}; steps to 80%: {reached}")
-        if any(values_of(rows, "seconds_rollout") for rows in seeds):
-            lines.append(f"{'':16} " + _work(seeds))
+        if any(values_of(rows, "seconds_update") for rows in seeds):
+            lines.append(f"{'':16} " + work(seeds))
     return "\n".join(lines)
 
 
@@ -123,12 +123,13 @@ def _over_seeds(seeds: list[list[dict]], key: str) -> str:
             + (spread if len(values) > 1 else "one seed"))
 
 
-def _work(seeds: list[list[dict]]) -> str:
+def work(seeds: list[list[dict]]) -> str:
+    """Success of the rollouts in the first and last ten steps; seconds of a step."""
     sampled = [f"{np.mean(x[:10]):.0%} -> {np.mean(x[-10:]):.0%}"
                for rows in seeds if (x := values_of(rows, "success"))]
     laps = ("rollout", "reward", "update")
     seconds = np.array([[x if _is_number(x := row.get(f"seconds_{lap}")) else 0.0 for lap in laps]
-                        for rows in seeds for row in rows if "seconds_rollout" in row])
+                        for rows in seeds for row in rows if "seconds_update" in row])
     parts = ", ".join(f"{lap} {x:.2f}" for lap, x in zip(laps, np.median(seconds, 0)))
     return (f"sampled {', '.join(sampled)}; " * bool(sampled)
             + f"median seconds of a step {np.median(seconds.sum(1)):.2f}: {parts}")

@@ -64,9 +64,12 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def device() -> str:
-    """This rank's GPU, or cpu."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+def device(asked: str = "") -> str:
+    """This rank's GPU, or cpu; or the one asked for. ValueError if it is not there."""
+    if asked.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {asked}: PyTorch finds no GPU here; leave the flag out")
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return asked or (own if torch.cuda.is_available() else "cpu")
 
 
 def gather(items: list) -> list:

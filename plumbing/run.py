@@ -157,13 +157,9 @@ class Run:
         return "" if self.fresh else f"; resumed after step {self.step}{of}"
 
     def times(self) -> str:
-        """Seconds of the run, and the mean of a step's parts."""
-        rows = [row for row in plots.read_metrics(self.out / "metrics.jsonl")
-                if "seconds_update" in row]
-        laps = [name for name in rows[-1] if name.startswith("seconds_")] if rows else []
-        means = (f"{lap.removeprefix('seconds_')} {np.mean(plots.values_of(rows, lap)):.2f} s"
-                 for lap in laps)
-        return f"{self.age():.0f} s; per step: {', '.join(means)}"
+        """Seconds of the run, and what `eval.py curves` says of a step's."""
+        rows = plots.read_metrics(self.out / "metrics.jsonl")
+        return f"{self.age():.0f} s; {plots.work([rows])}"
 
     def stopped(self) -> int:
         """Exit code of a run that has not finished, and how to go on."""

@@ -414,7 +414,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-pixels", type=int, default=rows.MAX_PIXELS,
         help="larger images are scaled down to this area, as in training")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    add("--device", help="default: cuda where there is one")
+    add("--device", default="", help="default: cuda where there is one")
     add_flags(parser, EngineSettings, engine_memory=0.9)
 
 

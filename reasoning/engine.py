@@ -115,7 +115,7 @@ def engine_of(path: str | Path, processor: Processor, s) -> Engine | None:
     return Engine(path, processor, s, s.max_prompt + s.max_new_tokens, trains=True)
 
 
-def completer(s, device: str | None = None, temperature: float = 0.0) -> Callable:
+def completer(s, device: str = "", temperature: float = 0.0) -> Callable:
     """The model of settings s by the engine they name, for who does not train: (images, texts) ->
     completions, as `qwen.generate`. ValueError, one line, if it cannot be loaded."""
     if s.engine == "vllm":
@@ -123,7 +123,7 @@ def completer(s, device: str | None = None, temperature: float = 0.0) -> Callabl
         context = min(processor.context, PROMPT + s.max_new_tokens)
         generate = Engine(s.model, processor, s, context).generate
     else:
-        model, processor = qwen.load_vlm(s.model, getattr(torch, s.dtype), device or ranks.device())
+        model, processor = qwen.load_vlm(s.model, getattr(torch, s.dtype), ranks.device(device))
         generate = partial(qwen.generate, model, processor)
 
     def complete(images: list[list[Image.Image]], texts: list[str]) -> list[Completion]:

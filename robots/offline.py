@@ -31,6 +31,7 @@ from rewards import cluster
 from robots import evaluate
 from robots import policy as policies
 from robots.openvla import ACTION_DIM, ACTION_TOKENS, from_env_actions
+from robots.suite import Suite
 from robots.trajectories import Loaders, find
 
 
@@ -48,15 +49,15 @@ class Logged:
 
 # 1. What there is
 
-def read(loaders: Loaders, policy, key: str, instructions: tuple[str, ...]
-         ) -> tuple[list[Logged], dict[str, str]]:
-    """The usable trajectories; by name why each other one is not."""
+def read(loaders: Loaders, policy, key: str, suite: Suite) -> tuple[list[Logged], dict[str, str]]:
+    """The usable ones of tasks that are played; by name why each other one is not."""
+    texts, played = suite.instructions, {suite.instructions[task] for task in suite.tasks}
     logged, rejected, side = [], {}, policy.camera
     for name, load in tqdm(loaders.items(), "reading", disable=None):
         try:
             trajectory = load()
-            if trajectory.instruction not in instructions:
-                raise ValueError(f"no task of this suite: {trajectory.instruction!r:.80}")
+            if trajectory.instruction not in played:
+                raise ValueError(f"no task that is played: {trajectory.instruction!r:.80}")
             if trajectory.images.shape[1:3] != (side, side):
                 height, width = trajectory.images.shape[1:3]
                 raise ValueError(f"images are {height}x{width}, the policy's camera has "
@@ -67,7 +68,7 @@ def read(loaders: Loaders, policy, key: str, instructions: tuple[str, ...]
         actions, executed = trajectory.chunks()
         steps = torch.arange(ACTION_TOKENS) // ACTION_DIM                       # (56,)
         logged.append(Logged(
-            name, instructions.index(trajectory.instruction), trajectory.success, trajectory.at,
+            name, texts.index(trajectory.instruction), trajectory.success, trajectory.at,
             policy.frames(trajectory.images[trajectory.at[:-1]]),
             policy.encode(from_env_actions(actions), key).flatten(1),
             steps < torch.from_numpy(executed)[:, None]))
@@ -176,7 +177,7 @@ def prepare(run, parts) -> policies.Batch:
     picture of the curves."""
     s, instructions = run.s, parts.suite.instructions
     folder, loaders = find(s.data, s.camera)
-    logged, rejected = read(loaders, parts.policy, parts.key, instructions)
+    logged, rejected = read(loaders, parts.policy, parts.key, parts.suite)
     if run.first_rank and rejected:
         journal = Journal(run.out / "rejected.jsonl", keep=lambda row: False)
         for name, reason in rejected.items():
@@ -212,10 +213,9 @@ def prepare(run, parts) -> policies.Batch:
         advantage=torch.tensor([float(w) for _, _, w in rows]), trajectory=torch.zeros(0))
 
 
-def train(run, parts, before: dict) -> None:
+def train(run, parts, before: dict, batch: policies.Batch) -> None:
     """Steps, each --epochs passes over all that is logged; else as vla_srpo's."""
     s, policy, optimizer = run.s, parts.policy, parts.optimizer
-    batch = prepare(run, parts)
     for step in run.steps(s.steps, zero={"heldout": before["success"]}):
         optimizer.param_groups[0]["lr"] = s.lr * (1 - (1 - s.lr_end) * (step - 1) / s.steps)
         update = Update(policy, optimizer, grpo.merge_stats, s.max_norm)

@@ -22,19 +22,20 @@ import torch
 from torch import Tensor
 
 import grpo
+from plumbing import ranks
 from robots import policy_class
 from robots.openvla import ACTION_DIM, ACTION_TOKENS, local_folder, read_json, to_env_actions
 from robots.suite import Episode
 
 
-def load_policy(path: str | Path, dtype: torch.dtype | None = torch.float32, device=None):
+def load_policy(path: str | Path, dtype: torch.dtype | None = torch.float32, device: str = ""):
     """A checkpoint folder or hub id -> the policy its config.json names; dtype None: as it is
     evaluated."""
     folder = local_folder(path)
     kind = policy_class(read_json(folder / "config.json").get("model_type"))
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = ranks.device(device)
     if dtype is None:
-        half = kind.half_on_gpu and str(device).startswith("cuda")
+        half = kind.half_on_gpu and device.startswith("cuda")
         dtype = torch.bfloat16 if half else torch.float32
     return kind.from_pretrained(folder, dtype, device)
 

@@ -13,11 +13,14 @@ are real, nothing is downloaded.
 
 Responses have one length, or ends drawn with equal chance at every token, a quarter as long in the
 mean (skewed); sampled by qwen.generate, transformers' generate, or vLLM where it is installed.
-Left out: the simulator (python -m robots.tabletop measures it), reading data, several GPUs.
+Left out: the simulator (python -m robots.tabletop measures it), and reading data. `ranks`: seconds
+that several add to a run by dividing the weights, putting them together for the rollouts, saving
+and reading weights and Adam's moments; the slowest rank's, the median of three.
 
     python -m studies.bench                         # small models on the CPU, some minutes
     python -m studies.bench gpu                     # all of 7B, and TRL's step: 20 minutes of a GPU
     python -m studies.bench --model openvla-7b      # one of it; or qwen2.5-vl-7b, vjepa2-vitg
+    torchrun --nproc-per-node 2 -m studies.bench ranks --model openvla-small
     python -m studies.bench_trl                     # a step side by side with TRL's
 """
 # ruff: noqa: E402
@@ -32,20 +35,24 @@ LARGE = ("openvla-7b", "qwen2.5-vl-7b", "vjepa2-vitg")
 
 @dataclass
 class Settings:
-    stage: str = flag("", "gpu: the three of 7B; else the small ones", choices=["", "gpu"])
+    stage: str = flag("", "gpu: the three of 7B; ranks: what several add; else the small ones",
+                      choices=["", "gpu", "ranks"])
     model: str = flag("", "one alone", choices=["", *SMALL, *LARGE])
     minutes: float = flag(20.0, "what is not measured by then is left to another call")
     rows: int = flag(0, "action chunks, responses or clips at a time; 0: by model")
     threads: int = flag(1, "torch threads on the CPU")
-    out: str = flag("", "JSON lines; none: results/bench/small.jsonl, gpu.jsonl or MODEL.jsonl")
+    out: str = flag("", "JSON lines; none: results/bench/small.jsonl, gpu.jsonl or MODEL.jsonl; "
+                        "ranks: folder for a checkpoint, which all see (out/bench_ranks)")
 
 
 def check(s: Settings) -> None:
     require(s, dict(rows=0, threads=1), ("minutes",))
+    if s.stage == "ranks" and not s.model.startswith(("openvla", "qwen")):
+        raise ValueError("ranks needs --model: one that is trained")
 
 
 if __name__ == "__main__":      # before torch is imported: --help takes no seconds
-    if code := script(Settings, check, __doc__, words=("gpu",))():
+    if code := script(Settings, check, __doc__, words=("gpu", "ranks"))():
         sys.exit(code)
 
 import math
@@ -60,6 +67,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from multiprocessing import active_children, get_context
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -71,7 +79,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 import grpo
 import reflection_srpo
 import vla_srpo
-from plumbing import plan, ranks
+from plumbing import checkpoint, plan, ranks
 from plumbing.files import Journal
 from plumbing.optimizer import make_optimizer
 from plumbing.update import Update
@@ -451,9 +459,40 @@ def steps(rows: list[dict]) -> list[str]:
     return lines
 
 
+def of_ranks(s: Settings) -> None:
+    """Prints the seconds of each part."""
+    torch.set_num_threads(s.threads)
+    ranks.start()
+    torch.manual_seed(0)                                    # every rank holds the same weights
+    _, model = build(Case(s.model), ranks.device())
+    count = f"{sum(p.numel() for p in model.parameters()):,}"
+    seconds = {"shard": [seconds_of(lambda: ranks.shard(model)).seconds]}
+    optimizer, kept = make_optimizer(model, 1e-6), ranks.trainable(model)
+    for p in kept.values():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()                                        # makes the moments
+    folder = Path(s.out or "out/bench_ranks") / "checkpoint"
+
+    def gather() -> None:
+        with ranks.whole_weights(model):
+            pass
+    parts = {"gather": gather, "save": lambda: checkpoint.save(folder, kept, optimizer, {}),
+             "load": lambda: checkpoint.load(folder, kept, optimizer)}
+    for name, part in parts.items():
+        ranks.barrier()
+        seconds[name] = [seconds_of(part).seconds for _ in range(3)]
+    size = sum(file.stat().st_size for file in folder.iterdir()) / GiB
+    slowest = {name: max(ranks.gather([np.median(x)])) for name, x in seconds.items()}
+    print(f"{s.model}, {count} parameters, {ranks.world_size()} ranks, {size:.2f} GiB saved: "
+          + ", ".join(f"{name} {x:.3f} s" for name, x in slowest.items()))
+    ranks.stop()
+
+
 def study(s: Settings) -> None:
     """Every case, the most telling first, each row kept as it ends; the same command goes on."""
     check(s)
+    if s.stage == "ranks":
+        return of_ranks(s)
     models, began = [s.model] if s.model else LARGE if s.stage else SMALL, time.monotonic()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     journal = Journal(s.out or f"results/bench/{s.model or s.stage or 'small'}.jsonl",
@@ -481,6 +520,6 @@ def study(s: Settings) -> None:
             print(f"TRL's step not measured: {error}; measure it: python {shlex.join(command)}")
 
 
-main = script(Settings, study, __doc__, words=("gpu",))
+main = script(Settings, study, __doc__, words=("gpu", "ranks"))
 if __name__ == "__main__":
     sys.exit(main())

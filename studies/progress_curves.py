@@ -14,7 +14,9 @@ paper   over growing windows, a success against its own whole video, a failure a
     python -m studies.progress_curves --curves paper --data FOLDER_OR_ID \\
         --model facebook/vjepa2-vitg-fpc64-384 --out curves.png
 
-The data are trajectories as in robots/trajectories.py.
+The data are trajectories as in robots/trajectories.py. nearer: share of pairs in which a success
+lies nearer to the other successes than a failure does; within: rank correlation of failures'
+rewards and true progress in a group; contrast: share of groups with two rewards.
 """
 import sys
 from contextlib import closing
@@ -216,11 +218,6 @@ def study(s: Settings) -> None:
             curves = progress_curves(videos, latents, success, task, model, s.curves)
             line += "".join(f"{x:13.3f}" for x in benchmark(curves).values())
         print(line)
-    print("nearer: share of pairs in which a success lies nearer to the other successes than a "
-          "failure does; 0.5 is blind")
-    if s.policy:
-        print("within: rank correlation of failures' rewards and true progress in a group; "
-              "contrast: share of groups with two rewards")
     if not compare:
         draw_progress(curves, s.out)
         print(f"wrote {s.out}")

@@ -1,6 +1,5 @@
 """Where progress rewards pay (arXiv 2511.15605): starts from hardly ever to half successful, few
-rollouts a step; plain GRPO beside SRPO under world models that rank failures badly to perfectly
-(`studies.progress_curves compare --policy OUT/CASE/start --data OUT/CASE/demos` measures them).
+rollouts a step; plain GRPO beside SRPO under world models that rank failures badly to perfectly.
 
 Ours: the demonstrations that the start was fine-tuned on are the first references, since most
 batches have no success to measure by; true progress needs none.
@@ -24,22 +23,26 @@ OURS = {"stage", "data", "model", "suite", "reward", "world_model", "pool", "ref
 COMMON = ["--steps", "100", "--temperature", "1.0", "--temperature_end", "0.7", "--eval_every",
           "20", "--workers", "1", "--threads", "1"]
 DEMOS = ["--references", "64", "--data"]        # and a folder
-ARMS = {"grpo": ("plain GRPO", ["--reward", "binary"]),
-        "vjepa": ("SRPO, V-JEPA", DEMOS),
-        "pixels": ("SRPO, mean pixels", ["--world_model", "pixels", *DEMOS]),
-        "max": ("SRPO, pixels, max", ["--world_model", "pixels", "--pool", "max", *DEMOS]),
-        "oracle": ("SRPO, true progress", ["--world_model", "oracle"])}
+# A title, flags, and the world model's name in `studies.progress_curves compare`
+ARMS = {"grpo": ("plain GRPO", ["--reward", "binary"], ""),
+        "vjepa": ("SRPO, V-JEPA", DEMOS, "trained"),
+        "pixels": ("SRPO, mean pixels", ["--world_model", "pixels", *DEMOS], "pixels"),
+        "max": ("SRPO, pixels, max", ["--world_model", "pixels", "--pool", "max", *DEMOS],
+                "pixels, max"),
+        "oracle": ("SRPO, true progress", ["--world_model", "oracle"], "true progress")}
+FEW, SMALL = dict.fromkeys(ARMS, 3), ["--groups", "8", "--tables", "64"]
 # The suite, flags of the start's fine-tuning and of every run, how many seeds of an arm are enough
 CASES = {"two_cubes": ("tabletop_long", ["--demos", "6", "--steps", "800"],
                        ["--groups", "12", "--tables", "96"],
-                       {"grpo": 8, "pixels": 3, "max": 8, "oracle": 1}),
-         "half": ("tabletop", [], ["--groups", "8", "--tables", "64"],
-                  {"grpo": 3, "vjepa": 3, "max": 3})}
+                       FEW | {"grpo": 8, "max": 8, "oracle": 8}),
+         "weak": ("tabletop", ["--demos", "1", "--steps", "170"], SMALL, FEW),
+         "third": ("tabletop", ["--demos", "1", "--steps", "220"], SMALL, FEW),
+         "half": ("tabletop", [], SMALL, FEW | {"grpo": 5, "vjepa": 5})}
 
 
 def compare(vla_srpo, flags: list[str], seeds: int, jobs: int, out: Path) -> str:
-    """Every case's start, runs, table, and OUT/CASE.png."""
-    texts = []
+    """Every case's start, runs, table, and OUT/CASE.png; what they say together."""
+    texts, cases = [], {}
     for case, (*_, enough) in CASES.items():
         folder = out / case
         every = [(folder / f"{name}-{seed}", command(case, name, seed, flags, out))
@@ -48,12 +51,12 @@ def compare(vla_srpo, flags: list[str], seeds: int, jobs: int, out: Path) -> str
         if todo and not (folder / "start" / "config.json").exists():
             make_start(case, folder)
         runs.run_all(vla_srpo, [todo], jobs)
-        found = {ARMS[name][0]: [plots.read_metrics(folder / f"{name}-{seed}" / "metrics.jsonl")
-                                 for seed in range(min(seeds, most))]
-                 for name, most in enough.items()}
+        cases[case] = found = {
+            ARMS[name][0]: [plots.read_metrics(folder / f"{name}-{seed}" / "metrics.jsonl")
+                            for seed in range(min(seeds, most))] for name, most in enough.items()}
         plots.draw_curves(found, out / f"{case}.png")
         texts.append(f"{case}\n{table(found)}")
-    return "\n\n".join(texts)
+    return "\n\n".join([*texts, law(cases, out)])
 
 
 def make_start(case: str, folder: Path) -> None:
@@ -76,25 +79,58 @@ def command(case: str, name: str, seed: int, flags: list[str], out: Path) -> lis
 # What came out
 
 def table(found: dict[str, list[list[dict]]]) -> str:
-    """What `eval.py curves` says of each arm (title -> the rows of each seed's metrics.jsonl), what
-    groups 0/1 rewards can use, an arm's best evaluation, its gain over plain GRPO, seed by seed."""
-    used = [[row["groups_used"] / sum(row[f"groups_{kind}"] for kind in (
-        "used", "failed", "solved")) for row in rows if "groups_used" in row]
-        for rows in found["plain GRPO"]]
+    """What `eval.py curves` says of each arm (title -> the rows of each seed's metrics.jsonl), its
+    best evaluation, its gain over plain GRPO, seed by seed."""
     lines = [plots.seeds_table(found, ["heldout"]),
-             "groups with both outcomes, plain GRPO, first and last ten steps: " + ", ".join(
-                 f"{np.mean(x[:10]):.0%} -> {np.mean(x[-10:]):.0%}" for x in used),
              "best evaluation; last one less plain GRPO's; steps to plain GRPO's best mean, as a "
              "share of its own (95% bootstrap over seeds)"]
-    heldout = {title: np.array([plots.values_of(rows, "heldout") for rows in seeds])
-               for title, seeds in found.items()}                       # (seeds, evaluations)
+    heldout, steps = evaluations(found)
     grpo = heldout["plain GRPO"]
-    steps = plots.values_of([row for row in found["plain GRPO"][0] if "heldout" in row], "step")
     for title, curves in heldout.items():
         cells = [runs.mean_and_half(list(values)) for values in (
             curves.max(1), curves[:, -1] - grpo[:len(curves), -1])]
         lines.append(f"{title:24}" + "".join(f"{mean:8.1%} +-{half:5.1%}" for mean, half in cells)
                      + "  {:.2f} [{:.2f}, {:.2f}]".format(*share_of_steps(curves, grpo, steps)))
+    return "\n".join(lines)
+
+
+def evaluations(found: dict) -> tuple[dict[str, np.ndarray], list[int]]:
+    """Held-out success (seeds, evaluations) by title, and the steps of the evaluations."""
+    return ({title: np.array([plots.values_of(rows, "heldout") for rows in seeds])
+             for title, seeds in found.items()},
+            plots.values_of([row for row in found["plain GRPO"][0] if "heldout" in row], "step"))
+
+
+def law(cases: dict[str, dict], out: Path) -> str:
+    """How an encoder ranks the failures of a start, beside the steps that SRPO by it needs as a
+    share of plain GRPO's: a line each, and OUT/law.png. Measured once: OUT/CASE/ranking.txt."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    panel, lines = figure.subplots(), [
+        "within: rank correlation of failures' rewards and true progress, at the start; steps: to "
+        "plain GRPO's best mean, as a share of its own"]
+    for case, found in cases.items():
+        file, (heldout, steps) = out / case / "ranking.txt", evaluations(found)
+        if not file.exists():
+            file.write_text(runs.python([
+                "-m", "studies.progress_curves", "compare", "--suite", CASES[case][0],
+                "--policy", str(out / case / "start"), "--data", str(out / case / "demos")]))
+        ranks = {line[:15].strip(): line[15:].split() for line in file.read_text().splitlines()}
+        points = [(float(ranks[name][1]),
+                   share_of_steps(heldout[title], heldout["plain GRPO"], steps)[0], title)
+                  for title, _, name in ARMS.values() if name and title in found]
+        contrast = np.mean([row["groups_used"] / (row["groups_used"] + row["groups_failed"]
+                            + row["groups_solved"]) for rows in found["plain GRPO"]
+                            for row in rows[1:11]])                     # of the first ten steps
+        lines += [f"{case}, {contrast:3.0%} of groups with both outcomes  {title:20} "
+                  f"within {x:.3f}  steps {y:.2f}" for x, y, title in points]
+        panel.plot(*zip(*sorted((x, min(y, 2)) for x, y, _ in points)), "o-",
+                   label=f"{case}: {contrast:.0%} of groups with both outcomes")
+    panel.axhline(1, color="black", linewidth=0.5)
+    panel.set(xlabel="rank correlation of a failure's reward with its true progress",
+              ylabel="steps, plain GRPO's = 1 (2: more, or never)")
+    panel.legend(fontsize=8)
+    figure.savefig(out / "law.png", dpi=100)
     return "\n".join(lines)
 
 

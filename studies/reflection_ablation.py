@@ -19,8 +19,6 @@ import numpy as np
 from plumbing.files import read_json
 from plumbing.flags import read_command
 from plumbing.plots import read_metrics, values_of
-from reasoning.published_reward import openrlhf
-from rewards import reflection_reward
 from studies import runs
 
 OURS = {"model", "resume", "reward", "seed", "stage", "format", "target", "out"}
@@ -117,21 +115,7 @@ def table(out: Path, seeds: int) -> str:
              for _, name, _, _ in TABLE}
     lines += [runs.paired(f"final answers, {a} - {b}", final[a], final[b])
               for a, b in PAIRS if {a, b} <= final.keys()]
-    lines.append("a wrong first answer earns more than a right one once wrong ones end right in: "
-                 + ", ".join(f"{name} {share:.0%}" if (share := break_even(earn)) <= 1 else
-                             f"{name} never" for name, earn in (
-                                 ("paper", reflection_reward), ("openrlhf", openrlhf))))
     return "\n".join(lines)
-
-
-def break_even(earn) -> float:
-    """Which share of wrong first answers must end right for a wrong one to earn as much as a right
-    one that stays right; above 1 errors never pay. earn(response, answer) -> record."""
-    def earned(first: int, final: int) -> float:
-        think = "<think> x </think> <answer> {} </answer>"
-        record = earn(f"{think} <reflection> y </reflection> {think}".format(first, final), "7")
-        return record.accuracy + record.effectiveness
-    return (earned(7, 7) - earned(8, 8)) / (earned(8, 7) - earned(8, 8))
 
 
 def draw(out: Path, seeds: int) -> None:

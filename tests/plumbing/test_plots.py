@@ -160,7 +160,7 @@ def test_mutations_are_one_line_or_harmless(tmp_path):
     file, refused = tmp_path / "srpo-0" / "metrics.jsonl", 0
     file.parent.mkdir()
     rows = [{"step": 0, "heldout": 0.5}] + [
-        {"step": i, "success": i / 9, "heldout": 0.7, "seconds_rollout": 1.5, "seconds_reward": 2}
+        {"step": i, "success": i / 9, "heldout": 0.7, "seconds_update": 1.5, "seconds_reward": 2}
         for i in range(1, 8)
     ]
     good = "".join(json.dumps(row) + "\n" for row in rows).encode()

@@ -432,3 +432,10 @@ def test_alone_all_of_it_is_an_identity():
 
 if __name__ == "__main__":
     run_here(globals())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line():
+    assert ranks.device("cpu") == ranks.device() == "cpu"
+    with pytest.raises(ValueError, match="^--device cuda:1: PyTorch finds no GPU here; leave"):
+        ranks.device("cuda:1")

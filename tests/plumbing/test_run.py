@@ -140,7 +140,8 @@ def test_a_run(tmp_path, capsys):
     assert f"results go to {out}/\n" in printed
     assert printed.count("loss ") == 4  # the first and the fifth step of both stages
     assert re.search(r"step    5  loss [\d.]+  rollout [\d.]+ s  update [\d.]+ s", printed)
-    assert re.search(r"^\d+ s; per step: rollout [\d.]+ s, update [\d.]+ s$", printed, re.M)
+    assert re.search(r"^\d+ s; median seconds of a step [\d.]+: rollout [\d.]+, reward 0.00, "
+                     r"update [\d.]+$", printed, re.M)
 
 
 def test_the_same_command_gives_the_same_numbers(tmp_path, whole):

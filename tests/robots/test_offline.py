@@ -51,7 +51,7 @@ def loaders(*trajectories):
 
 
 def read(*trajectories):
-    return offline.read(loaders(*trajectories), tiny_policy(), "tabletop", TASKS["tabletop"])
+    return offline.read(loaders(*trajectories), tiny_policy(), "tabletop", find_suite("tabletop"))
 
 
 # Progress and weights
@@ -168,8 +168,9 @@ def gradient(monkeypatch, tmp_path):
         run = Run(s, tmp_path / "run", None, "vla_srpo.py")
         run.keep({}, optimizer)
         encoder = None if s.reward == "binary" else Grey()
-        offline.train(run, vla_srpo.Parts(find_suite("tabletop"), None, policy, "tabletop", None,
-                                          None, encoder, optimizer), {"success": 0.5})
+        parts = vla_srpo.Parts(find_suite("tabletop"), None, policy, "tabletop", None, None,
+                               encoder, optimizer)
+        offline.train(run, parts, {"success": 0.5}, offline.prepare(run, parts))
         return caught[0], metrics(run.out)[1]
     return of
 
@@ -324,11 +325,19 @@ def test_bad_flags_are_one_line(argv, words, tmp_path, capsys, monkeypatch):
     assert error.startswith("error: ") and words in error
 
 
+def test_data_of_no_use_is_told_before_the_evaluation(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "of_run", lambda *_: pytest.fail("it was evaluated"))
+    monkeypatch.setattr(offline, "find", lambda *_: (tmp_path, loaders(greys([0, 1], task=1))))
+    assert vla_srpo.main(["offline", "--data", "x", "--tasks", "0", "--workers", "1",
+                          "--weights", "all", "--out", str(tmp_path / "run")]) == 2
+    assert "no task that is played" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("trajectories, more, words", [
     ([greys([0, 1], success=False)], {"weights": "successes"}, "no chunk has a weight"),
     ([greys([0, 1]), greys([0, 1], task=1)], {"reward": "srpo"}, "no task has two successes"),
     ([Trajectory("fly", True, np.zeros((2, 64, 64, 3), np.uint8), np.zeros((8, 7)))], {},
-     "1 of 1 trajectories cannot be used; 1 x no task of this suite: 'fly'")])
+     "1 of 1 trajectories cannot be used; 1 x no task that is played: 'fly'")])
 def test_data_of_no_use_is_one_line(gradient, trajectories, more, words):
     with pytest.raises(ValueError) as error:
         gradient(trajectories, settings(**more))

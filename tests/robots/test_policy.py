@@ -268,6 +268,7 @@ def test_the_dtype_of_evaluation_is_the_policy_s(tmp_path, monkeypatch):
     """bf16 on a GPU for who is published so; TinyVLA in fp32 everywhere."""
     monkeypatch.setitem(robots.POLICIES, "third", f"{__name__}:Third")
     (tmp_path / "config.json").write_text('{"model_type": "third"}')
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for device, dtype in (("cuda:0", torch.bfloat16), ("cpu", torch.float32)):
         assert policies.load_policy(tmp_path, None, device).asked[1] == dtype
     monkeypatch.setattr(Third, "half_on_gpu", False)

@@ -1,6 +1,9 @@
 """studies/bench.py: real sizes without memory for them, FLOPs against arithmetic, a measured case
 end to end, an unmeasured one that says so."""
 import os
+import re
+import subprocess
+import sys
 import time
 
 import pytest
@@ -222,8 +225,24 @@ def test_a_case_that_does_not_fit_says_so_and_the_others_go_on(measure, words, m
     (["--model", "gpt"], "--model"), (["--rows", "-1"], "--rows must be at least 0"),
     (["--threads", "0"], "--threads must be at least 1"),
     (["gpu", "--minutes", "0"], "--minutes must be positive"),
-    (["cpu"], "no command 'cpu'")])
+    (["cpu"], "no command 'cpu'"), (["ranks"], "ranks needs --model: one that is trained"),
+    (["ranks", "--model", "vjepa2-vitg"], "ranks needs --model: one that is trained")])
 def test_bad_flags_are_one_line(argv, words, capsys):
     assert bench.main(argv) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and words in said
+
+
+@pytest.mark.slow
+def test_every_part_of_ranks_is_timed(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m",
+         "studies.bench", "ranks", "--model", "openvla-small", "--out", str(tmp_path)],
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    [line] = {line for line in done.stdout.splitlines() if "ranks" in line}
+    # Weights and two moments, float32, but for blocks that never run
+    assert line.startswith("openvla-small, 22,501,296 parameters, 2 ranks, 0.24 GiB saved: ")
+    found = dict(re.findall(r"(\w+) ([\d.]+) s", line))
+    assert list(found) == ["shard", "gather", "save", "load"]
+    assert all(float(seconds) > 0 for seconds in found.values())

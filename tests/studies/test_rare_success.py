@@ -29,13 +29,10 @@ def test_share_of_steps_by_hand():
 
 def test_the_table_has_each_seed_and_its_difference():
     def rows(*heldout):
-        return [{"step": 20 * i, "heldout": x} | {
-            "groups_used": i, "groups_failed": 2 - i, "groups_solved": 2} for i, x in
-            enumerate(heldout)]
+        return [{"step": 20 * i, "heldout": x} for i, x in enumerate(heldout)]
     text = study.table({"plain GRPO": [rows(0, 0.1, 0.2), rows(0, 0.1, 0.0)],
                         "SRPO": [rows(0, 0.4, 0.3), rows(0, 0.3, 0.1)]})
     assert "seeds 30.0%, 10.0%" in text
-    assert "first and last ten steps: 25% -> 25%, 25% -> 25%" in text       # of 0, 1 and 2 of 4
     assert re.findall(r"(-?\d+\.\d)% \+-", text.splitlines()[-1]) == ["35.0", "10.0"]
 
 
@@ -51,6 +48,25 @@ def test_every_run_of_every_case_has_flags_that_the_script_takes(tmp_path):
                 s.references > 0)
 
 
+def test_law_by_hand(tmp_path, monkeypatch):
+    """Two groups of ten have both outcomes; SRPO is there in half of plain GRPO's steps."""
+    monkeypatch.setattr(study.runs, "python", lambda argv: (
+        "64 rollouts\ntrained            0.900    0.400    1.000\n"
+        "pixels, max        0.800    0.700    1.000\n"))
+    (tmp_path / "half").mkdir()
+
+    def rows(*heldout):
+        counts = {"groups_used": 2, "groups_failed": 5, "groups_solved": 3}
+        return [[{"step": 0, "heldout": 0.0}] + [
+            {"step": 20 * i, "heldout": x} | counts for i, x in enumerate(heldout, 1)]]
+    cases = {"half": {"plain GRPO": rows(0.1, 0.2), "SRPO, V-JEPA": rows(0.0, 0.1),
+                      "SRPO, pixels, max": rows(0.2, 0.4)}}
+    _, vjepa, best = study.law(cases, tmp_path).splitlines()
+    assert vjepa.startswith("half, 20% of groups") and vjepa.endswith("within 0.400  steps inf")
+    assert "SRPO, pixels, max" in best and best.endswith("within 0.700  steps 0.50")
+    assert (tmp_path / "law.png").exists() and (tmp_path / "half" / "ranking.txt").exists()
+
+
 @pytest.mark.slow
 def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(study, "CASES", {
@@ -64,6 +80,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert saved["data"] == str(folder / "demos") and saved["references"] == 64
     assert saved["suite"] == "tabletop" and len(list((folder / "demos").iterdir())) == 4
     assert (tmp_path / "one_cube.png").exists()
+    assert re.search("SRPO, mean pixels +within", (tmp_path / "table.txt").read_text())
     assert study.main(argv) == 0
     said = capsys.readouterr().out                                                  # none twice
     assert " runs, " not in said and "\none_cube\n" in said

@@ -57,10 +57,16 @@ def test_gains_and_intervals_by_hand():
     assert runs.mean_and_half([0.25])[0] == 0.25
 
 
-def test_when_errors_pay_by_hand():
-    """Paper: 0.75 against at most 0.5. OpenRLHF: 0.75 against 1."""
-    assert ablation.break_even(reflection_reward) == 1.5
-    assert ablation.break_even(published_reward.openrlhf) == 0.75
+@pytest.mark.parametrize("earn, share", [
+    (reflection_reward, 1.5), (published_reward.openrlhf, 0.75)])
+def test_when_errors_pay_by_hand(earn, share):
+    """Which share of wrong first answers must end right for a wrong one to earn as much as a right
+    one that stays right; above 1 errors never pay. Paper: 0.75 against at most 0.5."""
+    def earned(first: int, final: int) -> float:
+        think = "<think> x </think> <answer> {} </answer>"
+        record = earn(f"{think} <reflection> y </reflection> {think}".format(first, final), "7")
+        return record.accuracy + record.effectiveness
+    assert (earned(7, 7) - earned(8, 8)) / (earned(8, 7) - earned(8, 8)) == share
 
 
 @pytest.mark.parametrize("argv, words", [
