@@ -14,7 +14,6 @@ has its own).
 
     python grpo.py              # a tiny Llama learns to copy 4 digits: half a minute
     python grpo.py --steps 50 --lr 3e-4 --samples 8 --seed 1
-    python -m pytest tests/test_grpo.py
 """
 import argparse
 import time
@@ -49,12 +48,10 @@ def group_advantages(rewards: Tensor, scale: bool = True, eps: float = 1e-6) -> 
             [ 0.,  0.,  0.,  0.]])
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"rewards must be (prompts, group size >= 2), got "
-                         f"{tuple(rewards.shape)}: one has no baseline")
+        raise ValueError(f"rewards must be (P, G >= 2), got {tuple(rewards.shape)}")
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
-    if not torch.isfinite(rewards).all():
-        bad = rewards[~torch.isfinite(rewards)][0].item()
-        raise ValueError(f"rewards must be finite, got {bad}: check their function")
+    if len(bad := rewards[~rewards.isfinite()]):
+        raise ValueError(f"rewards must be finite, got {bad[0]}: check their function")
     # [VLA 6] [VLA 9] [MLLM 3]: A = (r - mean) / std, of the group
     advantages = rewards - rewards.mean(dim=1, keepdim=True)                    # (P, G)
     if scale:
@@ -123,11 +120,9 @@ def token_logprobs(logits: Tensor, tokens: Tensor,
     (tensor([0.5000, 0.7500]), tensor([0.6931, 0.5623]))
     """
     if logits.shape[:-1] != tokens.shape:
-        raise ValueError(f"tokens must be {tuple(logits.shape[:-1])} for these logits, "
-                         f"got {tuple(tokens.shape)}")
+        raise ValueError(f"{tuple(tokens.shape)} tokens, {tuple(logits.shape)} logits")
     if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}: give the "
-                         "one the tokens were sampled at")
+        raise ValueError(f"temperature must be positive, got {temperature}")
     vocab = logits.shape[-1]
     rows = max(1, (GPU_CHUNK_ELEMENTS if logits.is_cuda else CHUNK_ELEMENTS) // vocab)
     logp, entropy = _TokenLogprobs.apply(
@@ -194,17 +189,13 @@ def policy_loss(logp: Tensor, old_logp: Tensor | None, advantages: Tensor,
     """
     for name, x in (("old_logp", old_logp), ("ref_logp", ref_logp), ("mask", mask)):
         if x is not None and x.shape != logp.shape:
-            raise ValueError(f"{name} must have logp's shape {tuple(logp.shape)}, got "
-                             f"{tuple(x.shape)}")
+            raise ValueError(f"{name} is {tuple(x.shape)}, logp {tuple(logp.shape)}")
     if advantages.shape not in (logp.shape, logp.shape[:1]):
-        raise ValueError(f"advantages must be (B,) or (B, T) for logp "
-                         f"{tuple(logp.shape)}, got {tuple(advantages.shape)}")
+        raise ValueError(f"advantages must be (B,) or (B, T): {advantages.shape}")
     if row_weight is not None and row_weight.shape != logp.shape[:1]:
-        raise ValueError(f"row_weight must be {tuple(logp.shape[:1])}, got "
-                         f"{tuple(row_weight.shape)}")
+        raise ValueError(f"row_weight must be (B,), got {tuple(row_weight.shape)}")
     if beta > 0 and ref_logp is None:
-        raise ValueError(f"beta={beta} needs ref_logp, the reference policy's "
-                         "log-probabilities; beta=0 needs none")
+        raise ValueError(f"beta={beta} needs ref_logp, of the reference policy")
     weight = mask.bool().float()                                                # (B, T)
     if row_weight is not None:
         weight = weight * row_weight[:, None]

@@ -137,35 +137,22 @@ if __name__ == "__main__":      # before torch is imported: --help takes no seco
 
 import math
 import os
-import re
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import grpo
-from plumbing import adapters, plots, ranks
+from plumbing import plots, ranks
 from plumbing.files import whole
-from plumbing.optimizer import make_optimizer
 from plumbing.run import Run, launch
 from plumbing.update import Update
-from reasoning import arrows, qwen
+from reasoning import arrows
 from reasoning import responses as r
-from reasoning import rows as data
-from reasoning.engine import corrected, engine_of
+from reasoning.engine import corrected
+from reasoning.parts import Parts, drawn, load, prepared, read_rows, save_policy
+from reasoning.planned import job
 from reasoning.rows import Row
-
-ADAPTED = re.compile(r".*language_model.*\.(q|k|v|o|gate|up|down)_proj")
-
-
-@dataclass
-class Parts:
-    """What a stage trains with."""
-    model: torch.nn.Module
-    processor: qwen.Processor
-    optimizer: torch.optim.Optimizer
-    reference: object | None = None     # the starting policy, for the KL
-    engine: object | None = None        # that samples, if it is not the model itself
 
 
 def cold_start(run: Run, parts: Parts, rows: list[Row]) -> None:
@@ -287,55 +274,6 @@ def train(run: Run, parts: Parts, rows: list[Row], heldout: list[Row],
                                               float(advantage[i])))
 
 
-# Models and rows
-
-def load(run: Run, path: str | Path) -> Parts:
-    """A model ready for training, divided among the ranks."""
-    s = run.s
-    model, processor = prepared(path, s)
-    optimizer = make_optimizer(ranks.shard(model), s.lr, betas=(0.9, 0.99),
-                               offload=s.offload_optimizer)
-    run.keep(adapters.kept(model), optimizer)
-    return Parts(model, processor, optimizer, None, engine_of(path, processor, s))
-
-
-def prepared(path: str | Path, s: Settings) -> tuple[torch.nn.Module, qwen.Processor]:
-    device = s.device or ranks.device()
-    model, processor = qwen.load_vlm(path, getattr(torch, s.dtype), device)
-    return ready(model, s), processor
-
-
-def ready(model: torch.nn.Module, s: Settings) -> torch.nn.Module:
-    """What is frozen frozen, with the adapters and the checkpointing asked for."""
-    if s.freeze_vision:
-        model.model.visual.requires_grad_(False)    # the tower, and in it the projector
-    if s.lora_rank:
-        layers = [name for name, _ in model.named_modules() if ADAPTED.fullmatch(name)]
-        adapters.add_adapters(model, layers, s.lora_rank, s.seed)
-    if s.gradient_checkpointing:        # its name since transformers 5.24, else before
-        getattr(model, "activation_checkpointing_enable",
-                model.gradient_checkpointing_enable)({"use_reentrant": False})
-    return model
-
-
-def save_policy(parts: Parts, folder: Path) -> None:
-    def write(draft: Path, state: dict) -> None:
-        parts.model.save_pretrained(draft, state_dict=state)
-        parts.processor.save_pretrained(draft)
-    adapters.save_policy(parts.model, folder, write)
-
-
-def drawn(s: Settings, n: int, seed: int, target: str = "") -> list[Row]:
-    return arrows.dataset(n, seed, s.format, target, text=s.data == "arrows_text")
-
-
-def read_rows(run: Run, source: str, processor: qwen.Processor) -> list[Row]:
-    """The rows of a file that can be used; others are set aside in rejected.jsonl."""
-    s, rejections = run.s, data.Rejections(run.out)
-    rows = data.read_rows(source, s.images, s.columns)
-    return data.usable(*rows, processor, s, rejections)
-
-
 # The whole job
 
 def work(run: Run) -> int:
@@ -404,10 +342,7 @@ def reinforce(run: Run, parts: Parts, start: str | Path) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    def planned(s: Settings):
-        from reasoning.planned import job
-        return job(s, s.model or s.resume and str(Path(s.resume) / "base"), ready)
-    return launch(Settings, work, argv, check=check, free=FREE, job=planned, **READING)
+    return launch(Settings, work, argv, check=check, free=FREE, job=job, **READING)
 
 
 if __name__ == "__main__":

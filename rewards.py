@@ -14,7 +14,6 @@ Left out: the encoder (world_model.py), a verifier that reads mathematics
 (reasoning/answers.py), what published code pays (published_reward.py in either room).
 
     python rewards.py                       both on small examples
-    pytest tests/test_rewards.py            against naive loops and the papers' tables
 """
 import math
 import re

@@ -126,43 +126,22 @@ import torch
 
 import grpo
 import rewards
-import world_model
 from plumbing import adapters, plots, ranks
-from plumbing.optimizer import make_optimizer
 from plumbing.run import Run, launch
 from plumbing.update import Update
-from robots import evaluate, find_suite, offline, published_reward
+from robots import evaluate, offline, published_reward
 from robots import policy as policies
+from robots.parts import Parts, prepare, reference_logprobs
+from robots.planned import job
 from robots.references import Oracle, References
 from robots.rollouts import play
-from robots.suite import Episode, Suite
-
-
-@dataclass
-class Parts:
-    """What a run trains with."""
-    suite: Suite
-    workers: object             # simulators in processes, `rollouts.Workers`
-    policy: torch.nn.Module
-    key: str                    # of its action statistics
-    average: object | None      # running average of its weights: what is evaluated
-    reference: object | None    # the starting policy, for the KL
-    encoder: object | None      # the world model; None for 0/1 rewards
-    optimizer: torch.optim.Optimizer
-    memory: References | None = None    # of earlier successes
-    split: str = "heldout"              # that is evaluated
-
-    @property
-    def evaluated(self) -> torch.nn.Module:
-        return self.policy if self.average is None else self.average.module
-
 
 # Step 2: latents (N, D), success (N,), task ids (N,), alpha -> rewards (N,), the record
 REWARDS = {"srpo": rewards.progress_reward,
            "official": published_reward.progress_reward}
 
 
-def score(run: Run, episodes: list[Episode], encoder,
+def score(run: Run, episodes: list, encoder,
           memory: References | None = None) -> tuple[np.ndarray, object]:
     """Reward of all ranks' rollouts, float64 (N,); the record, None for 0/1 rewards."""
     s, success = run.s, np.array(run.gather([e.success for e in episodes]))
@@ -265,69 +244,6 @@ def train(run: Run, parts: Parts, before: dict) -> None:
                 i, played, reward, advantage, record, suite))
 
 
-def reference_logprobs(parts: Parts, batch, s: Settings, temperature: float):
-    """Of all rows under the starting policy, (N, 56); None where beta is 0."""
-    if not s.beta:
-        return None
-    with adapters.starting_policy(parts.policy, parts.reference) as model:
-        parts_ = torch.arange(len(batch.bins)).split(s.micro_batch)
-        return torch.cat([policies.logprobs(model, batch, part, temperature)
-                          for part in parts_])
-
-
-def ready(policy: torch.nn.Module, s: Settings) -> torch.nn.Module:
-    """With the adapters and the checkpointing asked for."""
-    if s.gradient_checkpointing:
-        policy.set_gradient_checkpointing(True)
-    if s.lora_rank:
-        # All but the head, of which the policy reads rows, and what it never runs
-        layers = [name for name, m in policy.named_modules() if "lm_head" not in name
-                  and isinstance(m, torch.nn.Linear) and m.weight.requires_grad]
-        adapters.add_adapters(policy, layers, s.lora_rank, s.seed)
-    return policy
-
-
-def prepare(run: Run) -> Parts:
-    """All that is loaded, simulators last; a checkpoint's weights, if resumed."""
-    s = run.s
-    suite = find_suite(s.suite, tuple(s.tasks), s.options())
-    suite.count(s.workers, s.tables)                    # before minutes of loading
-    split = "heldout" if s.split == "disjoint" else "all"
-    evaluate.try_suite(suite, split)
-    policy = policies.load_policy(s.model, getattr(torch, s.dtype), ranks.device())
-    key = policies.find_key(policy.norm_stats, suite.name)
-    ready(policy, s)
-    reference = encoder = memory = None
-    if s.beta and not s.lora_rank:
-        reference = policies.load_policy(s.model, getattr(torch, s.dtype))
-    if s.reward != "binary" and s.world_model == "oracle":
-        encoder, memory = Oracle(), References.solved(len(suite.instructions))
-    elif s.reward != "binary":
-        pixels = s.world_model == "pixels"
-        kind = world_model.PixelModel if pixels else world_model.WorldModel
-        encoder = kind.from_pretrained(
-            WEIGHTS / "vjepa_tiny" if pixels else s.world_model, batch_size=s.clips,
-            pool=s.pool)
-        if s.references:
-            memory = References(len(suite.instructions), s.references, encoder.width)
-        if s.data and memory and run.fresh:     # else it is in the checkpoint
-            count = memory.add_logged(s.data, s.camera, suite.instructions, encoder)
-            run.say(f"{count} logged successes are the first references")
-    if s.split == "all":
-        policy.norm_stats[key]["split"] = "all"         # for who evaluates it
-    if run.first_rank:
-        evaluate.note_training(policy, key, s.fast_sim, [split])
-    average = adapters.running_average(policy, s.average) if s.average else None
-    optimizer = make_optimizer(ranks.shard(policy), s.lr, betas=(0.9, 0.99),
-                               offload=s.offload_optimizer)
-    if average is not None:
-        ranks.shard(average.module)
-    run.keep(adapters.kept(policy, average) | getattr(memory, "tensors", {}), optimizer)
-    workers = suite.workers(s.workers, policy.camera, s.tables)
-    return Parts(suite, workers, policy, key, average, reference, encoder, optimizer,
-                 memory, split)
-
-
 def work(run: Run) -> int:
     """The whole job: evaluation, training, evaluation, the policy in a folder."""
     s, out = run.s, run.out
@@ -364,10 +280,7 @@ def work(run: Run) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    def planned(s: Settings):
-        from robots.planned import job
-        return job(s, ready)
-    return launch(Settings, work, argv, check=check, free=FREE, job=planned, **READING)
+    return launch(Settings, work, argv, check=check, free=FREE, job=job, **READING)
 
 
 if __name__ == "__main__":

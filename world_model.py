@@ -11,7 +11,6 @@ its kind, for the built-in simulator, was trained by studies/train_world_model.p
 Left out: clustering (rewards.py), drawing and reading videos.
 
     python -m studies.progress_curves       curves of successes and failures
-    pytest tests/test_world_model.py        against published outputs and naive loops
 """
 import math
 import re
@@ -141,8 +140,6 @@ class WorldModel:
         One latent for each ROLLOUT, where the published code has one for each initial
         state (robots/published_reward.py). Raises ValueError for any other videos.
         """
-        if len(videos) == 0:
-            raise ValueError("videos is empty: nothing to encode")
         latents = []
         for start in range(0, len(videos), self.batch_size):
             pixels = self.pixels(videos[start:start + self.batch_size], start)

@@ -1,6 +1,5 @@
 """What reflection_srpo.py does at its largest, for --plan (plumbing/plan.py)."""
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,16 +10,16 @@ import grpo
 from plumbing.plan import Job
 from reasoning import qwen
 from reasoning import responses as r
+from reasoning.parts import ready
 
 SAVINGS = ({"gradient_checkpointing": True}, {"micro_tokens": 4096}, {"rollout_batch": 16},
            {"micro_tokens": 1}, {"dtype": "bfloat16"}, {"offload_optimizer": True},
            {"lora_rank": 32})
 
 
-def job(s, path: str, ready: Callable) -> Job:
-    """ready(model, s): what the script makes of a loaded model. ValueError if the checkpoint is no
-    vision-language model, or is not complete."""
-    if not path:
+def job(s) -> Job:
+    """ValueError if the checkpoint is no vision-language model, or is not complete."""
+    if not (path := s.model or s.resume and str(Path(s.resume) / "base")):
         raise ValueError("--plan needs --model: a folder or hub id")
 
     def skeleton(dtype: torch.dtype):

@@ -1,6 +1,5 @@
 """What vla_srpo.py does at its largest, for --plan (plumbing/plan.py)."""
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from plumbing.plan import META, Job
 from robots import evaluate, find_suite, policy_class
 from robots import policy as policies
 from robots.openvla import ACTION_TOKENS, local_folder, read_json
+from robots.parts import ready
 from robots.suite import CHUNK
 
 SAVINGS = ({"gradient_checkpointing": True}, {"clips": 4}, {"clips": 1}, {"micro_batch": 8},
@@ -21,9 +21,8 @@ SAVINGS = ({"gradient_checkpointing": True}, {"clips": 4}, {"clips": 1}, {"micro
 INSTRUCTION = "put both the alphabet soup and the cream cheese box in the basket"
 
 
-def job(s, ready: Callable) -> Job:
-    """ready(policy, s): what the script makes of a loaded policy. ValueError if the checkpoint is
-    no policy, or is not complete."""
+def job(s) -> Job:
+    """ValueError if the checkpoint is no policy, or is not complete."""
     folder = local_folder(s.model, weights=False)
     kind = policy_class(read_json(folder / "config.json").get("model_type"))
     shapes = None if Path(s.model).is_dir() else hub_shapes(s.model)

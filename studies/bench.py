@@ -83,9 +83,10 @@ from plumbing import checkpoint, plan, ranks
 from plumbing.files import Journal
 from plumbing.optimizer import make_optimizer
 from plumbing.update import Update
-from reasoning import arrows, qwen, responses
+from reasoning import arrows, parts, qwen, responses
 from reasoning.engine import Engine
 from robots import openvla
+from robots import parts as robots_parts
 from robots import policy as policies
 from studies import runs
 from studies.train_world_model import TINY
@@ -144,7 +145,7 @@ def build(case: Case, device: str):
     how = dict(lora_rank=case.lora_rank, gradient_checkpointing=case.gradient_checkpointing)
     with torch.device(device):
         if case.model in OPENVLA:
-            s, ready = vla_srpo.Settings(**how), vla_srpo.ready
+            s, ready = vla_srpo.Settings(**how), robots_parts.ready
             text, dino, siglip = OPENVLA[case.model]
             text = {"vocab_size": 32064, "pad_token_id": openvla.PAD, **text}
             model = openvla.OpenVLA(openvla.TINY | {"text_config": text}, dino, siglip)
@@ -152,7 +153,7 @@ def build(case: Case, device: str):
             s = reflection_srpo.Settings(
                 max_new_tokens=case.length, rollout_batch=case.rows, freeze_vision=True,
                 dtype="bfloat16" if half else "float32", **how)
-            config, ready = qwen_config(*QWEN[case.model]), reflection_srpo.ready
+            config, ready = qwen_config(*QWEN[case.model]), parts.ready
             model = transformers.Qwen2_5_VLForConditionalGeneration(config)
         else:
             return None, transformers.VJEPA2Model(transformers.VJEPA2Config(**VJEPA[case.model]))

@@ -62,7 +62,7 @@ import reflection_srpo
 from plumbing import ranks
 from plumbing.files import write_json
 from plumbing.optimizer import make_optimizer
-from reasoning import arrows, responses
+from reasoning import arrows, parts, responses
 from studies import bench
 from studies.bench import Case, Clock, GiB
 
@@ -97,7 +97,7 @@ class Ours:
         self.case, self.s = case, reflection_srpo.Settings(
             max_new_tokens=case.length, rollout_batch=case.rows, lora_rank=case.lora_rank,
             gradient_checkpointing=case.gradient_checkpointing, dtype=DTYPE[case.model])
-        self.model, self.processor = reflection_srpo.prepared(folder, self.s)
+        self.model, self.processor = parts.prepared(folder, self.s)
         self.model.generation_config.eos_token_id = 10**9          # is never drawn
         self.model.lm_head.register_forward_hook(unsaid)
         self.optimizer = make_optimizer(self.model, LR, betas=(0.9, 0.99))
@@ -176,7 +176,7 @@ def trl_steps(case: Case, folder: Path) -> tuple[list[Clock], list[int], list[in
         save_strategy="no", report_to="none", disable_tqdm=True,
         model_init_kwargs={"dtype": DTYPE[case.model]})
     lora = peft.LoraConfig(r=case.lora_rank, lora_alpha=2 * case.lora_rank,
-                           target_modules=reflection_srpo.ADAPTED.pattern)
+                           target_modules=parts.ADAPTED.pattern)
     data = Dataset.from_dict({"prompt": [[{"role": "user", "content": text}]
                                          for text in questions(case)]})
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")

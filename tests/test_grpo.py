@@ -158,7 +158,7 @@ def test_token_logprobs_allow_forbidden_tokens():
 
 @pytest.mark.parametrize("shape, temperature", [((2, 4), 1.0), ((2, 3), 0.0), ((2, 3), math.nan)])
 def test_token_logprobs_reject(shape, temperature):
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(ValueError, match="must be|tokens, .* logits"):
         grpo.token_logprobs(
             torch.zeros(2, 3, 5), torch.zeros(shape, dtype=torch.int64), temperature
         )
@@ -343,8 +343,8 @@ def test_empty_mask_gives_zero():
     "change, match",
     [
         (dict(beta=0.1), "needs ref_logp"),
-        (dict(mask=torch.ones(6)), "mask must have"),
-        (dict(ref_logp=torch.zeros(6, 4)), "ref_logp must have"),
+        (dict(mask=torch.ones(6)), "mask is .6,., logp .6, 5."),
+        (dict(ref_logp=torch.zeros(6, 4)), "ref_logp is"),
         (dict(row_weight=torch.ones(5)), "row_weight must be"),
         (dict(row_weight=torch.ones(6, 5)), "row_weight must be"),
         (dict(advantages=torch.zeros(5)), "advantages must be"),

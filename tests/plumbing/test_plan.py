@@ -25,6 +25,7 @@ from plumbing.optimizer import clip_and_step, make_optimizer
 from reasoning import arrows, qwen
 from reasoning import planned as reasoning_planned
 from robots import openvla as vla
+from robots import parts as robots_parts
 from robots import planned as robots_planned
 from robots import policy as policies
 from robots import tabletop
@@ -111,9 +112,9 @@ def test_openvla_s_peaks(changes, openvla_256):
     torch.manual_seed(0)
     s = vla_srpo.Settings(**dict(model=str(openvla_256), reward="binary", micro_batch=2,
                                  tables=4, average=0.0) | changes)
-    job = robots_planned.job(s, vla_srpo.ready)
+    job = robots_planned.job(s)
     needs = plan.measure(s, job)
-    model = vla_srpo.ready(policies.load_policy(s.model, getattr(torch, s.dtype)), s)
+    model = robots_parts.ready(policies.load_policy(s.model, getattr(torch, s.dtype)), s)
     model.beside = [adapters.running_average(model, s.average)] if s.average else []
     live = Live([*model.parameters(), *(p for x in model.beside for p in x.parameters())])
     assert needs.update == pytest.approx(updated(live, model, lambda: job.loss(model, s)), rel=0.02)
@@ -132,7 +133,7 @@ def test_qwen_s_peaks(changes, tmp_path):
     s = rs.Settings(**dict(stage="rl", model=str(tmp_path), max_prompt=160, max_new_tokens=40,
                            micro_tokens=800, rollout_batch=8, prompts=4, group_size=2,
                            max_pixels=128 * 128) | changes)
-    job = reasoning_planned.job(s, s.model, rs.ready)
+    job = reasoning_planned.job(s)
     needs = plan.measure(s, job)
     model, processor = rs.prepared(s.model, s)
     live = Live([*model.parameters()])
@@ -152,7 +153,7 @@ def test_the_world_model_s_peak():
     encoder = WorldModel.from_pretrained(s.world_model, batch_size=4)
     live = Live([*encoder.model.parameters()])
     measured = live.of(lambda: encoder.encode([np.zeros((16, 64, 64, 3), np.uint8)] * 4))
-    job = robots_planned.job(s, vla_srpo.ready)
+    job = robots_planned.job(s)
     with plan.Meter() as meter:
         planned = meter.of(lambda: job.encode(s))
     assert planned == pytest.approx(measured, rel=0.15)
@@ -180,7 +181,7 @@ def test_7b_is_planned_in_under_a_minute_without_a_gpu(openvla, tmp_path, monkey
     """7.54B parameters; bf16 weights and gradients with fp32 masters and moments are 112 GiB."""
     s = seven_b(tmp_path, openvla, monkeypatch)
     start = time.monotonic()
-    needs = plan.measure(s, robots_planned.job(s, vla_srpo.ready))
+    needs = plan.measure(s, robots_planned.job(s))
     assert time.monotonic() - start < 60
     assert needs.parameters == pytest.approx(7.54e9, rel=1e-3)
     static = needs.weights + needs.gradients + needs.optimizer
@@ -191,7 +192,7 @@ def test_7b_is_planned_in_under_a_minute_without_a_gpu(openvla, tmp_path, monkey
 def test_savings_are_flags_that_make_it_fit(openvla, tmp_path, monkeypatch):
     s = seven_b(tmp_path, openvla, monkeypatch)
     s.lora_rank = 32
-    job = robots_planned.job(s, vla_srpo.ready)
+    job = robots_planned.job(s)
     needs, free = plan.measure(s, job), 40 * plan.GiB
     changes, best = plan.savings(s, job, 1, needs, free)
     assert changes == {"clips": 4} and needs.peak > free > best.peak
@@ -237,7 +238,7 @@ def test_the_command_of_the_other_script(qwen, tmp_path, capsys):
 
 def vla_problems(**changes) -> list[str]:
     s = vla_srpo.Settings(**dict(reward="binary", micro_batch=1, tables=2) | changes)
-    return plan.report(s, robots_planned.job(s, vla_srpo.ready))[1]
+    return plan.report(s, robots_planned.job(s))[1]
 
 
 @pytest.mark.parametrize("change, words", [
@@ -261,7 +262,7 @@ def test_a_policy_s_fault_is_named(openvla, tmp_path, capsys, change, words):
 def test_what_does_not_belong_together_is_named(openvla, qwen, monkeypatch):
     assert vla_problems(model=str(openvla)) == []
     with pytest.raises(ValueError, match="tiny_vla cannot be loaded as a vision-language model"):
-        reasoning_planned.job(rs.Settings(), str(vla_srpo.WEIGHTS / "tiny_vla"), rs.ready)
+        reasoning_planned.job(rs.Settings(model=str(vla_srpo.WEIGHTS / "tiny_vla")))
     with pytest.raises(ValueError, match="is no policy here"):
         vla_problems(model=str(qwen))
     with pytest.raises(ValueError, match="give a V-JEPA 2"):
@@ -296,7 +297,7 @@ def test_a_vision_language_model_whose_parts_do_not_fit_is_named(qwen, tmp_path)
         shutil.copytree(qwen, folder := tmp_path / str(i))
         change(folder)
         with pytest.raises((ValueError, OSError), match=expected):
-            reasoning_planned.job(rs.Settings(model=str(folder)), str(folder), rs.ready)
+            reasoning_planned.job(rs.Settings(model=str(folder)))
 
 
 def test_a_hub_id_is_planned_without_its_weights(openvla, monkeypatch, tmp_path):

@@ -20,14 +20,15 @@ from robots.tabletop import TASKS
 from robots.trajectories import Trajectory, save
 from tests.conftest import lines
 from tests.test_vla_srpo import metrics, settings, tiny_policy
+from world_model import WorldModel
 
 
 class Grey:
     """A world model whose latent is the mean grey level of the last frame."""
     model, config, batch_size, pool = torch.nn.Linear(1, 1), "grey", 2, "clip"
-    progress = vla_srpo.world_model.WorldModel.progress
-    paper_progress = vla_srpo.world_model.WorldModel.paper_progress
-    distances = vla_srpo.world_model.WorldModel.distances
+    progress = WorldModel.progress
+    paper_progress = WorldModel.paper_progress
+    distances = WorldModel.distances
 
     def encode(self, videos):
         return torch.tensor([[float(video[-1].mean())] for video in videos])
@@ -93,7 +94,7 @@ def test_progress_is_computed_once(tmp_path, monkeypatch):
     logged, _ = read(*some)
     encoder, asked = Grey(), []
     monkeypatch.setattr(Grey, "progress", lambda self, *a: (
-        asked.append(1), vla_srpo.world_model.WorldModel.progress(self, *a))[1])
+        asked.append(1), WorldModel.progress(self, *a))[1])
     first = offline.progress(encoder, loaders(*some), logged, "ours", tmp_path)
     [file] = tmp_path.glob("progress-*.jsonl")
     file.write_text(file.read_text()[:-9])                      # killed while the last was written
