@@ -36,8 +36,7 @@ def load(run, path: str | Path) -> Parts:
 
 
 def prepared(path: str | Path, s) -> tuple[torch.nn.Module, qwen.Processor]:
-    device = ranks.device(s.device)
-    model, processor = qwen.load_vlm(path, getattr(torch, s.dtype), device)
+    model, processor = qwen.load_vlm(path, getattr(torch, s.dtype), ranks.device(s.device))
     return ready(model, s), processor
 
 

@@ -37,8 +37,7 @@ def reference_logprobs(parts: Parts, batch, s, temperature: float):
         return None
     with adapters.starting_policy(parts.policy, parts.reference) as model:
         parts_ = torch.arange(len(batch.bins)).split(s.micro_batch)
-        return torch.cat([policies.logprobs(model, batch, part, temperature)
-                          for part in parts_])
+        return torch.cat([policies.logprobs(model, batch, part, temperature) for part in parts_])
 
 
 def ready(policy: torch.nn.Module, s) -> torch.nn.Module:
@@ -71,9 +70,8 @@ def prepare(run) -> Parts:
     elif s.reward != "binary":
         pixels = s.world_model == "pixels"
         kind = world_model.PixelModel if pixels else world_model.WorldModel
-        encoder = kind.from_pretrained(
-            world_model.SHIPPED if pixels else s.world_model, batch_size=s.clips,
-            pool=s.pool)
+        encoder = kind.from_pretrained(world_model.SHIPPED if pixels else s.world_model,
+                                       batch_size=s.clips, pool=s.pool)
         if s.references:
             memory = References(len(suite.instructions), s.references, encoder.width)
         if s.data and memory and run.fresh:     # else it is in the checkpoint

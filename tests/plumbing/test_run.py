@@ -36,6 +36,7 @@ class Settings(RunSettings):
     target: list[float] = flag([1.0, 2.0], "what is learnt")
     lr: float = flag(0.1, "learning rate")
     wait: str = flag("", "a step that waits for ever")
+    data: str = flag("", "a folder")
     save_every: int = flag(2, "steps between checkpoints")
 
 
@@ -364,6 +365,17 @@ def test_no_run_is_overwritten(tmp_path, capsys):
     assert f"{record}/metrics.jsonl is of another run" in capsys.readouterr().err
     (record / "metrics.jsonl").write_text("")
     assert go("one", "--out", record, "--steps", 1) == 0
+
+
+def test_a_folder_that_has_moved_may_be_named_anew(tmp_path, capsys):
+    old, new, out = tmp_path / "old", tmp_path / "new", tmp_path / "run"
+    old.mkdir()
+    assert go("one", "--out", out, "--steps", 1, "--data", old) == 0
+    assert go("--resume", out, "--steps", 2, "--data", new) == 2
+    assert f"--data {new} differs from the run's {old}" in capsys.readouterr().err
+    old.rename(new)
+    assert go("--resume", out, "--steps", 2, "--data", new) == 0
+    assert checkpoint.read_state(out / "checkpoint")["settings"]["data"] == str(new)
 
 
 def test_what_a_resumed_run_cannot_be_told(tmp_path, capsys):
