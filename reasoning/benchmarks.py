@@ -1,6 +1,6 @@
 r"""Benchmarks for SRPO-MLLM (arXiv 2506.01713): MathVista, MathVerse, MathVision, MMMU-Pro.
 
-    python eval.py reasoning --model Qwen/Qwen2.5-VL-7B-Instruct --prompt plain \
+    python eval.py reasoning --model Qwen/Qwen2.5-VL-7B-Instruct --prompt untagged \
         --benchmark mathvision --data MathVision/ --out out/base
 
 1. `BENCHMARKS`: the published files, in a folder (hub snapshot or GitHub clone) or from the hub,
@@ -38,11 +38,9 @@ from reasoning import rows
 from reasoning.answers import LETTERS, default_verify, extract, option_letter, quantity, tidy
 from reasoning.flags import EngineSettings, check_engine
 
-# Those of training, "tagged" of its --prompt plain; "plain" is for models that know no tags
-FORMS = {"reflection": rows.reflection_prompt, "twice": rows.twice_prompt,
-         "tagged": rows.first_prompt,
-         "plain": lambda query: f"{query}\n\nThink step by step, then give the final answer in "
-                                r"\boxed{}."}
+# Those of training, and one for models that know no tags
+FORMS = rows.PROMPTS | {"untagged": lambda query: f"{query}\n\nThink step by step, then give the "
+                                                  r"final answer in \boxed{}."}
 KINDS = {"choice": "The answer is the letter of the right option.",
          "integer": "The answer is an integer.",
          "float": "The answer is a number, to {} decimal place(s).",
@@ -407,7 +405,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                   "(default: from the hub)")
     add("--out", required=True, help="folder for <benchmark>.jsonl and result.json; the same "
                                      "command resumes")
-    add("--prompt", default="reflection", choices=FORMS)
+    add("--prompt", default="reflection", choices=FORMS,
+        help="as in training; untagged: for models that know no tags")
     add("--limit", type=int, help="only the first N questions of each benchmark")
     add("--batch", type=int, default=8)
     add("--max-new-tokens", type=int, default=2048)

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -289,7 +289,7 @@ def question(kind="choice", answer="B", options=("40°", "60°"), **other) -> Qu
 
 def test_prompts():
     ten = question(options=[f"{i} apples" for i in range(10)], text="See <image 1> and <image2>.")
-    asked = benchmarks.build_prompt(ten, "plain").split("\n")
+    asked = benchmarks.build_prompt(ten, "untagged").split("\n")
     assert asked[0] == "See [image 1] and [image 2]."
     assert asked[1] == "(A) 0 apples" and asked[10] == "(J) 9 apples"
     assert "letter" in asked[11] and r"\boxed{}" in asked[-1]
@@ -297,15 +297,17 @@ def test_prompts():
     assert "60°" not in hidden
     assert hidden.startswith("The question and its options are in the image.")
     number = question("float", "1.2", [], precision=1, unit="cm")
-    number = benchmarks.build_prompt(number, "plain")
+    number = benchmarks.build_prompt(number, "untagged")
     assert "How big? (Unit: cm)" in number and "to 1 decimal place" in number
     # The form that the prompt asks for is the form that the reward pays for
     import rewards
     form = "<think>" + benchmarks.FORMS["reflection"]("").partition("<think>")[2]
     assert rewards.reflection_reward(form, "final answer").format == 0.5
     # What training asks for can be asked for in evaluation
-    asked = {benchmarks.FORMS[name]("q") for name in ("reflection", "tagged", "twice")}
-    assert asked == {data.PROMPTS[name]("q") for name in ("reflection", "plain", "twice")}
+    import reflection_srpo
+    [field] = [f for f in fields(reflection_srpo.Settings) if f.name == "prompt"]
+    for name in field.metadata["choices"]:
+        assert benchmarks.FORMS[name]("q") == data.PROMPTS[name]("q")
 
 
 # Scoring
