@@ -88,5 +88,4 @@ def prepare(run) -> Parts:
         ranks.shard(average.module)
     run.keep(adapters.kept(policy, average) | getattr(memory, "tensors", {}), optimizer)
     workers = suite.workers(s.workers, policy.camera, s.tables)
-    return Parts(suite, workers, policy, key, average, reference, encoder, optimizer,
-                 memory, split)
+    return Parts(suite, workers, policy, key, average, reference, encoder, optimizer, memory, split)
