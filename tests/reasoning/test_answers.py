@@ -21,6 +21,10 @@ TABLE = [
     ("7.", "7", True),
     ('"7"', "7", True),
     ("`7`", "7", True),
+    ("2 minutes", "2 s", False),
+    ("2 ft", "2 inches", False),
+    ("3 m", "3 minutes", False),
+    ("60 km/h", "60 m per second", False),
     ("'7'", "7", False),  # these may be primes, of feet or minutes
     ("7'", "7", False),
     ("\\text{13}", "13", True),
