@@ -243,7 +243,8 @@ def _resumed(command: Command, free: set[str], stages: tuple[str, ...]
                          "this script; start a new run with --out")
     check_types(type(s)(**saved), f"{s.resume}/checkpoint")
     # What lay in a folder that has moved since may be named anew
-    free = free | {k for k, x in saved.items() if os.path.isabs(str(x)) and not os.path.exists(x)}
+    free = free | {k for k in given if os.path.isabs(x := str(saved[k])) and not os.path.exists(x)
+                   and os.path.exists(getattr(s, k))}
     for name in sorted(given - free):
         if getattr(s, name) != saved[name]:
             raise ValueError(f"--{name} {getattr(s, name)} differs from the run's {saved[name]}; "

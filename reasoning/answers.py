@@ -198,9 +198,9 @@ def split_unit(text: str) -> tuple[str, str]:
     match = UNIT.fullmatch(re.sub(r"^([+-]?) ?([€£¥]) ?(.*)$", r"\1\3 \2", text))
     unit = re.sub(r"\b(centi|kilo|milli|)(m|g)(?:eter|etre|ram)s?\b", lambda m: m[1][:1] + m[2],
                   match[2] if match else "")
-    for name, symbol in ((" per ", "/"), (r"\bseconds?\b", "s"), (r"\bminutes?\b", "min"), (
-            r"\b(?:hours?|hr)\b", "h"), (r"\bf[eo][eo]t\b", "ft"), (r"\binch(?:es)?\b", "in")):
-        unit = re.sub(name, symbol, unit)
+    for name, symbol in (("s(?:econds?)?", "second"), ("min(?:s|utes?)?", "minute"), (
+            "h(?:(?:ou)?rs?)?", "hour"), ("f(?:oo|ee)?t", "feet"), ("in(?:ch(?:es)?)?", "inch")):
+        unit = re.sub(rf"(?<![A-Za-z]){name}(?![A-Za-z])", symbol, unit.replace(" per ", "/"))
     unit = re.sub(r"(square|cubic) (\w+)", lambda m: m[2] + "23"[m[1] == "cubic"], unit)
     return match[1] if match else text, re.sub(r"[{}^ ]|\\cdot|\bunits?2?\b", "", unit)
 

@@ -302,7 +302,8 @@ def settings(s) -> dict:
     # A model that was trained further under the same name is another model
     saved = [file.stat().st_mtime for file in Path(s.model).glob("*.safetensors")]
     return {"model": s.model, "weights_saved": max(saved, default=None), "dtype": s.dtype,
-            "max_new_tokens": s.max_new_tokens, "max_pixels": s.max_pixels, "prompt": s.prompt,
+            "max_new_tokens": s.max_new_tokens, "max_pixels": s.max_pixels,
+            "prompt": "plain, tagged" if s.prompt == "plain" else s.prompt,     # it was not before
             **({"engine": s.engine} if s.engine == "vllm" else {})}
 
 
@@ -405,8 +406,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                   "(default: from the hub)")
     add("--out", required=True, help="folder for <benchmark>.jsonl and result.json; the same "
                                      "command resumes")
-    add("--prompt", default="reflection", choices=FORMS,
-        help="as in training; untagged: for models that know no tags")
+    add("--prompt", default="reflection", choices=FORMS, help="untagged: knows no tags")
     add("--limit", type=int, help="only the first N questions of each benchmark")
     add("--batch", type=int, default=8)
     add("--max-new-tokens", type=int, default=2048)

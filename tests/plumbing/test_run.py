@@ -374,6 +374,7 @@ def test_a_folder_that_has_moved_may_be_named_anew(tmp_path, capsys):
     assert go("--resume", out, "--steps", 2, "--data", new) == 2
     assert f"--data {new} differs from the run's {old}" in capsys.readouterr().err
     old.rename(new)
+    assert go("--resume", out, "--steps", 2, "--data", "elsewhere") == 2
     assert go("--resume", out, "--steps", 2, "--data", new) == 0
     assert checkpoint.read_state(out / "checkpoint")["settings"]["data"] == str(new)
 

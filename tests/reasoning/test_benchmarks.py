@@ -489,7 +489,7 @@ def test_resume_after_an_interruption(tmp_path, folder):
     assert evaluate("mathvista", folder, out, None, limit=2) == whole[:2]
     saved = log.read_text()
     for changed, message in ((dict(max_new_tokens=65), "max_new_tokens 64, not 65"),
-                             (dict(prompt="plain"), "prompt 'reflection', not 'plain'")):
+                             (dict(prompt="plain"), "prompt 'reflection', not 'plain, tagged'")):
         with pytest.raises(ValueError, match=f"mathvista.jsonl was begun with {message}; repeat"):
             evaluate("mathvista", folder, out, None, **changed)
     log.write_text(saved + '{"id": "1"}\n')         # no outcome: asked again, were it not there
