@@ -7,6 +7,7 @@ import pytest
 
 import vla_srpo
 from plumbing.flags import read_command
+from studies import progress_curves
 from studies import rare_success as study
 
 
@@ -49,10 +50,15 @@ def test_every_run_of_every_case_has_flags_that_the_script_takes(tmp_path):
 
 
 def test_law_by_hand(tmp_path, monkeypatch):
-    """Two groups of ten have both outcomes; SRPO is there in half of plain GRPO's steps."""
-    monkeypatch.setattr(study.runs, "python", lambda argv: (
-        "64 rollouts\ntrained            0.900    0.400    1.000\n"
-        "pixels, max        0.800    0.700    1.000\n"))
+    """Two groups of ten have both outcomes; SRPO ends ten points below plain GRPO, or twenty above.
+    """
+    def measured(argv: list[str]) -> str:
+        s = read_command(progress_curves.Settings, argv[2:], words=("compare",)).settings
+        assert argv[:2] == ["-m", "studies.progress_curves"] and s.stage == "compare"
+        assert s.policy == str(tmp_path / "half" / "start") and s.suite == "tabletop"
+        return ("64 rollouts\ntrained            0.900    0.400    1.000\n"
+                "pixels, max        0.800    0.700    1.000\n")
+    monkeypatch.setattr(study.runs, "python", measured)
     (tmp_path / "half").mkdir()
 
     def rows(*heldout):
@@ -62,8 +68,9 @@ def test_law_by_hand(tmp_path, monkeypatch):
     cases = {"half": {"plain GRPO": rows(0.1, 0.2), "SRPO, V-JEPA": rows(0.0, 0.1),
                       "SRPO, pixels, max": rows(0.2, 0.4)}}
     _, vjepa, best = study.law(cases, tmp_path).splitlines()
-    assert vjepa.startswith("half, 20% of groups") and vjepa.endswith("within 0.400  steps inf")
-    assert "SRPO, pixels, max" in best and best.endswith("within 0.700  steps 0.50")
+    assert vjepa.startswith("half, 20% of groups")
+    assert vjepa.endswith("within 0.400  gain -10.0%  1 seed")
+    assert "SRPO, pixels, max" in best and best.endswith("within 0.700  gain +20.0%  1 seed")
     assert (tmp_path / "law.png").exists() and (tmp_path / "half" / "ranking.txt").exists()
 
 
@@ -72,6 +79,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(study, "CASES", {
         "one_cube": ("tabletop", ["--demos", "1", "--steps", "2"], ["--tables", "64"],
                      {"grpo": 8, "pixels": 8})})
+    monkeypatch.setattr(study, "law", lambda cases, out: f"law of {', '.join(cases)}")
     argv = ["--seeds", "1", "--out", str(tmp_path), "--steps", "1", "--groups", "2", "--tasks", "0"]
     assert study.main(argv) == 0
     assert "pixels-0: 2 of 2 runs" in capsys.readouterr().out
@@ -80,7 +88,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert saved["data"] == str(folder / "demos") and saved["references"] == 64
     assert saved["suite"] == "tabletop" and len(list((folder / "demos").iterdir())) == 4
     assert (tmp_path / "one_cube.png").exists()
-    assert re.search("SRPO, mean pixels +within", (tmp_path / "table.txt").read_text())
+    assert (tmp_path / "table.txt").read_text().endswith("\n\nlaw of one_cube\n")
     assert study.main(argv) == 0
     said = capsys.readouterr().out                                                  # none twice
     assert " runs, " not in said and "\none_cube\n" in said
