@@ -35,7 +35,7 @@ FEW, SMALL = dict.fromkeys(ARMS, 2), ["--groups", "8", "--tables", "64"]
 CASES = {"two_cubes": ("tabletop_long", ["--demos", "6", "--steps", "800"],
                        ["--groups", "12", "--tables", "96"],
                        {"grpo": 8, "vjepa": 1, "pixels": 3, "max": 8, "oracle": 8}),
-         "weak": ("tabletop", ["--demos", "1", "--steps", "170"], SMALL, FEW),
+         "weak": ("tabletop", ["--demos", "1", "--steps", "170"], SMALL, dict.fromkeys(ARMS, 3)),
          "third": ("tabletop", ["--demos", "1", "--steps", "220"], SMALL, FEW),
          "half": ("tabletop", [], SMALL, FEW | {"grpo": 5, "vjepa": 5})}
 
