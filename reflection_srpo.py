@@ -336,8 +336,7 @@ def reinforce(run: Run, parts: Parts, start: str | Path) -> int:
             if name.startswith("heldout_")})
         print(f"\n{len(heldout)} held-out questions, greedy, 95% Wilson intervals\n"
               + r.table({"after SFT": before, f"after {s.steps} RL steps": after}))
-    print(f"{run.age():.0f} s; wrote metrics.jsonl, curves.png, policy/, checkpoint/ "
-          f"in {out}/")
+    print(f"{run.age():.0f} s; metrics.jsonl, curves.png, policy/ are in {out}/")
     return 0
 
 

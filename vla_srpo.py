@@ -133,7 +133,7 @@ from robots import evaluate, offline, published_reward
 from robots import policy as policies
 from robots.parts import Parts, prepare, reference_logprobs
 from robots.planned import job
-from robots.references import Oracle, References
+from robots.references import Oracle
 from robots.rollouts import play
 
 # Step 2: latents (N, D), success (N,), task ids (N,), alpha -> rewards (N,), the record
@@ -141,8 +141,7 @@ REWARDS = {"srpo": rewards.progress_reward,
            "official": published_reward.progress_reward}
 
 
-def score(run: Run, episodes: list, encoder,
-          memory: References | None = None) -> tuple[np.ndarray, object]:
+def score(run: Run, episodes: list, encoder, memory=None) -> tuple[np.ndarray, object]:
     """Reward of all ranks' rollouts, float64 (N,); the record, None for 0/1 rewards."""
     s, success = run.s, np.array(run.gather([e.success for e in episodes]))
     if encoder is None:

@@ -140,6 +140,8 @@ class WorldModel:
         One latent for each ROLLOUT, where the published code has one for each initial
         state (robots/published_reward.py). Raises ValueError for any other videos.
         """
+        if len(videos) == 0:
+            raise ValueError("videos is empty: nothing to encode")
         latents = []
         for start in range(0, len(videos), self.batch_size):
             pixels = self.pixels(videos[start:start + self.batch_size], start)

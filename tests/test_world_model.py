@@ -331,6 +331,7 @@ def test_bad_videos(small, video, message):
 def test_bad_arguments(small):
     video = squares(1)[0]
     for call, message in [
+        (lambda: small.encode([]), "videos is empty"),
         (lambda: small.progress(video, np.zeros((1, 7))), "number of columns"),
         (lambda: wm.WorldModel(small.model, "fit"), "resize"),
         (lambda: wm.progress_metrics([[0, 1]], [True]), "both outcomes"),
