@@ -16,7 +16,6 @@ LIBERO takes hours: episodes are written down one by one, and the same command g
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 from contextlib import closing, suppress
@@ -162,12 +161,11 @@ def vla(args) -> int:
     check_suite(s := Played(**vars(args)))
     require(s, dict(states=1, gifs=0, threads=0))
     pairs = pairs_of(s, command)
-    import torch
-
+    from plumbing import ranks
     from robots.evaluate import beside
     from robots.openvla import action_statistics, local_folder
     from robots.policy import load_policy
-    torch.set_num_threads(s.threads or os.cpu_count())
+    ranks.use_cores(s.threads)
     for name, checkpoint in pairs.items():          # before hours of the first suite
         folder = local_folder(checkpoint, weights=False)
         suite_and_key(name, action_statistics(folder), s)

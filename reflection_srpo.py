@@ -136,7 +136,6 @@ if __name__ == "__main__":      # before torch is imported: --help takes no seco
     at_once(Settings, check, **READING)
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -278,7 +277,7 @@ def train(run: Run, parts: Parts, rows: list[Row], heldout: list[Row],
 
 def work(run: Run) -> int:
     s, out = run.s, run.out
-    torch.set_num_threads(s.threads or os.cpu_count())
+    ranks.use_cores(s.threads)
     base = s.model or str(out / "base")
     if not s.model and run.fresh and run.first_rank:
         torch.manual_seed(s.seed)

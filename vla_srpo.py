@@ -118,7 +118,6 @@ READING = dict(paper=PAPER, words=("offline",), about=__doc__.split("\n\n")[0])
 if __name__ == "__main__":      # before torch is imported: --help takes no seconds
     at_once(Settings, check, **READING)
 
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -246,7 +245,7 @@ def train(run: Run, parts: Parts, before: dict) -> None:
 def work(run: Run) -> int:
     """The whole job: evaluation, training, evaluation, the policy in a folder."""
     s, out = run.s, run.out
-    torch.set_num_threads(s.threads or os.cpu_count())
+    ranks.use_cores(s.threads)
     torch.set_flush_denormal(True)      # numbers below 1e-38 are noise, and slow
     parts = prepare(run)
     states = parts.suite.split_names[parts.split]

@@ -13,6 +13,7 @@ not ended, so give it --shutdown-timeout 1800 (the commands: docs/seven_b.md). L
 pipeline parallelism, which 7B does not need, and elastic restarts: a rank that dies ends the run,
 --resume goes on with it.
 """
+import ctypes
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +32,15 @@ PATIENCE = timedelta(hours=12)
 
 
 # Processes
+
+def use_cores(threads: int) -> None:
+    """torch's threads, 0 for one a core. glibc keeps what is freed: the next batch is as large, and
+    page faults took half of a small policy's rollout."""
+    torch.set_num_threads(threads or os.cpu_count())
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
+        mallopt(-3, 2**25)              # M_MMAP_THRESHOLD, its highest value
+        mallopt(-1, 2**29)              # M_TRIM_THRESHOLD
+
 
 def start() -> None:
     """Join the process group that torchrun describes in the environment: gloo, and nccl on CUDA.

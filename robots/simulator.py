@@ -17,7 +17,7 @@ from gymnasium.spaces import Box, Dict
 BACKENDS = {"linux": ("egl", "osmesa", "glfw"), "darwin": ("cgl", "glfw"), "win32": ("wgl", "glfw")}
 if sys.platform == "linux":
     os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL") or "egl"      # headless
-os.environ.setdefault("LP_NUM_THREADS", "1")        # Mesa's threads get in the workers' way
+os.environ.setdefault("LP_NUM_THREADS", "0")        # Mesa's threads get in the workers' way
 
 
 class Simulator(gymnasium.Env):

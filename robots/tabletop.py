@@ -38,13 +38,13 @@ N_STATES = 50                   # initial states per task and split, as in LIBER
 HORIZON = {"tabletop": 56, "tabletop_long": 104}
 SUBSTEPS, TIMESTEP = 8, 0.00625  # 20 Hz control
 STEP = 0.04                     # metres the hand's set point moves for an action of 1
-TURN = 0.1                      # radians, likewise
+SCALE = np.array([STEP] * 3 + [0.1] * 3)        # and turns, radians
 SUCCESS_RADIUS = 0.05           # metres between the centres of cube and plate (its radius is 0.065)
 LAYOUT = {"red": (0.08, -0.09), "blue": (0.08, 0.09),       # metres
           "green": (-0.08, -0.10), "yellow": (-0.08, 0.10)}
 JITTER = 0.02                   # metres, uniform, per object and axis
 HOME = (0.0, 0.0, 0.14)
-LOW, HIGH = np.array([-0.2, -0.2, 0.005]), np.array([0.2, 0.2, 0.2])
+LOW, HIGH = np.array([-0.2, -0.2, 0.005, *[-1.5] * 3]), np.array([0.2, 0.2, 0.2, *[1.5] * 3])
 FINGER_OPEN = 0.044             # metres from the middle, each finger
 FINGER_STEP = 0.01              # metres a finger's set point moves per env step
 
@@ -122,6 +122,7 @@ class Tabletop(Simulator):
         super().__init__(suite, TASKS[suite], states, split, size)
         self.mujoco, self.model, self.renderer = scene(os.getpid())
         self.data, self.horizon = self.mujoco.MjData(self.model), horizon or HORIZON[suite]
+        self.body = {name: self.data.body(name) for name in ("hand", *LAYOUT)}      # views
 
     def begin(self, state: int, options: dict) -> None:
         data, self.pairs = self.data, GOALS[self.name][self.task]
@@ -134,43 +135,42 @@ class Tabletop(Simulator):
         data.qpos[-len(data.ctrl):] = data.ctrl           # the hand's joints are the last
         self.mujoco.mj_forward(self.model, data)
         self.far = self.distances()
-        self.best = np.zeros((len(self.pairs), 3))
+        self.best = [[0.0] * 3 for _ in self.pairs]
 
-    def distances(self) -> np.ndarray:
-        """Metres from the hand to each cube, and from that to its plate: (cubes, 2)."""
-        at = {name: self.data.body(name).xpos for name in ("hand", *LAYOUT)}
-        return np.array([(math.dist(at["hand"], at[cube]), math.dist(at[cube], at[plate]))
-                         for cube, plate in self.pairs.items()])
+    def distances(self) -> list[tuple[float, float]]:
+        """Metres from the hand to each cube, and from that to its plate."""
+        at = {name: body.xpos.tolist() for name, body in self.body.items()}
+        return [(math.dist(at["hand"], at[cube]), math.dist(at[cube], at[plate]))
+                for cube, plate in self.pairs.items()]
 
-    def note_progress(self) -> None:
-        reach, place = (1 - self.distances() / self.far).T
-        lift = np.array([self.data.body(cube).xpos[2] - 0.02 for cube in self.pairs]) / 0.05
-        place = np.where(lift > 0.3, place, 0)          # pushed along the table it is no nearer
-        self.best = np.maximum(self.best, np.stack([reach, lift, place], 1).clip(0, 1))
+    def note_progress(self) -> None:        # plain numbers: it runs at every env step
+        for cube, best, now, far in zip(self.pairs, self.best, self.distances(), self.far):
+            reach, place = (1 - x / x0 for x, x0 in zip(now, far))
+            lift = (self.body[cube].xpos.item(2) - 0.02) / 0.05
+            place *= lift > 0.3                         # pushed along the table it is no nearer
+            best[:] = (max(b, min(x, 1.0)) for b, x in zip(best, (reach, lift, place)))
 
     @property
     def progress(self) -> float:
         """How far the episode came at best: the mean of reach, lift and place over its cubes, each
         0 .. 1; 1 for a success. No policy sees it: the oracle (--world_model oracle) does."""
-        return 1.0 if self.success else float(self.best.mean())
+        return 1.0 if self.success else float(np.mean(self.best))
 
     def simulate(self, action: np.ndarray) -> None:
-        self.goal[:3] = (self.goal[:3] + STEP * action[:3]).clip(LOW, HIGH)
-        self.goal[3:] = (self.goal[3:] + TURN * action[3:6]).clip(-1.5, 1.5)
+        self.goal = np.minimum(np.maximum(self.goal + SCALE * action[:6], LOW), HIGH)
         self.data.ctrl[:6] = self.goal
-        fingers = self.data.ctrl[6:] - FINGER_STEP * np.sign(action[6])
-        self.data.ctrl[6:] = fingers.clip(0, FINGER_OPEN)
+        finger = self.data.ctrl[6] - FINGER_STEP * np.sign(action[6])
+        self.data.ctrl[6:] = min(max(finger, 0), FINGER_OPEN)
         self.mujoco.mj_step(self.model, self.data, SUBSTEPS)
         self.note_progress()
 
     def solved(self) -> bool:
         """The fingers are open, and each cube lies still, on its plate."""
-        joint, body = self.data.joint, self.data.body
-        opened = joint("left").qpos[0] + joint("right").qpos[0] > 0.055
-        return bool(opened) and all(
-            np.linalg.norm(body(cube).xpos[:2] - body(plate).xpos[:2]) <= SUCCESS_RADIUS
-            and 0.02 < body(cube).xpos[2] < 0.035 and np.linalg.norm(body(cube).cvel[3:]) < 0.05
-            for cube, plate in self.pairs.items())
+        at, (left, right) = self.body, self.data.qpos[-2:].tolist()
+        return left + right > 0.055 and all(
+            0.02 < at[cube].xpos[2] < 0.035
+            and np.linalg.norm(at[cube].xpos[:2] - at[plate].xpos[:2]) <= SUCCESS_RADIUS
+            and np.linalg.norm(at[cube].cvel[3:]) < 0.05 for cube, plate in self.pairs.items())
 
     def render(self, size: int | None = None) -> np.ndarray:
         """uint8 (size, size, 3) from the agent's camera; the policy's size if none is given."""

@@ -72,8 +72,8 @@ class TinyVLA(nn.Module):
         """input_ids, attention_mask (B, L), pixel_values (B, 3, side, side) -> logits (B, 56, 256)
         float32."""
         words = self.words(input_ids * attention_mask)                          # (B, 64)
-        grid = self.pixel_grid.expand(len(pixel_values), -1, -1, -1)
-        x = F.relu(self.conv1(torch.cat([pixel_values, grid], 1)))      # (B, c1, side/2, side/2)
+        x = torch.cat([pixel_values, self.pixel_grid.expand(len(pixel_values), -1, -1, -1)], 1)
+        x = F.relu(self.conv1(x.contiguous(memory_format=torch.channels_last)))
         scale, shift = self.film(words)[..., None, None].chunk(2, 1)            # (B, c2, 1, 1)
         x = F.relu(self.conv2(x) * (1 + scale) + shift)                 # (B, c2, side/4, side/4)
         where = (self.conv3(x).flatten(2) * self.sharpness.exp()).softmax(-1)   # (B, c3, cells)

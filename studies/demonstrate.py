@@ -10,7 +10,6 @@ published checkpoints are that.
         --crop 8 8 96 --demos 20 --steps 2000 --out out/libero_sft
 """
 import math
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -146,8 +145,9 @@ def run(s: Settings) -> None:
             raise ValueError(f"--{name} must be a new folder{taken}")
     import torch
 
+    from plumbing import ranks
     from robots.tiny_vla import TinyVLA
-    torch.set_num_threads(s.threads or os.cpu_count())
+    ranks.use_cores(s.threads)
     torch.set_flush_denormal(True)                      # numbers below 1e-38 are noise, and slow
     suite = find_suite(s.suite, tuple(s.tasks), SuiteOptions(fast=s.fast_sim, assets=s.assets))
     TinyVLA({}, size=s.size, crop=s.crop or None)       # is refused now rather than after the work,

@@ -17,6 +17,7 @@ import pytest
 
 from robots import find_suite
 from robots import tabletop as envs
+from robots.flags import SuiteSettings, check_suite
 from robots.rollouts import TableBatch, Workers, play
 from robots.suite import Episode, Start
 from robots.tabletop import HORIZON, Expert, Tabletop
@@ -332,12 +333,12 @@ def test_the_start_method_is_the_system_s(script, monkeypatch, known):
 
 
 def test_workers_and_tables_must_match():
-    for processes, tables in ((0, 4), (3, 2)):
-        words = f"^--workers {processes} for {tables} tables: each worker needs one; set --tables$"
-        for call in (SUITE.count, lambda *numbers: SUITE.workers(numbers[0], 64, numbers[1])):
-            with pytest.raises(ValueError, match=words):
-                call(processes, tables)
+    for workers, tables, words in ((0, 4, "--workers must be at least 1, got 0"),
+                                   (3, 2, "--tables 2: each of 3 --workers needs one")):
+        with pytest.raises(ValueError, match=words):
+            check_suite(SuiteSettings(workers=workers, tables=tables))
     assert [SUITE.count(2), SUITE.count(2, 2), replace(SUITE, tables=0).count(3)] == [128, 2, 3]
+    assert SUITE.count(130) == 130          # more processes than it has tables: one each
 
 
 class Recorder:

@@ -453,7 +453,7 @@ def test_progress_is_reach_lift_and_place():
     cube[2] = 0.02 + 0.025
     hand[:] = cube
     env.note_progress()
-    place = 1 - (cube[2] - plate[2]) / env.far[0, 1]
+    place = 1 - (cube[2] - plate[2]) / env.far[0][1]
     assert env.progress == pytest.approx((1 + 0.5 + place) / 3)
     assert env.progress > before + 0.1
     hand[:] = start
