@@ -101,6 +101,7 @@ def suite_and_key(name: str, norm_stats: dict, s: Played):
     from robots.openvla import action_stats
     from robots.policy import find_key
     suite = find_suite(name, tuple(s.tasks), s.options())
+    suite.count(s.workers, s.tables)
     for split in s.split:
         suite.starts(split, 1)                          # refuses one it does not have
     of = name.split(":")[-1] if name.count(":") > 1 else name

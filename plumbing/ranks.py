@@ -34,8 +34,7 @@ PATIENCE = timedelta(hours=12)
 # Processes
 
 def use_cores(threads: int) -> None:
-    """torch's threads, 0 for one a core. glibc keeps what is freed: the next batch is as large, and
-    page faults took half of a small policy's rollout."""
+    """torch's threads, 0: one a core. glibc keeps what is freed: page faults took as long again."""
     torch.set_num_threads(threads or os.cpu_count())
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
         mallopt(-3, 2**25)              # M_MMAP_THRESHOLD, its highest value

@@ -31,8 +31,6 @@ class SuiteSettings:
 def check_suite(s: SuiteSettings) -> None:
     """ValueError, one line, for a setting out of range."""
     require(s, dict(horizon=0, workers=1, tables=0))
-    if 0 < s.tables < s.workers:
-        raise ValueError(f"--tables {s.tables}: each of {s.workers} --workers needs one")
 
 
 @dataclass

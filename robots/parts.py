@@ -56,6 +56,7 @@ def prepare(run) -> Parts:
     """All that is loaded, simulators last; a checkpoint's weights, if resumed."""
     s = run.s
     suite = find_suite(s.suite, tuple(s.tasks), s.options())
+    suite.count(s.workers, s.tables)                    # before minutes of loading
     split = "heldout" if s.split == "disjoint" else "all"
     evaluate.try_suite(suite, split)
     policy = policies.load_policy(s.model, getattr(torch, s.dtype), ranks.device())

@@ -70,8 +70,10 @@ class Suite:
         return [Start(task, index, split) for task in self.tasks for index in range(n)]
 
     def count(self, processes: int, tables: int = 0) -> int:
-        """Parallel environments: as asked for, else the suite's own, at least one a process."""
-        return tables or max(self.tables, processes)
+        """Parallel environments. ValueError if there are fewer than processes."""
+        if (count := tables or self.tables or processes) < processes:
+            raise ValueError(f"--workers {processes}: each needs one of {count} --tables")
+        return count
 
     def workers(self, processes: int, size: int, tables: int = 0):
         """Its environments with images of `size` pixels, in worker processes."""

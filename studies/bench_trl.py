@@ -185,8 +185,7 @@ def trl_steps(case: Case, folder: Path) -> tuple[list[Clock], list[int], list[in
     trainer.model.register_forward_hook(watch, with_kwargs=True)
     trainer.train()
     first["norm"] = torch.tensor(trainer.state.log_history[0]["grad_norm"])
-    save_file({name: x.cpu().contiguous() for name, x in first.items()},
-              folder / "trl.safetensors")
+    save_file({name: x.cpu().contiguous() for name, x in first.items()}, folder / "trl.safetensors")
     return clocks, generated, trained
 
 
