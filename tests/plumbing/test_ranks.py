@@ -2,6 +2,7 @@
 across world sizes, a rank that is interrupted, has a full disk, or dies. What the scripts make of
 it: test_scripts_on_ranks.py."""
 
+import ctypes
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -439,3 +441,38 @@ def test_a_gpu_that_is_not_there_is_one_line():
     assert ranks.device("cpu") == ranks.device() == "cpu"
     with pytest.raises(ValueError, match="^--device cuda:1: PyTorch finds no GPU here; leave"):
         ranks.device("cuda:1")
+
+
+KEPT = """
+import ctypes, torch
+from plumbing import ranks
+
+class Info(ctypes.Structure):       # struct mallinfo2
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+        "fordblks", "keepcost")]
+
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Info
+ranks.use_cores(1)
+before = mallinfo()
+x = torch.ones(2**22)
+mapped = mallinfo().hblks - before.hblks
+del x
+print(torch.get_num_threads(), mapped, mallinfo().arena - before.arena >= 2**24)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 or newer")
+def test_freed_memory_is_kept_for_the_next_batch():
+    """Else each tensor of 16 MiB would be mapped, and given back: page faults at every use."""
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, cwd=ROOT)
+    assert (done.stdout, done.stderr) == ("1 0 True\n", "")
+
+
+def test_another_c_library_only_gets_its_threads(monkeypatch):
+    monkeypatch.setattr(ranks.ctypes, "CDLL", lambda _: SimpleNamespace())
+    ranks.use_cores(1)
+    assert torch.get_num_threads() == 1
+    ranks.use_cores(0)
+    assert torch.get_num_threads() == os.cpu_count()
