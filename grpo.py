@@ -5,12 +5,12 @@
   2. advantage of a response = (its reward - its group's mean) / std  `group_advantages`
   3. log-probability of every sampled token, under the distribution it was sampled from
                                                                       `token_logprobs`
-  4. loss = -min(ratio A, clip(ratio) A) + beta KL, averaged over tokens  `policy_loss`
+  4. loss = -min(ratio A, clip(ratio) A) + beta KL: the mean over tokens, or over those
+     of each sequence, then over sequences                                 `policy_loss`
   5. one optimiser step, then sample again
 
 Left out: a value network (the group's mean is the baseline), an entropy bonus (neither
-paper has one; `token_logprobs` returns a differentiable entropy), sampling (each script
-has its own).
+paper has one; `token_logprobs` returns a differentiable entropy).
 
     python grpo.py              # a tiny Llama learns to copy 4 digits: half a minute
     python grpo.py --steps 50 --lr 3e-4 --samples 8 --seed 1

@@ -150,8 +150,6 @@ def score(run: Run, episodes: list, encoder, memory=None) -> tuple[np.ndarray, o
     latents = np.stack(run.gather(list(latents.numpy())))                   # (N, D)
     task = np.array(run.gather([e.start.task for e in episodes]))           # (N,)
     kept = kept_by_rate(success, s)
-    if not kept.any():
-        return success.astype(float), None
     shaped, record = REWARDS[s.reward](
         latents[kept], success[kept], task[kept], alpha=s.alpha,
         earlier=memory and memory.latents())

@@ -30,14 +30,14 @@ ARMS = {"grpo": ("plain GRPO", ["--reward", "binary"], ""),
         "max": ("SRPO, pixels, max", ["--world_model", "pixels", "--pool", "max", *DEMOS],
                 "pixels, max"),
         "oracle": ("SRPO, true progress", ["--world_model", "oracle"], "true progress")}
-FEW, SMALL = dict.fromkeys(ARMS, 2), ["--groups", "8", "--tables", "64"]
+SEEDS, SMALL = dict.fromkeys(ARMS, 3) | {"grpo": 5, "vjepa": 5}, ["--groups", "8", "--tables", "64"]
 # The suite, flags of the start's fine-tuning and of every run, how many seeds of an arm are enough
 CASES = {"two_cubes": ("tabletop_long", ["--demos", "6", "--steps", "800"],
                        ["--groups", "12", "--tables", "96"],
-                       {"grpo": 8, "vjepa": 1, "pixels": 3, "max": 8, "oracle": 8}),
-         "weak": ("tabletop", ["--demos", "1", "--steps", "170"], SMALL, dict.fromkeys(ARMS, 3)),
-         "third": ("tabletop", ["--demos", "1", "--steps", "220"], SMALL, FEW),
-         "half": ("tabletop", [], SMALL, FEW | {"grpo": 5, "vjepa": 5})}
+                       SEEDS | {"grpo": 8, "max": 8, "oracle": 8}),
+         "weak": ("tabletop", ["--demos", "1", "--steps", "170"], SMALL, SEEDS),
+         "third": ("tabletop", ["--demos", "1", "--steps", "220"], SMALL, SEEDS),
+         "half": ("tabletop", [], SMALL, SEEDS)}
 
 
 def compare(vla_srpo, flags: list[str], seeds: int, jobs: int, out: Path) -> str:

@@ -31,6 +31,7 @@ from plumbing.optimizer import make_optimizer, optimizer_tensors
 from plumbing.run import Run
 from robots import evaluate, find_suite
 from robots import policy as policies
+from robots.references import References
 from robots.suite import Episode, Start, Suite
 from robots.tabletop import HORIZON, TASKS
 from robots.tiny_vla import TinyVLA
@@ -401,6 +402,20 @@ def test_score():
     np.testing.assert_allclose(
         reward[[1, 2, 4]], 0.6 / (1 + np.exp(-10 * (nearness - 0.5))), atol=1e-6
     )
+
+
+@pytest.mark.parametrize("reward", ["srpo", "official"])
+@pytest.mark.parametrize("won, used", [([1, 1, 0, 0], 0), ([1, 1, 0, 1], 2), ([0] * 4, 0)])
+def test_successes_of_dropped_groups_are_references_all_the_same(reward, won, used):
+    """--keep mixed drops groups of equal outcomes; all of them dropped, the step still counts."""
+    memory = References(1, 8, 3)
+    episodes = [Episode(Start(0, i // 2), [None], [8], bool(success),
+                        np.full((2, 64, 64, 3), 40 * i, np.uint8))
+                for i, success in enumerate(won)]
+    s = settings(group_size=2, keep="mixed", reward=reward, references=8)
+    earned, record = vla_srpo.score(SimpleNamespace(s=s, gather=list), episodes, Blind(), memory)
+    assert int(memory.count) == sum(won) and np.isfinite(record.distances).sum() == bool(used)
+    assert earned.shape == (4,) and (earned[np.array(won) == 1] == 1).all()
 
 
 # Whole runs on a pretended simulator: an episode is two calls, its outcome a function of what was
