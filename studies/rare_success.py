@@ -63,7 +63,6 @@ def make_start(case: str, folder: Path) -> None:
     """FOLDER/start, fine-tuned on FOLDER/demos."""
     suite, flags, *_ = CASES[case]
     shutil.rmtree(folder / "demos", ignore_errors=True)         # of one that was interrupted
-    (folder / "ranking.txt").unlink(missing_ok=True)
     runs.python(["-m", "studies.demonstrate", "--suite", suite, *flags, "--threads", "1",
                  "--record", str(folder / "demos"), "--out", str(folder / "start")])
 
@@ -104,20 +103,22 @@ def evaluations(found: dict) -> tuple[dict[str, np.ndarray], list[int]]:
 
 def law(cases: dict[str, dict], out: Path) -> str:
     """How an encoder ranks the failures of a start, beside what SRPO by it ends above plain GRPO: a
-    line each, and OUT/law.png. The ranking is measured once: OUT/CASE/ranking.txt."""
+    line each, and OUT/law.png. Three rankings are measured once: OUT/CASE/ranking-*.txt."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     panel, lines = figure.subplots(), [
         "within: rank correlation with true progress, at the start; gain: over plain GRPO's last"]
     for case, found in cases.items():
-        file, heldout = out / case / "ranking.txt", evaluations(found)[0]
-        if not file.exists():
-            file.write_text(runs.python([
-                "-m", "studies.progress_curves", "compare", "--suite", CASES[case][0],
-                "--policy", str(out / case / "start"), "--data", str(out / case / "demos")]))
-        ranks = {line[:15].strip(): line[15:].split() for line in file.read_text().splitlines()}
-        last = {title: curves[:, -1] for title, curves in heldout.items()}
-        points = [(float(ranks[name][1]),
+        ranks = []
+        for seed in range(3):
+            if not (file := out / case / f"ranking-{seed}.txt").exists():
+                file.write_text(runs.python([
+                    "-m", "studies.progress_curves", "compare", "--suite", CASES[case][0],
+                    "--policy", str(out / case / "start"), "--data", str(out / case / "demos"),
+                    "--seed", str(seed)]))
+            ranks.append({x[:15].strip(): x[15:].split() for x in file.read_text().splitlines()})
+        last = {title: curves[:, -1] for title, curves in evaluations(found)[0].items()}
+        points = [(float(np.mean([float(rank[name][1]) for rank in ranks])),
                    float(np.mean(last[title] - last["plain GRPO"][:len(last[title])])), title)
                   for title, _, name in ARMS.values() if name and title in found]
         contrast = np.mean([row["groups_used"] / sum(row[f"groups_{x}"] for x in (      # at first
