@@ -161,8 +161,7 @@ def score(run: Run, episodes: list, encoder, memory=None) -> tuple[np.ndarray, o
 
 
 def kept_by_rate(success: np.ndarray, s: Settings) -> np.ndarray:
-    """bool (N,): rollouts of the groups that --keep mixed keeps, before they are shaped
-    and after; else all are kept."""
+    """bool (N,): rollouts of the groups that --keep mixed keeps; else all are kept."""
     rate = success.reshape(-1, s.group_size).mean(1)
     return np.repeat((rate >= 0.1) & (rate <= 0.9) | (s.keep != "mixed"), s.group_size)
 

@@ -22,22 +22,24 @@ OURS = {"stage", "data", "model", "suite", "reward", "world_model", "pool", "ref
         "seed", "out", "tables", "eval_every"}
 COMMON = ["--steps", "100", "--temperature", "1.0", "--temperature_end", "0.7", "--eval_every",
           "20", "--workers", "1", "--threads", "1"]
-DEMOS = ["--references", "64", "--data"]        # and a folder
+DEMOS, PIXELS = ["--references", "64", "--data"], ["--world_model", "pixels"]   # data: a folder
 # A title, flags, and the world model's name in `studies.progress_curves compare`
 ARMS = {"grpo": ("plain GRPO", ["--reward", "binary"], ""),
+        "grpo_nostd": ("plain GRPO, no std", ["--reward", "binary", "--no_std_scale"], ""),
         "vjepa": ("SRPO, V-JEPA", DEMOS, "trained"),
-        "pixels": ("SRPO, mean pixels", ["--world_model", "pixels", *DEMOS], "pixels"),
-        "max": ("SRPO, pixels, max", ["--world_model", "pixels", "--pool", "max", *DEMOS],
-                "pixels, max"),
+        "vjepa_nostd": ("SRPO, V-JEPA, no std", ["--no_std_scale", *DEMOS], "trained"),
+        "pixels": ("SRPO, mean pixels", [*PIXELS, *DEMOS], "pixels"),
+        "max": ("SRPO, pixels, max", [*PIXELS, "--pool", "max", *DEMOS], "pixels, max"),
         "oracle": ("SRPO, true progress", ["--world_model", "oracle"], "true progress")}
-SEEDS, SMALL = dict.fromkeys(ARMS, 3) | {"grpo": 5, "vjepa": 5}, ["--groups", "8", "--tables", "64"]
+SMALL, SEEDS = ["--groups", "8", "--tables", "64"], dict(grpo=5, vjepa=5, pixels=2, max=2, oracle=2)
 # The suite, flags of the start's fine-tuning and of every run, how many seeds of an arm are enough
 CASES = {"two_cubes": ("tabletop_long", ["--demos", "6", "--steps", "800"],
                        ["--groups", "12", "--tables", "96"],
-                       SEEDS | {"grpo": 8, "max": 8, "oracle": 8}),
-         "weak": ("tabletop", ["--demos", "1", "--steps", "170"], SMALL, SEEDS),
+                       dict(grpo=8, vjepa=5, vjepa_nostd=8, pixels=3, max=8, oracle=8)),
+         "weak": ("tabletop", ["--demos", "1", "--steps", "170"], SMALL, SEEDS | dict(
+             grpo_nostd=5, vjepa_nostd=5, pixels=3, max=3, oracle=3)),
          "third": ("tabletop", ["--demos", "1", "--steps", "220"], SMALL, SEEDS),
-         "half": ("tabletop", [], SMALL, SEEDS)}
+         "half": ("tabletop", [], SMALL, SEEDS | {"vjepa_nostd": 5})}
 
 
 def compare(vla_srpo, flags: list[str], seeds: int, jobs: int, out: Path) -> str:
