@@ -23,11 +23,11 @@ OURS = {"stage", "data", "model", "suite", "reward", "world_model", "pool", "ref
 COMMON = ["--steps", "100", "--temperature", "1.0", "--temperature_end", "0.7", "--eval_every",
           "20", "--workers", "1", "--threads", "1"]
 DEMOS, PIXELS = ["--references", "64", "--data"], ["--world_model", "pixels"]   # data: a folder
-# A title, flags, and the world model's name in `studies.progress_curves compare`
+# A title, flags, and in the law the world model's name in `studies.progress_curves compare`
 ARMS = {"grpo": ("plain GRPO", ["--reward", "binary"], ""),
         "grpo_nostd": ("plain GRPO, no std", ["--reward", "binary", "--no_std_scale"], ""),
         "vjepa": ("SRPO, V-JEPA", DEMOS, "trained"),
-        "vjepa_nostd": ("SRPO, V-JEPA, no std", ["--no_std_scale", *DEMOS], "trained"),
+        "vjepa_nostd": ("SRPO, V-JEPA, no std", ["--no_std_scale", *DEMOS], ""),
         "pixels": ("SRPO, mean pixels", [*PIXELS, *DEMOS], "pixels"),
         "max": ("SRPO, pixels, max", [*PIXELS, "--pool", "max", *DEMOS], "pixels, max"),
         "oracle": ("SRPO, true progress", ["--world_model", "oracle"], "true progress")}
