@@ -34,12 +34,12 @@ ARMS = {"grpo": ("plain GRPO", ["--reward", "binary"], ""),
 SMALL, SEEDS = ["--groups", "8", "--tables", "64"], dict(grpo=5, vjepa=5, pixels=2, max=2, oracle=2)
 # The suite, flags of the start's fine-tuning and of every run, how many seeds of an arm are enough
 CASES = {"two_cubes": ("tabletop_long", ["--demos", "6", "--steps", "800"],
-                       ["--groups", "12", "--tables", "96"],
-                       dict(grpo=8, vjepa=5, vjepa_nostd=8, pixels=3, max=8, oracle=8)),
+                       ["--groups", "12", "--tables", "96"], SEEDS | dict(
+                           grpo=8, grpo_nostd=2, vjepa_nostd=8, pixels=3, max=8, oracle=8)),
          "weak": ("tabletop", ["--demos", "1", "--steps", "170"], SMALL, SEEDS | dict(
              grpo_nostd=5, vjepa_nostd=5, pixels=3, max=3, oracle=3)),
          "third": ("tabletop", ["--demos", "1", "--steps", "220"], SMALL, SEEDS),
-         "half": ("tabletop", [], SMALL, SEEDS | {"vjepa_nostd": 5})}
+         "half": ("tabletop", [], SMALL, SEEDS | {"vjepa_nostd": 3})}
 
 
 def compare(vla_srpo, flags: list[str], seeds: int, jobs: int, out: Path) -> str:
