@@ -50,7 +50,7 @@ def test_lines_and_widths():
             if len(line) > (88 if str(file) in SIX else 100)]
     assert not wide, wide[:10]
     assert sorted(path.name for path in ROOT.glob("*.py")) == sorted(SIX)
-    assert six <= 1699 and total <= 11618       # a ratchet: bring it down to the goals
+    assert six <= 1693 and total <= 11618       # a ratchet: bring it down to the goals
 
 
 def test_functions_are_short():
