@@ -158,7 +158,7 @@ class WorldModel:
         return (torch.cat([h, x.amax(1)], 1) if self.pool == "max" else h).cpu()
 
     def distances(self, videos: list, centres: np.ndarray) -> np.ndarray:
-        """L2 distance (N,) of videos to the nearest centre (C, D), unsquared."""
+        """L2 distance (N,) to the nearest centre (C, D); unlike [VLA 4] not squared."""
         from scipy.spatial.distance import cdist
         return cdist(self.encode(videos), np.atleast_2d(centres)).min(1)
 

@@ -72,7 +72,7 @@ class Suite:
     def count(self, processes: int, tables: int = 0) -> int:
         """Parallel environments. ValueError if there are fewer than processes."""
         if (count := tables or self.tables or processes) < processes:
-            raise ValueError(f"--workers {processes}: each needs one of {count} --tables")
+            raise ValueError(f"--workers {processes}: each needs a table, of {count}; set --tables")
         return count
 
     def workers(self, processes: int, size: int, tables: int = 0):

@@ -64,7 +64,8 @@ def compare(vla_srpo, flags: list[str], seeds: int, jobs: int, out: Path) -> str
 def make_start(case: str, folder: Path) -> None:
     """FOLDER/start, fine-tuned on FOLDER/demos."""
     suite, flags, *_ = CASES[case]
-    shutil.rmtree(folder / "demos", ignore_errors=True)         # of one that was interrupted
+    for old in (folder / "demos", *folder.glob("ranking-*.txt")):           # of another start
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     runs.python(["-m", "studies.demonstrate", "--suite", suite, *flags, "--threads", "1",
                  "--record", str(folder / "demos"), "--out", str(folder / "start")])
 
@@ -151,10 +152,9 @@ def share_of_steps(curves: np.ndarray, grpo: np.ndarray, steps: list[int]) -> tu
 
 def crossing(curve: np.ndarray, steps: list[int], level: float) -> float:
     """The step at which the line through the evaluations first reaches a level; inf: never."""
-    above = np.flatnonzero(curve >= level)
-    if not len(above):
+    if not (above := curve >= level).any():
         return np.inf
-    i = above[0]
+    i = above.argmax()
     return float(np.interp(level, curve[max(i - 1, 0):i + 1], steps[max(i - 1, 0):i + 1]))
 
 

@@ -333,7 +333,7 @@ def test_the_start_method_is_the_system_s(script, monkeypatch, known):
 
 
 def test_workers_and_tables_must_match():
-    words = "^--workers 3: each needs one of 2 --tables$"
+    words = "^--workers 3: each needs a table, of 2; set --tables$"
     for refused in (SUITE.count, lambda *numbers: SUITE.workers(numbers[0], 64, numbers[1])):
         with pytest.raises(ValueError, match=words):
             refused(3, 2)

@@ -82,9 +82,12 @@ def test_the_command(tmp_path, capsys, monkeypatch):
                      {"grpo": 8, "pixels": 8})})
     monkeypatch.setattr(study, "law", lambda cases, out: f"law of {', '.join(cases)}")
     argv = ["--seeds", "1", "--out", str(tmp_path), "--steps", "1", "--groups", "2", "--tasks", "0"]
+    folder = tmp_path / "one_cube"
+    folder.mkdir()
+    (folder / "ranking-0.txt").write_text("of another start")
     assert study.main(argv) == 0
     assert "pixels-0: 2 of 2 runs" in capsys.readouterr().out
-    folder = tmp_path / "one_cube"
+    assert not list(folder.glob("ranking-*"))
     saved = json.loads((folder / "pixels-0/settings.json").read_text())
     assert saved["data"] == str(folder / "demos") and saved["references"] == 64
     assert saved["suite"] == "tabletop" and len(list((folder / "demos").iterdir())) == 4
